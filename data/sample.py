@@ -1,0 +1,152 @@
+"""The two types of the data side: Sample (what a source yields) and Batch (what a model takes).
+
+Absent means empty: a Sample without a picture has `images == ()`, a Batch without targets has an all-False `target`.
+"""
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+# OpenAI's channel statistics; every CLIP tower of the project expects pixels normalised with them.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its question, whatever the source.
+
+    `answer` is the gold answer; `conclusion` is what the teacher concluded, right or wrong, after `reasoning`.
+    """
+    id: str = ""
+    images: tuple = ()          # each a file path (str) or an (H, W, 3) uint8 array
+    turns: tuple = ()           # earlier (question, answer) pairs of a conversation
+    question: str = ""
+    answer: str = ""
+    caption: str = ""
+    summary: str = ""
+    reasoning: str = ""
+    conclusion: str = ""
+    choices: tuple = ()
+    aliases: tuple = ()         # other spellings of `answer` that count as right
+    tolerance: float = 0.0
+    unit: str = ""
+    boxes: tuple = ()
+    split: str = ""             # train, val, id, crowded, ...
+    source: str = ""            # where it comes from and its kind, "scenes/walk2"
+
+
+@dataclass
+class Batch:
+    """P prompts of at most T tokens, right-padded, with the I pictures they hold, in reading order.
+
+    ids (P, T) int64, `image_id` at the N positions of each picture; length (P,); target (P, T) bool, True on the
+    tokens a supervised loss predicts; pixels (I, 3, S, S) float32; image_row (I,) the prompt a picture belongs to;
+    features (I, N, Dv), the encoded pictures, empty until `VLM.encode` fills it.
+    """
+    ids: torch.Tensor
+    length: torch.Tensor
+    target: torch.Tensor
+    pixels: torch.Tensor
+    image_row: torch.Tensor
+    features: torch.Tensor
+
+    def to(self, device):
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def rows(self, index):
+        """The sub-batch of the prompts `index` (a 1-d int tensor on the batch's device), with their pictures."""
+        # A picture follows its prompt: for each chosen prompt, in order, its pictures in order.
+        mine = self.image_row[None] == index[:, None]                     # (rows, I)
+        new_row, picture = mine.nonzero(as_tuple=True)
+        return replace(self, ids=self.ids[index], length=self.length[index], target=self.target[index],
+                       pixels=self.pixels[picture], image_row=new_row,
+                       features=self.features[picture] if len(self.features) else self.features)
+
+    def micro_batches(self, size):
+        """Consecutive sub-batches of `size` prompts (0: all at once)."""
+        size = size or len(self.ids)
+        everyone = torch.arange(len(self.ids), device=self.ids.device)
+        return [self.rows(part) for part in everyone.split(size)]
+
+
+def read_image(source):
+    """Path or (H, W, 3) uint8 array -> RGB PIL image, upright (EXIF), alpha on white, any palette or grey expanded.
+
+    Raises ValueError naming the file when it cannot be read as a picture.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    try:
+        with Image.open(source) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":
+                # PIL clips 16-bit grey at 255 on conversion; stretch the picture's own range instead.
+                grey = np.asarray(image, dtype=np.float64)
+                span = max(grey.max() - grey.min(), 1e-12)
+                image = Image.fromarray(((grey - grey.min()) / span * 255).astype(np.uint8))
+            elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"image {str(source)!r} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:     # what PIL's readers raise
+        raise ValueError(f"image {str(source)!r} cannot be read as a picture: {error}") from None
+
+
+def to_array(source, size):
+    """Path or array -> (size, size, 3) uint8: short edge resized (bicubic), centre crop, as CLIP preprocesses."""
+    if isinstance(source, np.ndarray) and source.shape == (size, size, 3):
+        return source
+    image = read_image(source)
+    scale = size / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def to_pixels(images, size):
+    """List of paths or arrays -> (I, 3, size, size) float32, normalised with CLIP's channel statistics."""
+    if not images:
+        return torch.zeros(0, 3, size, size)
+    stack = torch.from_numpy(np.stack([to_array(image, size) for image in images]))
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    return ((stack.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def collate(rows, pad_id, image_size):
+    """List of (ids, target mask, images) -> Batch, right-padded with `pad_id`.
+
+    >>> batch = collate([([1, 5, 6], [0, 0, 1], ()), ([1], [0], ())], pad_id=0, image_size=8)
+    >>> batch.ids.tolist(), batch.length.tolist()
+    ([[1, 5, 6], [1, 0, 0]], [3, 1])
+    """
+    width = max(len(ids) for ids, _, _ in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    target = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, (tokens, mask, _) in enumerate(rows):
+        ids[row, :len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        target[row, :len(mask)] = torch.tensor(mask, dtype=torch.bool)
+    length = torch.tensor([len(tokens) for tokens, _, _ in rows])
+    image_row = torch.tensor([row for row, (_, _, images) in enumerate(rows) for _ in images], dtype=torch.long)
+    pixels = to_pixels([image for _, _, images in rows for image in images], image_size)
+    return Batch(ids, length, target, pixels, image_row, features=torch.zeros(0))
+
+
+def batch_indices(count, size, step, seed):
+    """Indices of step `step`: epochs of a seeded order of `count` records, cut into steps of `size`.
+
+    A function of its arguments alone, so a resumed run reads on where it stopped without saved state.
+
+    >>> [i for step in range(3) for i in batch_indices(5, 2, step, seed=0)][:5] != [0, 1, 2, 3, 4]
+    True
+    """
+    epoch, at = divmod(step * size, count)
+    taken = []
+    while len(taken) < size:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        taken += order[at:at + size - len(taken)].tolist()
+        epoch, at = epoch + 1, 0
+    return taken

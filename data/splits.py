@@ -1,0 +1,17 @@
+"""Which split a picture falls in, decided by its pixels, so that the same picture never stands on both sides."""
+import hashlib
+
+from data.sample import read_image
+
+
+def pixel_hash(source):
+    """sha256 over the size and the upright RGB pixels; a new name or a lossless re-save does not change it."""
+    image = read_image(source)
+    return hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
+
+
+def split_of(key, val_percent):
+    """'val' for `val_percent` in a hundred hashes, 'train' for the others; adding pictures moves no earlier one."""
+    if not 1 <= val_percent <= 99:
+        raise ValueError(f"val_percent {val_percent} must be between 1 and 99: both splits need pictures")
+    return "val" if int(key, 16) % 100 < val_percent else "train"

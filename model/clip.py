@@ -1,0 +1,192 @@
+"""CLIP (arXiv 2103.00020): image tower, text tower, contrastive loss.
+
+The modules and their parameter names are OpenAI's (as in open_clip), so weights move in and out by name. Two options
+go beyond it, for training from nothing on 48-pixel pictures: an MLP stem in place of the patch convolution, and mean
+pooling in place of the class token.
+
+Shapes: B pictures, N patches, L text tokens, D width, E joint embedding.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    image_size: int = 48
+    patch: int = 12
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    embed: int = 128
+    text_width: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    text_length: int = 32
+    vocab: int = 512
+    stem: str = "conv"          # conv: OpenAI's strided convolution | mlp: three layers on each patch
+    pool: str = "class"         # class: OpenAI's class token | mean: average of the patch tokens
+    act: str = "quick_gelu"     # quick_gelu: OpenAI's weights | gelu: LAION's
+
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch {self.patch}")
+        for width, heads, name in ((self.width, self.heads, "clip"), (self.text_width, self.text_heads, "text")):
+            if width % heads:
+                raise ValueError(f"{name} width {width} must be a multiple of its heads {heads}")
+        for value, allowed, name in ((self.stem, ("conv", "mlp"), "stem"), (self.pool, ("class", "mean"), "pool"),
+                                     (self.act, ("quick_gelu", "gelu"), "act")):
+            if value not in allowed:
+                raise ValueError(f"clip {name} {value!r} must be one of {', '.join(allowed)}")
+
+    @property
+    def patches(self):
+        return (self.image_size // self.patch) ** 2
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention under the parameter names of nn.MultiheadAttention: q, k, v stacked in one projection."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width ** -0.5)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, causal):
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rearrange(qkv, "b n (three h k) -> three b h n k", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(rearrange(out, "b h n k -> b n (h k)"))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, act):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU() if act == "quick_gelu" else nn.GELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x, causal=False):
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads, act):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, act) for _ in range(layers))
+
+
+class ImageTower(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = c = config
+        scale = c.width ** -0.5
+        if c.stem == "conv":
+            self.conv1 = nn.Conv2d(3, c.width, c.patch, c.patch, bias=False)
+        else:
+            # Shape is not linearly readable from raw patch pixels; two hidden layers make it so.
+            self.stem = nn.Sequential(nn.Linear(3 * c.patch ** 2, 2 * c.width), nn.GELU(),
+                                      nn.Linear(2 * c.width, c.width))
+        if c.pool == "class":
+            self.class_embedding = nn.Parameter(scale * torch.randn(c.width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(c.patches + (c.pool == "class"), c.width))
+        self.ln_pre = nn.LayerNorm(c.width)
+        self.transformer = Transformer(c.width, c.layers, c.heads, c.act)
+        self.ln_post = nn.LayerNorm(c.width)
+        self.proj = nn.Parameter(scale * torch.randn(c.width, c.embed))
+
+    def features(self, pixels, layer=-1):
+        """Patch tokens after block `layer` (-1 last, -2 second to last as in LLaVA), no final norm, no class token.
+
+        pixels (B, 3, S, S) -> (B, N, D). Blocks after `layer` are not computed.
+        """
+        x, c = self._embed(pixels), self.config
+        if not -c.layers <= layer < 0:
+            raise ValueError(f"clip feature layer {layer} must lie in [-{c.layers}, -1]")
+        for block in self.transformer.resblocks[:c.layers + 1 + layer]:
+            x = block(x)
+        return x[:, 1:] if c.pool == "class" else x
+
+    def forward(self, pixels):
+        """pixels (B, 3, S, S) -> embeddings (B, E), not normalised."""
+        x = self._embed(pixels)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        if self.config.pool == "class":
+            x = self.ln_post(x[:, 0])
+        else:
+            x = self.ln_post(x).mean(1)
+        return x @ self.proj
+
+    def _embed(self, pixels):
+        c = self.config
+        if pixels.shape[1:] != (3, c.image_size, c.image_size):
+            raise ValueError(f"pixels {tuple(pixels.shape)} must be (B, 3, {c.image_size}, {c.image_size})")
+        if c.stem == "conv":
+            x = rearrange(self.conv1(pixels), "b d h w -> b (h w) d")
+        else:
+            x = self.stem(rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=c.patch, q=c.patch))
+        if c.pool == "class":
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return self.ln_pre(x + self.positional_embedding)
+
+
+class Clip(nn.Module):
+    """Both towers. The text tower's parameters sit at the top level, as in OpenAI's state dict."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = c = config
+        self.visual = ImageTower(c)
+        self.token_embedding = nn.Embedding(c.vocab, c.text_width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.text_length, c.text_width))
+        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.act)
+        self.ln_final = nn.LayerNorm(c.text_width)
+        self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed) * c.text_width ** -0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(self, pixels):
+        """pixels (B, 3, S, S) -> unit vectors (B, E)."""
+        return F.normalize(self.visual(pixels), dim=-1)
+
+    def encode_text(self, ids, length):
+        """ids (B, L) right-padded, length (B,) -> unit vectors (B, E), read at each text's last token (its EOS)."""
+        L = ids.shape[1]
+        if L > self.config.text_length:
+            raise ValueError(f"a caption of {L} tokens is longer than text_length {self.config.text_length}")
+        x = self.token_embedding(ids) + self.positional_embedding[:L]
+        for block in self.transformer.resblocks:
+            x = block(x, causal=True)
+        last = self.ln_final(x)[torch.arange(len(x), device=x.device), length - 1]
+        return F.normalize(last @ self.text_projection, dim=-1)
+
+
+def contrastive_loss(image, text, logit_scale, same=None):
+    """Symmetric cross-entropy over all picture-caption pairs (arXiv 2103.00020, figure 3).
+
+    image, text (B, E) unit vectors; logit_scale the log of the inverse temperature, capped at 100 as there.
+    same (B, B) bool, True where two pairs have the same caption: those count as positives with equal weight (UniCL,
+    arXiv 2204.03610, eq. 3), since punishing one of two equal captions teaches noise. None: only the diagonal.
+    """
+    logits = logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
+    if same is None:
+        same = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    target = same.to(logits.dtype) / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))) / 2

@@ -1,0 +1,73 @@
+"""A frozen dataclass <-> command line <-> JSON. The comment behind a field is its help text.
+
+    @dataclass(frozen=True)
+    class Config:
+        lr: float = 1e-3        # learning rate
+
+    config = from_command_line(Config, presets, argv)      # --lr=3e-4 or --lr 3e-4
+"""
+import argparse
+import difflib
+import inspect
+import re
+from dataclasses import fields, replace
+
+
+def comments(cls):
+    """Field name -> the comment on its line."""
+    found = re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), flags=re.M)
+    return dict(found)
+
+
+def parse_value(name, kind, text):
+    """Text -> value of type `kind`; raises ValueError naming field, value and expectation."""
+    if kind is bool:
+        if text.lower() in ("true", "yes", "1"):
+            return True
+        if text.lower() in ("false", "no", "0"):
+            return False
+        raise ValueError(f"--{name}={text} must be True or False")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"--{name}={text} must be {'a whole number' if kind is int else 'a number'}") from None
+    if kind is float and value != value:
+        raise ValueError(f"--{name}={text} must be a number")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def from_command_line(cls, presets, argv, doc):
+    """argv -> config: the dataclass's defaults, under the preset's overrides, under the flags given.
+
+    `presets`: name -> dict of overrides, or a function of the flags given that returns the preset's name under "".
+    Raises ValueError on anything it does not understand, with the nearest name it knows.
+    """
+    help_text = comments(cls)
+    flag = {field.name.replace("_", "-"): field for field in fields(cls)}
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, field in flag.items():
+        text = f"{help_text.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        alone = dict(nargs="?", const="True") if field.type is bool else {}      # --resume means --resume=True
+        parser.add_argument(f"--{name}", f"--{field.name}", dest=field.name, metavar=field.type.__name__.upper(),
+                            help=text, **alone)
+    for word in argv:
+        name = word.lstrip("-").split("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in flag and name != "help":
+            near = difflib.get_close_matches(name, flag, n=1)
+            hint = f"; did you mean --{near[0]}?" if near else "; --help lists them all"
+            raise ValueError(f"unknown option --{name}{hint}")
+    known, rest = parser.parse_known_args(argv)
+    if rest:
+        raise ValueError(f"{rest[0]!r} is not an option; options look like --name=value")
+    given = {name: parse_value(name.replace("_", "-"), cls.__dataclass_fields__[name].type, text)
+             for name, text in vars(known).items() if text is not None}
+    preset = given.get("preset") or presets[""](given)
+    if preset not in presets or not preset:
+        names = ", ".join(name for name in presets if name)
+        raise ValueError(f"--preset={preset} must be one of {names}")
+    return replace(cls(), **{**presets[preset], "preset": preset, **given})

@@ -1,0 +1,23 @@
+"""The one place where device and dtype are decided."""
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def pick_device(name="auto"):
+    """'auto' takes CUDA when present, else the CPU; raises ValueError on a device this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={name} is not available here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name):
+    """'float32', 'bfloat16' or 'float64' -> torch dtype of the weights."""
+    if name not in DTYPES:
+        raise ValueError(f"--dtype={name} must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]

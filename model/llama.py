@@ -1,0 +1,198 @@
+"""The decoder: a Llama-type transformer whose every block carries two streams at once.
+
+    x (P, T, D)      prompts: text with pictures, right-padded, causal
+    y (P, G, C, D)   completions: G of each prompt, each attending to its prompt and, causally, to itself
+
+The prompt is the same for the G completions of its group, so no token of it is computed twice. Parameter names are
+Hugging Face's (`layers.N.self_attn.q_proj`, ...); RoPE is the rotate-half form those weights expect.
+
+Shapes: P prompts, T prompt tokens, G completions of a prompt, C completion tokens, D width, H heads, Hk key/value
+heads (grouped-query attention, arXiv 2305.13245), K width of a head.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab: int = 512
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    ff: int = 256
+    theta: float = 10000.0      # RoPE base (arXiv 2104.09864)
+    eps: float = 1e-5
+    tied: bool = True           # the head is the embedding
+
+    def __post_init__(self):
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+
+    @property
+    def head_width(self):
+        return self.width // self.heads
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer norm (arXiv 1910.07467), statistics in fp32 or wider."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rope_tables(position, head_width, theta, dtype):
+    """cos and sin (..., K) of integer positions (...); the angles are computed in fp64, exact at any position."""
+    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=position.device) / head_width)
+    angle = position[..., None].double() * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, rope):
+    """Turns each pair (x_i, x_{i + K/2}) by its angle. x (..., H, L, K); rope: cos, sin (..., 1, L, K)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.c = c
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_width, bias=False)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=False)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=False)
+        self.o_proj = nn.Linear(c.heads * c.head_width, c.width, bias=False)
+
+    def qkv(self, h, rope):
+        """h (..., L, D) -> q (..., H, L, K) and k, v (..., Hk, L, K), q and k rotated."""
+        q, k, v = (rearrange(proj(h), "... l (h k) -> ... h l k", k=self.c.head_width)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, rope), rotate(k, rope), v
+
+    def out(self, attended):
+        return self.o_proj(rearrange(attended, "... h l k -> ... l (h k)"))
+
+    def attend(self, q, k, v, mask=None, causal=False):
+        repeats = self.c.heads // self.c.kv_heads
+        if repeats > 1:
+            k, v = (repeat(t, "b h l k -> b (h r) l k", r=repeats) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+    def prompt(self, x, rope):
+        """The prompt attends to itself. Returns (out, k, v); right padding needs no mask, nothing real looks at it."""
+        q, k, v = self.qkv(x, rope)
+        return self.out(self.attend(q, k, v, causal=True)), k, v
+
+    def completion(self, y, kx, vx, rope, mask):
+        """Completions attend to their prompt's keys and values, handed to all G of them, and to themselves.
+
+        y (P, G, C, D); kx, vx (P, Hk, T, K); mask (P, G, 1, C, T + C), 0 where a query may look, else -inf.
+        Only the keys are repeated for the group, the tokens are not: on a CPU this is faster, and under a flash kernel
+        smaller, than softmax over two separate score matrices.
+        """
+        P, G = y.shape[:2]
+        q, ky, vy = self.qkv(y, rope)
+        k, v = (torch.cat([repeat(prefix, "p h t k -> p g h t k", g=G), own], dim=-2)
+                for prefix, own in ((kx, ky), (vx, vy)))
+        q, k, v, mask = (t.flatten(0, 1) for t in (q, k, v, mask))
+        return self.out(self.attend(q, k, v, mask=mask).unflatten(0, (P, G)))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.ff, bias=False)
+        self.up_proj = nn.Linear(c.width, c.ff, bias=False)
+        self.down_proj = nn.Linear(c.ff, c.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, y, rope_x, rope_y, mask):
+        """One block over both streams; y may be None. Returns (x, y)."""
+        attended, kx, vx = self.self_attn.prompt(self.input_layernorm(x), rope_x)
+        x = x + attended
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        if y is not None:
+            y = y + self.self_attn.completion(self.input_layernorm(y), kx, vx, rope_y, mask)
+            y = y + self.mlp(self.post_attention_layernorm(y))
+        return x, y
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.eps)
+        if not c.tied:
+            self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
+        self.apply(self._init)
+
+    def _init(self, module):
+        # GPT-2's initialisation: residual branches shrink with depth so that the sum keeps unit scale.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Block):
+            for last in (module.self_attn.o_proj, module.mlp.down_proj):
+                nn.init.normal_(last.weight, std=0.02 / (2 * self.config.layers) ** 0.5)
+
+    @property
+    def head(self):
+        """Weight of the language-model head, (V, D)."""
+        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def rope(self, position, dtype):
+        """position (..., L) -> cos, sin (..., 1, L, K), the 1 standing for the heads."""
+        cos, sin = rope_tables(position, self.config.head_width, self.config.theta, dtype)
+        return cos.unsqueeze(-3), sin.unsqueeze(-3)
+
+    def forward(self, x, length, y=None):
+        """Embedded streams -> normed hidden states of x (P, T, D) and of y, (P, G, C + 1, D) or None.
+
+        length (P,): real tokens of each prompt. Position t of y's states predicts completion token t: position 0 is
+        the prompt's last state, handed to all G; position C, after the last token, bootstraps a value.
+        """
+        P, T, _ = x.shape
+        rope_x = self.rope(torch.arange(T, device=x.device), x.dtype)
+        rope_y = mask = None
+        if y is not None:
+            G, C = y.shape[1:3]
+            own = torch.arange(C, device=x.device)
+            rope_y = self.rope((length[:, None] + own)[:, None], x.dtype)     # (P, 1, 1, C, K), one for the group
+            sees_prompt = torch.arange(T, device=x.device) < length[:, None]
+            sees = torch.cat([repeat(sees_prompt, "p t -> p g 1 c t", g=G, c=C),
+                              repeat(own[:, None] >= own, "c d -> p g 1 c d", p=P, g=G)], dim=-1)
+            # Additive once here, since a boolean mask would be turned into this in every layer.
+            mask = torch.zeros(sees.shape, dtype=x.dtype, device=x.device).masked_fill_(~sees, float("-inf"))
+        for layer in self.layers:
+            x, y = layer(x, y, rope_x, rope_y, mask)
+        x = self.norm(x)
+        if y is not None:
+            last = x[torch.arange(P, device=x.device), length - 1]
+            y = torch.cat([repeat(last, "p d -> p g 1 d", g=G), self.norm(y)], dim=2)
+        return x, y

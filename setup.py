@@ -1,0 +1,26 @@
+"""Install SeeThink in editable form: `pip install -e ".[all]"`."""
+from setuptools import setup
+
+report = ["matplotlib", "tensorboard"]
+hf = ["tokenizers"]
+test = ["pytest", "hypothesis", "transformers"]
+
+setup(
+    name="seethink",
+    version="0.1.0",
+    description="A from-scratch reference implementation of vision-reasoning models in plain PyTorch",
+    python_requires=">=3.10",
+    packages=["model", "rl", "data", "kernels"],
+    py_modules=["train", "eval"],
+    install_requires=[
+        "torch>=2.6", "torchvision", "open_clip_torch", "sentencepiece", "numpy", "einops",
+        "triton; platform_system == 'Linux'",   # not published for macOS; everything runs without it
+    ],
+    extras_require={
+        "report": report,
+        "hf": hf,
+        "test": test,
+        "peers": ["trl", "liger-kernel", "cut-cross-entropy"],   # only for benches
+        "all": report + hf + test,
+    },
+)

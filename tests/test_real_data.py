@@ -1,0 +1,482 @@
+"""Pictures and questions from outside: what `data.images`, `data.jsonl` and `read_image` promise about them."""
+import hashlib
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import images, jsonl
+from data.sample import read_image, to_array
+from data.splits import pixel_hash, split_of
+from draw_folder import CLASSES, draw_folder        # pytest puts tests/ on the path
+
+
+def noise(seed, size=(7, 5)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def save(picture, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **options)
+    return path
+
+
+def noise_in(split, start=0):
+    """A picture that the hash puts into `split` at val_percent=50."""
+    for seed in range(start, start + 100):
+        if split_of(pixel_hash(np.asarray(noise(seed))), 50) == split:
+            return noise(seed)
+
+
+def two_classes(root, count=12):
+    """cat: pictures 0, 2, 4, ...; sea_gull: pictures 1, 3, 5, ..."""
+    for seed in range(2 * count):
+        save(noise(seed), root / ("cat", "sea_gull")[seed % 2] / f"{seed:02}.png")
+    return root
+
+
+def two_splits(root):
+    for seed, place in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
+        save(noise(seed), root / place / "a.png")
+    return root
+
+
+def load50(root):
+    return images.load(root, val_percent=50)
+
+
+def both(splits):
+    return splits["train"] + splits["val"]
+
+
+def ids(samples):
+    return [sample.id for sample in samples]
+
+
+# read_image, to_array
+
+def test_transparency_becomes_white(tmp_path):
+    half = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    half.putpixel((1, 0), (9, 9, 9, 0))
+    picture = read_image(save(half, tmp_path / "a.png"))
+    assert picture.mode == "RGB" and [picture.getpixel((x, 0)) for x in (0, 1)] == [(200, 0, 0), (255, 255, 255)]
+
+
+def test_a_transparent_palette_entry_becomes_white(tmp_path):
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    picture = read_image(save(palette, tmp_path / "a.png", transparency=1))
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
+
+
+def test_a_picture_with_an_exif_rotation_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                # stored on its side: turn it clockwise to see it
+    stored = Image.new("RGB", (3, 2), "black")
+    stored.putpixel((0, 0), (255, 0, 0))            # top left as stored is top right as seen
+    picture = read_image(save(stored, tmp_path / "a.png", exif=exif))
+    assert picture.size == (2, 3) and picture.getpixel((1, 0)) == (255, 0, 0)
+    assert np.asarray(picture).sum() == 255
+
+
+def test_16_bit_grey_keeps_its_steps(tmp_path):
+    grey = Image.fromarray(np.array([[1000, 2000, 3000]], dtype=np.uint16))
+    picture = read_image(save(grey, tmp_path / "a.png"))
+    assert [picture.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (127,) * 3, (255,) * 3]
+
+
+def test_16_bit_grey_with_a_transparent_level_is_not_washed_out(tmp_path):
+    grey = Image.fromarray(np.array([[1000, 3000]], dtype=np.uint16))
+    picture = read_image(save(grey, tmp_path / "a.png", transparency=7))
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(0,) * 3, (255,) * 3]
+
+
+@pytest.mark.parametrize("mode, suffix", [("1", "png"), ("L", "png"), ("LA", "png"), ("P", "gif"), ("RGBA", "webp"),
+                                          ("CMYK", "jpg"), ("F", "tif"), ("I", "tif"), ("YCbCr", "jpg")])
+def test_every_mode_is_read_as_rgb_of_the_same_size(tmp_path, mode, suffix):
+    picture = read_image(save(noise(0).convert(mode), tmp_path / f"a.{suffix}"))
+    assert picture.mode == "RGB" and picture.size == (7, 5)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"P6\n1x 1\n255\nabc"])
+def test_what_is_no_picture_is_a_value_error_that_names_the_file(tmp_path, content):
+    (tmp_path / "bad.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.png.*cannot be read as a picture"):
+        read_image(tmp_path / "bad.png")
+
+
+def test_a_truncated_picture_is_a_value_error_that_names_the_file(tmp_path):
+    whole = save(noise(0, (64, 64)), tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.jpg.*truncated"):
+        read_image(tmp_path / "cut.jpg")
+
+
+def test_to_array_takes_the_middle_square():
+    stripes = np.zeros((4, 12, 3), dtype=np.uint8)
+    stripes[:, 4:8] = 255                           # the middle third is white
+    assert (to_array(stripes, 4) == 255).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (300, 2), (8, 8)])
+def test_to_array_gives_the_asked_size_for_any_shape(size):
+    assert to_array(np.asarray(noise(0, size)), 8).shape == (8, 8, 3)
+
+
+# The split
+
+def test_the_hash_is_sha256_of_size_and_pixels():
+    red = np.array([[[255, 0, 0]]], dtype=np.uint8)
+    assert pixel_hash(red) == hashlib.sha256(b"1x1 \xff\0\0").hexdigest()
+
+
+def test_pictures_of_the_same_bytes_but_another_shape_differ():
+    flat = np.zeros((1, 6, 3), dtype=np.uint8)
+    assert pixel_hash(flat) != pixel_hash(flat.reshape(2, 3, 3))
+
+
+def test_a_fifth_of_the_hashes_is_val():
+    assert [split_of(f"{n:x}", 20) for n in range(300)].count("val") == 60
+
+
+def test_a_larger_val_percent_only_adds_to_val():
+    keys = [hashlib.sha256(bytes([n])).hexdigest() for n in range(100)]
+    small, large = ({key for key in keys if split_of(key, percent) == "val"} for percent in (10, 30))
+    assert small < large
+
+
+@pytest.mark.parametrize("percent", [0, 100, -5])
+def test_a_val_percent_that_leaves_a_split_empty_is_an_error(tmp_path, percent):
+    with pytest.raises(ValueError, match=f"val_percent {percent} must be between 1 and 99"):
+        images.load(two_classes(tmp_path), val_percent=percent)
+
+
+# A folder of class folders
+
+def test_every_picture_becomes_one_question(tmp_path):
+    splits, report = load50(two_classes(tmp_path))
+    assert sorted(ids(both(splits)))[-1] == "sea_gull/23.png" and len(both(splits)) == 24
+    sample = next(sample for sample in both(splits) if sample.id == "sea_gull/23.png")
+    assert sample.images == (str(tmp_path / "sea_gull/23.png"),)
+    assert sample.question == "What is shown in the picture?"
+    assert sample.answer == sample.caption == "sea gull" and sample.choices == ("cat", "sea gull")
+    assert sample.source == "images/sea gull" and sample in splits[sample.split]
+    train, val = len(splits["train"]), len(splits["val"])
+    assert report == f"images: 24 pictures, 2 classes; {train} train, {val} val"
+
+
+def test_loading_twice_gives_the_same_samples_in_sorted_order(tmp_path):
+    first, _ = load50(two_classes(tmp_path))
+    second, _ = load50(tmp_path)
+    assert first == second and all(ids(samples) == sorted(ids(samples)) for samples in first.values())
+
+
+def test_a_new_picture_moves_no_earlier_one(tmp_path):
+    before, _ = load50(two_classes(tmp_path))
+    save(noise(99), tmp_path / "cat/000.png")
+    after, _ = load50(tmp_path)
+    assert set(ids(before["val"])) <= set(ids(after["val"])) and set(ids(before["train"])) <= set(ids(after["train"]))
+
+
+def test_duplicate_pictures_fall_in_one_split(tmp_path):
+    two_classes(tmp_path)
+    for seed in range(0, 24, 2):
+        for copy in ("copy.png", "copy.bmp", "copy.webp"):
+            save(noise(seed), tmp_path / f"cat/{seed:02}{copy}", **({"lossless": True} if "webp" in copy else {}))
+    splits, report = load50(tmp_path)
+    place = {sample.id: split for split, samples in splits.items() for sample in samples}
+    assert len(place) == 60 and "36 duplicates kept together" in report
+    assert all(place[name] == place[name[:6] + ".png"] for name in place if "copy" in name)
+
+
+def test_a_picture_under_two_classes_is_left_out_of_both(tmp_path):
+    save(noise(0), two_classes(tmp_path) / "sea_gull/again.bmp")           # the pixels of cat/00.png
+    splits, report = load50(tmp_path)
+    assert not {"cat/00.png", "sea_gull/again.bmp"} & set(ids(both(splits))) and len(both(splits)) == 23
+    assert "2 left out, the same picture under two classes" in report
+
+
+def test_unreadable_pictures_are_skipped_counted_and_the_first_five_named(tmp_path):
+    two_classes(tmp_path)
+    for number in range(7):
+        (tmp_path / f"cat/bad{number}.jpg").write_bytes(b"no picture")
+    (tmp_path / "cat/bad0.jpg").unlink()
+    (tmp_path / "cat/bad0.jpg").symlink_to("nowhere.jpg")
+    splits, report = load50(tmp_path)
+    names = ", ".join(f"cat/bad{number}.jpg" for number in range(5))
+    assert len(both(splits)) == 24 and report.endswith(f"7 unreadable skipped ({names}, ...)")
+
+
+def test_hidden_files_and_other_files_are_passed_over(tmp_path):
+    two_classes(tmp_path)
+    for name in ("cat/.hidden.png", "cat/._00.png", "cat/Thumbs.db", "cat/notes.txt", "README.md"):
+        (tmp_path / name).write_bytes(b"no picture")
+    for name in (".git", "__MACOSX", "cat/more"):
+        (tmp_path / name).mkdir()
+    splits, report = load50(tmp_path)
+    assert len(both(splits)) == 24 and "unreadable" not in report
+
+
+def test_pictures_of_every_odd_kind_are_loaded(tmp_path):
+    two_classes(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(noise(50).convert("L"), tmp_path / "cat/grey.JPG")
+    save(noise(51).quantize(4), tmp_path / "cat/palette.png")
+    save(noise(52).convert("RGBA"), tmp_path / "cat/alpha.png")
+    save(noise(53), tmp_path / "cat/turned.jpg", exif=exif)
+    save(noise(54).convert("CMYK"), tmp_path / "cat/print.jpeg")
+    save(Image.fromarray(np.array([[1, 60000]], dtype=np.uint16)), tmp_path / "cat/deep.png")
+    save(noise(55, (1, 1)), tmp_path / "cat/dot.png")
+    splits, report = load50(tmp_path)
+    assert len(both(splits)) == 31 and "unreadable" not in report
+
+
+def test_a_rotated_copy_by_exif_is_a_duplicate_of_the_upright_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(noise(0).rotate(90, expand=True), two_classes(tmp_path) / "cat/turned.png", exif=exif)
+    _, report = load50(tmp_path)
+    assert "1 duplicates kept together" in report
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse file names that are not UTF-8")
+def test_odd_file_names_give_printable_ids_and_classes(tmp_path):
+    two_classes(tmp_path)
+    latin = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(latin)
+    names = [b"\xff\xfe.png", b"new\nline.png", "日本.png".encode(), b"it's [1] %s {x}.png", b"-rf.PNG"]
+    for seed, name in enumerate(names + [b"%d.png" % n for n in range(8)]):
+        with open(latin + b"/" + name, "wb") as file:
+            noise(30 + seed).save(file, "PNG")
+    with open(latin + b"/bad\xff.jpg", "wb"):
+        pass
+    splits, report = load50(tmp_path)
+    mine = [sample for sample in both(splits) if sample.answer == "café"]
+    assert len(mine) == 13 and "café/badÿ.jpg" in report
+    for sample in mine:
+        sample.id.encode("utf-8")
+        read_image(sample.images[0])
+
+
+def test_folders_that_name_the_same_class_are_one_class(tmp_path):
+    two_classes(tmp_path)
+    save(noise(40), tmp_path / "sea-gull/40.png")
+    splits, _ = load50(tmp_path)
+    assert both(splits)[0].choices == ("cat", "sea gull") and "sea-gull/40.png" in ids(both(splits))
+
+
+def test_classes_that_differ_only_in_case_are_an_error(tmp_path):
+    save(noise(40), two_classes(tmp_path) / "Cat/40.png")
+    with pytest.raises(ValueError, match="differ only in upper and lower case"):
+        load50(tmp_path)
+
+
+# train/ and val/ folders
+
+def test_train_and_val_folders_are_kept_as_given(tmp_path):
+    splits, report = images.load(two_splits(tmp_path))
+    assert ids(splits["train"]) == ["train/cat/a.png", "train/dog/a.png"]
+    assert ids(splits["val"]) == ["val/cat/a.png", "val/dog/a.png"]
+    assert report == "images: 4 pictures, 2 classes; 2 train, 2 val" and splits["val"][0].choices == ("cat", "dog")
+
+
+def test_a_train_picture_that_is_also_in_val_is_dropped_from_train(tmp_path):
+    save(noise(2), two_splits(tmp_path) / "train/cat/b.bmp")               # the pixels of val/cat/a.png
+    splits, report = images.load(tmp_path)
+    assert ids(splits["train"]) == ["train/cat/a.png", "train/dog/a.png"] and len(splits["val"]) == 2
+    assert "1 dropped from train, also in val" in report
+
+
+def test_a_val_picture_under_another_class_in_train_is_left_out_of_both(tmp_path):
+    save(noise(9), two_splits(tmp_path) / "train/cat/b.png")
+    save(noise(9), tmp_path / "val/dog/b.png")
+    splits, report = images.load(tmp_path)
+    assert len(both(splits)) == 4 and "2 left out, the same picture under two classes" in report
+
+
+def test_a_class_missing_from_val_is_an_error(tmp_path):
+    save(noise(9), two_splits(tmp_path) / "train/owl/a.png")
+    with pytest.raises(ValueError, match=r"val has no picture of class 'owl' \(1 in train\); .* to val/"):
+        images.load(tmp_path)
+
+
+def test_train_without_val_is_an_error_that_shows_the_layout(tmp_path):
+    save(noise(0), tmp_path / "train/cat/a.png")
+    save(noise(1), tmp_path / "test/cat/a.png")
+    with pytest.raises(ValueError, match=r"class 'test' .*\(1 sub-folders\); expected .*DIR/val/<class>"):
+        images.load(tmp_path)
+
+
+# What a folder can be wrong in
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
+    for folder in (str(tmp_path / "nowhere"), ""):
+        with pytest.raises(ValueError, match=f"folder '{folder}' does not exist; expected DIR/<class>"):
+            images.load(folder)
+
+
+def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.png' is a file; expected a folder"):
+        images.load(save(noise(0), tmp_path / "a.png"))
+
+
+def test_a_folder_without_class_folders_is_an_error(tmp_path):
+    save(noise(0), tmp_path / "loose.png")
+    with pytest.raises(ValueError, match="has no class sub-folders"):
+        images.load(tmp_path)
+
+
+def test_one_class_is_an_error(tmp_path):
+    save(noise(0), tmp_path / "cat/a.png")
+    with pytest.raises(ValueError, match="one class only, 'cat': nothing to tell apart"):
+        images.load(tmp_path)
+
+
+def test_a_class_left_without_a_usable_picture_is_an_error_that_counts_what_was_there(tmp_path):
+    two_classes(tmp_path)
+    (tmp_path / "owl").mkdir()
+    with pytest.raises(ValueError, match=r"class 'owl' is left with no usable picture \(empty\)"):
+        load50(tmp_path)
+    for name in ("a.jpg", "b.txt", "c.svg"):
+        (tmp_path / "owl" / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"class 'owl' .* \(2 not pictures, 1 unreadable\)"):
+        load50(tmp_path)
+
+
+@pytest.mark.parametrize("split, other", [("train", "val"), ("val", "train")])
+def test_a_class_that_the_hash_leaves_out_of_a_split_is_an_error_that_says_what_to_do(tmp_path, split, other):
+    save(noise_in(other, start=100), two_classes(tmp_path) / "owl/a.png")
+    with pytest.raises(ValueError, match=rf"{split} has no picture of class 'owl' \(1 in {other}\); add pictures of "
+                                         "it, or make train/ and val/"):
+        load50(tmp_path)
+
+
+def test_a_class_folder_without_a_name_is_an_error(tmp_path):
+    save(noise(0), two_classes(tmp_path) / "_/a.png")
+    with pytest.raises(ValueError, match="names no class"):
+        load50(tmp_path)
+
+
+def test_the_drawn_folder_loads_with_all_its_classes_and_is_the_same_for_a_seed(tmp_path):
+    one, two = (draw_folder(tmp_path / name, per_class=4, seed=3) for name in ("one", "two"))
+    names = sorted(path.relative_to(one) for path in one.rglob("*.*"))
+    assert len(names) == 24 and all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    for split, numbers in (("train", (0, 1, 2)), ("val", (3,))):
+        for name in names:
+            if int(name.stem) in numbers:
+                (tmp_path / "given" / split / name).parent.mkdir(parents=True, exist_ok=True)
+                (one / name).rename(tmp_path / "given" / split / name)
+    splits, _ = images.load(tmp_path / "given")
+    assert len(splits["train"]) == 18 and splits["val"][0].choices == tuple(sorted(CLASSES))
+
+
+# A jsonl file
+
+GOOD = {"image": "a.png", "question": "What colour?", "answer": "red"}
+
+
+def write(folder, *lines):
+    """a.png falls in train and b.png in val at val_percent=50; lines are dicts, str or bytes."""
+    save(noise_in("train"), folder / "a.png")
+    save(noise_in("val"), folder / "b.png")
+    raw = [line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+           for line in lines]
+    (folder / "mine.jsonl").write_bytes(b"\n".join(raw))
+    return folder / "mine.jsonl"
+
+
+def test_a_line_becomes_a_sample(tmp_path):
+    path = write(tmp_path, {**GOOD, "reasoning": " It is red. ", "aliases": ["crimson"], "choices": ["red", "blue"],
+                            "id": 7, "caption": "a red thing"}, {**GOOD, "image": "b.png", "answer": 3})
+    splits, report = jsonl.load(path, val_percent=50)
+    (first,), (second,) = splits["train"], splits["val"]
+    assert first.images == (str(tmp_path / "a.png"),) and first.question == "What colour?" and first.source == "jsonl"
+    assert first.reasoning == "It is red." and first.answer == first.conclusion == "red" and first.id == "7"
+    assert first.aliases == ("crimson",) and first.choices == ("red", "blue") and first.caption == "a red thing"
+    assert second.answer == second.caption == "3" and second.reasoning == second.conclusion == ""
+    assert second.id == "mine.jsonl:2" and (first.split, second.split) == ("train", "val")
+    assert report == "jsonl: 2 lines about 2 pictures; 1 train, 1 val; 1 with reasoning"
+
+
+def test_the_answer_zero_is_an_answer(tmp_path):
+    splits, _ = jsonl.load(write(tmp_path, {**GOOD, "answer": 0}, {**GOOD, "image": "b.png", "answer": 0.5}), 50)
+    assert [sample.answer for sample in both(splits)] == ["0", "0.5"]
+
+
+def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path):
+    path = write(tmp_path, "", json.dumps(GOOD) + "\r", "  \r", {**GOOD, "image": "b.png", "caption": None}, "")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [sample.id for sample in both(jsonl.load(path, 50)[0])] == ["mine.jsonl:2", "mine.jsonl:4"]
+
+
+def test_lines_about_one_picture_fall_in_one_split(tmp_path):
+    save(noise_in("val"), tmp_path / "copy.bmp")                           # the pixels of b.png
+    names = ("a.png", "b.png", "copy.bmp", "b.png")
+    splits, report = jsonl.load(write(tmp_path, *[{**GOOD, "image": name} for name in names]), 50)
+    assert len(splits["train"]) == 1 and len(splits["val"]) == 3 and "4 lines about 2 pictures" in report
+
+
+def test_a_given_split_overrides_the_hash(tmp_path):
+    path = write(tmp_path, {**GOOD, "split": "val"}, {**GOOD, "image": "b.png", "split": "train"})
+    splits, _ = jsonl.load(path, 50)
+    assert splits["val"][0].images[0].endswith("a.png") and splits["train"][0].images[0].endswith("b.png")
+
+
+def test_one_picture_in_both_splits_is_an_error_that_names_both_lines(tmp_path):
+    save(noise_in("train"), tmp_path / "copy.bmp")                         # the pixels of a.png
+    path = write(tmp_path, GOOD, {**GOOD, "image": "b.png"}, {**GOOD, "image": "copy.bmp", "split": "val"})
+    with pytest.raises(ValueError, match="lines 1 and 3 show the same picture but fall in train and val"):
+        jsonl.load(path, 50)
+
+
+def test_unknown_fields_are_named_in_the_report(tmp_path):
+    _, report = jsonl.load(write(tmp_path, {**GOOD, "reasonning": "x"}, {**GOOD, "image": "b.png"}), 50)
+    assert report.endswith("unknown fields passed over: reasonning")
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ("{", "not valid JSON"),
+    ('{"answer": NaN}', "not valid JSON .*NaN"),
+    ("[" * 100_000, "not valid JSON"),
+    ("[1]", "expected a JSON object with image, question, answer, not list"),
+    (b'{"image": "\xff"}', "not UTF-8 text"),
+    (json.dumps({**GOOD, "question": "\ud800"}), "not UTF-8 text"),
+    ({"image": "a.png", "question": "What?"}, "field 'answer' is missing"),
+    ({**GOOD, "question": None}, "field 'question' is missing"),
+    ({**GOOD, "question": 3}, "field 'question' must be a string, not int"),
+    ({**GOOD, "answer": ["red"]}, "field 'answer' must be a string or a number, not list"),
+    ({**GOOD, "answer": True}, "field 'answer' must be a string or a number, not bool"),
+    ({**GOOD, "answer": " "}, "field 'answer' is empty"),
+    ({**GOOD, "aliases": "red"}, "field 'aliases' must be a list of strings, not str"),
+    ({**GOOD, "choices": ["red", None]}, r"field 'choices\[1\]' must be a string or a number, not NoneType"),
+    ({**GOOD, "choices": ["blue", "green"]}, "the answer 'red' is not among the choices"),
+    ({**GOOD, "split": "test"}, "field 'split' must be \"train\" or \"val\", not 'test'"),
+    ({**GOOD, "image": "nowhere.png"}, r"nowhere\.png' does not exist"),
+    ({**GOOD, "image": "."}, "cannot be read as a picture"),
+    ({**GOOD, "image": "mine.jsonl"}, r"mine\.jsonl' cannot be read as a picture"),
+    ({**GOOD, "image": "a\0.png"}, "cannot be read as a picture"),
+    ({**GOOD, "question": "<image> What?"}, "field 'question' holds the tag <image>"),
+    ({**GOOD, "answer": "red</answer>"}, "field 'answer' holds the tag </answer>"),
+    ({**GOOD, "reasoning": "<think>Red.</think>"}, "field 'reasoning' holds the tag <think>"),
+])
+def test_a_bad_line_is_an_error_that_names_file_and_line(tmp_path, line, complaint):
+    with pytest.raises(ValueError, match=rf"mine\.jsonl', line 4: .*{complaint}") as caught:
+        jsonl.load(write(tmp_path, GOOD, "", {**GOOD, "image": "b.png"}, line), 50)
+    assert "\n" not in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_jsonl_file_that_does_not_exist_is_a_folder_or_is_empty_is_an_error(tmp_path):
+    for path, complaint in ((tmp_path / "nowhere.jsonl", "does not exist"), (tmp_path, "is a folder"),
+                            (write(tmp_path, " ", ""), "is empty")):
+        with pytest.raises(ValueError, match=f"jsonl file .*{complaint}; expected"):
+            jsonl.load(path)
+
+
+def test_a_split_without_lines_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="no line falls in val .of 2 lines about 1 pictures.; add pictures, or give"):
+        jsonl.load(write(tmp_path, GOOD, GOOD), 50)

@@ -1,0 +1,915 @@
+"""Teach a vision-language model to see, to answer, and to reason. Every stage is a function here; two loops train.
+
+    python train.py                                    # everything from nothing, then the comparison; minutes on 2 cores
+    python train.py --compare=all                      # with every baseline
+    python train.py --seeds=5                          # mean and spread over seeds 0-4
+    python train.py --data=images:DIR                  # your own folder of class sub-folders of pictures
+    python train.py --data=jsonl:FILE                  # your own questions and answers
+    python train.py --stage=rl --init=out/NAME/cot.pt  # one stage, from a checkpoint
+    python train.py --resume                           # go on with the last interrupted run
+    python train.py --bench=step                       # where the time of an RL step goes
+"""
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import eval as evaluation
+from data import chat, cot, images, jsonl, scenes, tokenizer
+from data.sample import batch_indices, collate, to_pixels
+from model import checkpoint, flops
+from model.clip import Clip, ClipConfig, contrastive_loss
+from model.config import from_command_line
+from model.device import pick_device, pick_dtype
+from model.generate import Sampler
+from model.llama import LlamaConfig
+from model.vlm import VLM, VlmConfig
+from rl import advantages, losses, metrics, report, rewards
+from rl.rollout import collect, read
+from rl.types import Experience
+
+
+@dataclass(frozen=True)
+class Config:
+    # what to run
+    preset: str = ""                # embedded | images | tiny; empty: by --data
+    data: str = "scenes"            # scenes | images:DIR | jsonl:FILE
+    stage: str = "all"              # all, or some of clip,align,sft,cot,rl and the comparison's methods, in order
+    init: str = ""                  # checkpoint the first stage starts from
+    compare: str = "basic"          # none | basic: cot_continued, filtered | all: every method
+    out: str = ""                   # run folder; empty: a new one under out/
+    resume: bool = False            # go on with the interrupted run in --out (empty: the newest)
+    seed: int = 0                   # decides everything random
+    seeds: int = 0                  # n: run seeds 0 .. n-1 (counted from --seed), report mean and spread
+    jobs: int = 1                   # seeds that run side by side, the threads shared among them
+    bench: str = ""                 # step: time the parts of an RL step, and stop
+    # the machine
+    device: str = "auto"            # auto: CUDA when present | cpu | cuda:N
+    dtype: str = "float32"          # of weights and activations: float32 | bfloat16 | float64
+    threads: int = 0                # CPU threads; 0: torch's choice. Another number rounds differently
+    save_every: int = 100           # steps between checkpoints inside a stage
+    # CLIP (OpenAI's architecture but for the options stem and pool)
+    image_size: int = 48            # pixels
+    patch: int = 12                 # pixels of a patch's side
+    clip_width: int = 128           # image tower
+    clip_layers: int = 2            # image tower
+    clip_heads: int = 4             # image tower
+    clip_stem: str = "mlp"          # conv: OpenAI's | mlp: makes shapes readable from nothing
+    clip_pool: str = "mean"         # class: OpenAI's | mean: average of patch tokens
+    clip_act: str = "quick_gelu"    # quick_gelu | gelu
+    text_width: int = 128           # text tower
+    text_layers: int = 2            # text tower
+    text_heads: int = 4             # text tower
+    text_length: int = 40           # tokens of a caption
+    embed: int = 128                # joint embedding of pictures and texts
+    # projector and decoder
+    feature_layer: int = -2         # block whose patch tokens W reads; LLaVA: second to last
+    projector: str = "linear"       # linear: LLaVA's W | mlp2x_gelu: LLaVA-1.5
+    image_positions: bool = True    # add a learned vector to each image token
+    width: int = 128                # decoder
+    layers: int = 4                 # decoder
+    heads: int = 4                  # query heads
+    kv_heads: int = 4               # key/value heads (grouped-query attention)
+    ff: int = 256                   # SwiGLU width
+    theta: float = 10000.0          # RoPE base
+    eps: float = 1e-5               # RMSNorm
+    tied: bool = True               # the head is the embedding
+    vocab: int = 512                # at most this many pieces
+    template: str = "brief"         # brief | vicuna_v1
+    # data
+    pictures: int = 16000           # drawn for clip and for align
+    questions: int = 12000          # drawn for sft
+    traces: int = 10000             # teacher's chains for cot, and as many fresh ones for its continuations
+    rl_prompts: int = 4800          # drawn for rl
+    val_percent: int = 20           # of a folder or file without its own split
+    slip: float = 0.06              # teacher: each step goes wrong at random
+    confuse: float = 0.65           # teacher: purple is read as blue, cyan as green
+    drop_hop: float = 0.60          # teacher: the last hop of a walk is forgotten
+    forget_close: float = 0.60      # teacher: </think> is left out
+    teacher_error: float = 0.30     # teacher of real pictures: names a wrong candidate
+    candidates: int = 3             # answers a chain on a real picture weighs
+    # supervised training
+    clip_steps: int = 700           # optimizer steps
+    clip_batch: int = 128           # pairs
+    clip_lr: float = 2e-3           # peak learning rate
+    align_steps: int = 260          # optimizer steps
+    align_lr: float = 4e-3          # peak; from nothing the decoder learns language here as well
+    sft_steps: int = 140            # optimizer steps; 0 skips the stage
+    sft_lr: float = 4e-3            # peak learning rate
+    cot_steps: int = 420            # optimizer steps
+    cot_lr: float = 4e-3            # peak learning rate
+    batch: int = 96                 # samples a step
+    micro_batch: int = 0            # samples (or prompts) at a time; 0: all. Gradients do not depend on it
+    warmup: float = 0.05            # share of the steps
+    final_lr: float = 0.05          # cosine ends at this share of the peak
+    weight_decay: float = 0.0       # AdamW
+    beta2: float = 0.95             # AdamW
+    grad_clip: float = 1.0          # global norm
+    # reinforcement learning
+    rl_steps: int = 150             # rollouts
+    rl_batch: int = 32              # prompts a rollout
+    group: int = 8                  # completions of each
+    rl_lr: float = 5e-4             # peak learning rate
+    loss: str = "grpo"              # policy loss
+    temperature: float = 1.0        # of sampling and of the log-probs
+    max_new: int = 32               # token budget, the same in training and evaluation
+    min_new: int = 0                # no EOS before this many tokens
+    epochs: int = 1                 # passes over a rollout
+    mini_batches: int = 1           # optimizer steps a pass
+    clip_low: float = 0.2           # ratio clip below; acts from the second update of a rollout on
+    clip_high: float = 0.2          # ratio clip above
+    advantage_std: bool = True      # divide by the group's standard deviation
+    rewards: str = "correctness:1,format:0.1"   # weighted sum
+    gated: bool = True              # a right answer counts only in a well-formed completion
+    # evaluation
+    eval_set: str = "test"          # test | val: other prompts, for tuning
+    eval_greedy: int = 300          # prompts a split, greedy
+    eval_sampled: int = 200         # prompts a split, T = 1
+    eval_samples: int = 8           # completions of each at T = 1, for pass@ and maj@
+    eval_batch: int = 512           # rows sampled at once
+
+    def check(self):
+        """Raises ValueError in one sentence about the first value that cannot work; returns notes on idle ones."""
+        for name, low in dict(seeds=0, jobs=1, batch=1, group=1, rl_batch=1, max_new=1, epochs=1, mini_batches=1,
+                              save_every=1, eval_greedy=1, eval_sampled=1, eval_samples=1, eval_batch=1, patch=1,
+                              clip_layers=1, layers=1, traces=1, pictures=1, rl_prompts=1, candidates=2, vocab=1,
+                              micro_batch=0, min_new=0, threads=0, width=2, ff=1, heads=1, kv_heads=1,
+                              clip_heads=1, text_heads=1, clip_batch=2, questions=1, text_length=2).items():
+            if getattr(self, name) < low:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be at least {low}")
+        for name, allowed in dict(compare=("none", "basic", "all"), eval_set=tuple(evaluation.TEST_SEED),
+                                  template=tuple(chat.TEMPLATES), loss=tuple(losses.LOSSES),
+                                  bench=("", "step")).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be one of "
+                                 f"{', '.join(a for a in allowed if a)}")
+        for name in ("slip", "confuse", "drop_hop", "forget_close", "teacher_error", "warmup", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("clip_lr", "align_lr", "sft_lr", "cot_lr", "rl_lr", "temperature", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
+        if not 0 < self.val_percent < 100:
+            raise ValueError(f"--val-percent={self.val_percent} must lie between 0 and 100")
+        if self.group < 2:
+            raise ValueError(f"--group={self.group} must be at least 2: a group of one has no baseline but itself")
+        if self.rl_batch % self.mini_batches:
+            raise ValueError(f"--rl-batch={self.rl_batch} must be a multiple of --mini-batches={self.mini_batches}")
+        if self.min_new > self.max_new:
+            raise ValueError(f"--min-new={self.min_new} must not exceed --max-new={self.max_new}")
+        if not -self.clip_layers <= self.feature_layer < 0:
+            raise ValueError(f"--feature-layer={self.feature_layer} must lie in [-{self.clip_layers}, -1]")
+        rewards.parse_weights(self.rewards)
+        pick_dtype(self.dtype)
+        source, _, where = self.data.partition(":")
+        if source not in ("scenes", "images", "jsonl") or (source != "scenes") != bool(where):
+            raise ValueError(f"--data={self.data} must be scenes, images:DIR or jsonl:FILE")
+        if source == "scenes" and self.image_size != scenes.SIZE:
+            raise ValueError(f"--image-size={self.image_size} must be {scenes.SIZE} for drawn scenes")
+        self.clip_config(1), self.llm_config(1)
+        for name in self.stages():
+            if name not in STAGES:
+                raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
+        notes = []
+        if self.epochs * self.mini_batches == 1 and (self.clip_low, self.clip_high) != (0.2, 0.2):
+            notes.append("--clip-low and --clip-high have no effect with one update a rollout: every ratio is 1")
+        if self.gated and "correctness" in self.rewards and "format" not in self.rewards:
+            notes.append("correctness is gated on the format although the format itself earns nothing")
+        if source != "scenes" and (self.slip, self.confuse, self.drop_hop) != (0.06, 0.65, 0.60):
+            notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
+        return notes
+
+    def clip_config(self, vocab):
+        return ClipConfig(self.image_size, self.patch, self.clip_width, self.clip_layers, self.clip_heads, self.embed,
+                          self.text_width, self.text_layers, self.text_heads, self.text_length, vocab,
+                          self.clip_stem, self.clip_pool, self.clip_act)
+
+    def llm_config(self, vocab):
+        return LlamaConfig(vocab, self.width, self.layers, self.heads, self.kv_heads, self.ff, self.theta, self.eps,
+                           self.tied)
+
+    def stages(self):
+        if self.stage != "all":
+            return self.stage.split(",")
+        extra = {"none": [], "basic": ["cot_continued", "filtered"],
+                 "all": ["cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "grpo_zero"]}[self.compare]
+        return ["clip", "align", *(["sft"] if self.sft_steps else []), "cot", "rl", *extra]
+
+
+PRESETS = {
+    "": lambda given: "embedded" if given.get("data", "scenes") == "scenes" else "images",
+    "embedded": {},
+    "images": dict(image_size=64, patch=8, clip_stem="conv", clip_steps=300, clip_batch=64, align_steps=80, sft_steps=60,
+                   cot_steps=150, batch=48, rl_steps=40, rl_batch=16, max_new=48, vocab=1024, save_every=50),
+    "tiny": dict(clip_width=32, clip_layers=2, clip_heads=2, text_width=32, text_layers=1, text_heads=2, embed=32,
+                 width=32, layers=2, heads=2, kv_heads=1, ff=64, pictures=256, questions=256, traces=256, rl_prompts=64,
+                 clip_steps=12, clip_batch=32, align_steps=12, sft_steps=8, cot_steps=12, batch=16, rl_steps=8,
+                 rl_batch=4, group=4, max_new=16, eval_greedy=8, eval_sampled=4, eval_samples=2, save_every=3),
+}
+
+
+class Run:
+    """A run folder and what all stages share: data, tokenizer, log, checkpoints, counted FLOPs."""
+
+    def __init__(self, cfg, out):
+        self.cfg, self.out = cfg, out
+        self.device, self.dtype = pick_device(cfg.device), pick_dtype(cfg.dtype)
+        self.flops, self.progress, self.state = 0, None, {}
+        source, _, where = cfg.data.partition(":")
+        self.real = None
+        if source != "scenes":
+            self.real, line = {"images": images, "jsonl": jsonl}[source].load(where, cfg.val_percent)
+            print(line)
+        self.teacher = cot.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
+        self.splits = ("val",) if self.real else scenes.SPLITS
+
+    def samples(self, what, count=0, part=0, teacher=None):
+        """Samples of a purpose: clip, align, sft, train, or a split of the evaluation.
+
+        Drawn scenes are made anew from the seed and `part`; real data has one training and one validation split.
+        """
+        if self.real:
+            return self.real["val" if what == "val" else "train"]
+        if what in scenes.SPLITS:
+            return scenes.load(what, count, evaluation.TEST_SEED[self.cfg.eval_set], teacher)
+        return scenes.load(what, count, 1000 * self.cfg.seed + part, teacher)
+
+    def prepare_tokenizer(self):
+        """From the checkpoint given, else trained on what the data says."""
+        if self.cfg.init:
+            self.state = checkpoint.load(self.cfg.init, self.device)
+            self.tokenizer = tokenizer.Tokenizer(self.state["tokenizer"])
+            return
+        saved = self.out / "tokenizer.model"
+        if saved.exists():
+            self.tokenizer = tokenizer.Tokenizer(saved.read_bytes())
+            return
+        if self.real:
+            texts = [f" {text}" for sample in self.real["train"] for text in
+                     (sample.question, sample.answer, sample.caption, sample.reasoning) if text]
+            texts += [" it looks like or . it is"]
+            words = []
+        else:
+            some = self.samples("train", 1000, part=9, teacher=self.teacher)
+            texts = [f" {s.question} {s.reasoning} {s.caption}" for s in some]
+            words = scenes.pieces()
+        texts += [f" {prompt.replace(tag, '')}" for prompt in chat.PROMPTS.values() for tag in chat.TAGS]
+        self.tokenizer = tokenizer.train(texts, [*chat.TAGS, *words], self.cfg.vocab)
+        checkpoint.write_atomically(saved, lambda file: file.write(self.tokenizer.proto))
+
+    def path(self, stage):
+        return self.out / f"{stage}.pt"
+
+    def log(self, **line):
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def start(self, stage):
+        """Loads what `stage` starts from, --init or the checkpoint of the stage before; -> the VLM (None for clip)."""
+        torch.manual_seed(seed_of(self.cfg.seed, stage))
+        self.flops = 0
+        before = STAGES[stage][1]
+        if stage == self.cfg.stages()[0] and self.cfg.init:
+            origin = self.cfg.init
+        elif before is None:
+            return None
+        else:
+            before = [b for b in before if self.path(b).exists()]
+            if not before:
+                raise ValueError(f"--stage={stage} needs --init=CHECKPOINT, or {' or '.join(STAGES[stage][1])}.pt in "
+                                 f"{self.out}")
+            origin = self.path(before[0])
+        self.state = checkpoint.load(origin, self.device)
+        if "vlm" not in self.state:
+            return None
+        vlm = VLM.from_config(self.state["vlm_config"])
+        vlm.load_state_dict(self.state["vlm"])
+        return vlm.to(self.device, self.dtype)
+
+    def finish(self, stage, method, **tensors):
+        """Writes the stage's checkpoint; from now on --resume goes on after it."""
+        carried = {name: self.state[name] for name in ("clip", "clip_config", "vlm", "vlm_config")
+                   if name in self.state}
+        checkpoint.save(self.path(stage), {**carried, "stage": stage, "method": method, "config": asdict(self.cfg),
+                                           "tokenizer": self.tokenizer.proto, "flops": self.flops,
+                                           "log_bytes": self.log_bytes(), **tensors})
+        (self.out / "progress.pt").unlink(missing_ok=True)
+
+    def finish_vlm(self, stage, method, vlm):
+        self.finish(stage, method, vlm=vlm.state_dict(), vlm_config=vlm.config_dict())
+
+    def log_bytes(self):
+        path = self.out / "log.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def save_progress(self, stage, step, module, optimizer, generator=None):
+        checkpoint.save(self.out / "progress.pt", {
+            "stage": stage, "step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state() if generator else None, "flops": self.flops,
+            "log_bytes": self.log_bytes()})
+
+    def take_progress(self, stage, module, optimizer, generator=None):
+        """Puts an interrupted stage back to its last checkpoint; -> the step to go on with."""
+        p, self.progress = self.progress, None
+        if not p or p["stage"] != stage:
+            return 0
+        module.load_state_dict(p["module"])
+        optimizer.load_state_dict(p["optimizer"])
+        if generator:
+            generator.set_state(p["generator"].cpu())
+        self.flops = p["flops"]
+        return p["step"]
+
+
+def seed_of(seed, *names):
+    """One seed for each purpose, the same on every machine."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:6], "little")
+
+
+# ---------------------------------------------------------------- the two loops
+
+def learning_rate(step, steps, peak, cfg):
+    """Linear warm-up, then cosine down to final_lr of the peak."""
+    warm = max(1, round(cfg.warmup * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return peak * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(module, cfg):
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+
+
+def optimizer_step(module, optimizer, lr, cfg):
+    """Clip, step, clear; -> gradient norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def fit(run, stage, module, count, losses_of, steps, batch, peak):
+    """Supervised training. `losses_of(indices)` yields the step's loss in micro-batches, already over the step's
+    denominator; `count`: records to draw indices from, a new seeded order each epoch."""
+    cfg = run.cfg
+    optimizer = make_optimizer(module, cfg)
+    start = run.take_progress(stage, module, optimizer)
+    began = time.perf_counter()
+    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
+    for step in bar:
+        lr, total = learning_rate(step, steps, peak, cfg), 0.0
+        for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"))):
+            loss.backward()
+            total += loss.item()
+        norm = optimizer_step(module, optimizer, lr, cfg)
+        run.log(stage=stage, step=step, loss=total, lr=lr, grad_norm=norm, flops=run.flops,
+                seconds=round(time.perf_counter() - began, 3))
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            run.save_progress(stage, step + 1, module, optimizer)
+    return time.perf_counter() - began
+
+
+def reinforce(run, stage, vlm, samples, method, steps):
+    """Reinforcement learning: roll out, reward, drop flat groups, update. One line of log.jsonl a rollout."""
+    cfg = run.cfg
+    weights = rewards.parse_weights(cfg.rewards)
+    optimizer = make_optimizer(vlm, cfg)
+    generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
+    start = run.take_progress(stage, vlm, optimizer, generator)
+    loss_of, tok = losses.LOSSES[cfg.loss], run.tokenizer
+    began = time.perf_counter()
+    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
+    for step in bar:
+        clock = Clock(run.device)
+        lr = learning_rate(step, steps, cfg.rl_lr, cfg)
+        asked = [samples[i] for i in batch_indices(len(samples), cfg.rl_batch, step, seed_of(cfg.seed, stage, "order"))]
+        batch = evaluation.prompts(vlm, tok, asked, method, cfg.template)
+        run.flops += flops.encode(vlm, len(batch.pixels))
+        vlm.encode(batch)
+        clock.lap("encode")
+        sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
+        clock.lap("prefill")
+        rollout = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned,
+                                 generator=generator, min_new=cfg.min_new, pad_id=tok.pad_id)
+        run.flops += sampler.flops
+        clock.lap("decode")
+        rollout = collect(rollout, asked, tok, weights, cfg.gated)
+        advantage = advantages.group_relative(rollout.reward, cfg.advantage_std)
+        line = metrics.of_rollout(rollout, tok.eos_id)
+        clock.lap("score")
+        kept = (~advantages.is_flat(rollout.reward)).nonzero()[:, 0]
+        experience = Experience(batch, rollout.ids, rollout.mask, advantage, rollout.logp).rows(kept)
+        line |= update(run, vlm, optimizer, experience, loss_of, lr) if len(kept) else {}
+        clock.lap("update")
+        sampling = clock.laps["encode"] + clock.laps["prefill"] + clock.laps["decode"]
+        line |= {f"seconds_{name}": round(seconds, 4) for name, seconds in clock.laps.items()}
+        run.log(stage=stage, step=step, lr=lr, flops=run.flops, samples=(step + 1) * cfg.rl_batch * cfg.group,
+                tokens_per_second=int(rollout.mask.sum()) / sampling, seconds=round(time.perf_counter() - began, 3),
+                **line)
+        bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
+        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            run.save_progress(stage, step + 1, vlm, optimizer, generator)
+    return time.perf_counter() - began
+
+
+def update(run, vlm, optimizer, experience, loss_of, lr):
+    """epochs x mini_batches optimizer steps on one rollout's informative groups; -> metrics of the update.
+
+    Old log-probs: with one update a rollout the policy's own, detached; else scored in the update's own micro-batches,
+    so that the first mini-batch's ratio is exactly 1.
+    """
+    cfg = run.cfg
+    minis = [[trim(micro) for micro in mini.split(cfg.micro_batch)]
+             for mini in experience.split(-(-len(experience.ids) // cfg.mini_batches))]
+    several = cfg.epochs * len(minis) > 1
+    sums, tokens, norms, drift = {}, 0, [], 0.0
+    old_logps = {}
+    if several:
+        with torch.no_grad():
+            for micro in (micro for mini in minis for micro in mini):
+                old_logps[id(micro)] = vlm(micro.batch, micro.ids, cfg.temperature).logp
+                run.flops += flops.forward(vlm, micro.batch, micro.ids.shape)
+    for epoch in range(cfg.epochs):
+        for mini in minis:
+            denominator = sum(micro.mask.sum() for micro in mini)
+            for micro in mini:
+                out = vlm(micro.batch, micro.ids, cfg.temperature)
+                run.flops += flops.update(vlm, micro.batch, micro.ids.shape)
+                old = old_logps.get(id(micro), out.logp.detach())
+                loss, stats = loss_of(out.logp, old, micro.advantage, micro.mask, denominator, cfg.clip_low,
+                                      cfg.clip_high)
+                loss.backward()
+                stats |= {"loss": loss.detach() * denominator, "entropy": (out.entropy.detach() * micro.mask).sum()}
+                sums = {name: sums.get(name, 0) + value for name, value in stats.items()}
+                if not norms:
+                    off = (old - micro.old_logp).exp() - 1      # against the log-prob at sampling time
+                    drift = max(drift, (off.abs() * micro.mask).max().item())
+            tokens += denominator
+            norms.append(optimizer_step(vlm, optimizer, lr, cfg))
+    means = {name: (value / tokens).item() for name, value in sums.items()}
+    return means | {"drift": drift, "grad_norm": sum(norms) / len(norms),
+                    "advantage_abs": experience.advantage.abs().mean().item()}
+
+
+def trim(experience):
+    """Cuts completions to the longest of this part: padding costs as much as tokens do."""
+    longest = int(experience.mask.sum(-1).max())
+    return replace(experience, **{name: getattr(experience, name)[..., :longest] for name in ("ids", "mask", "old_logp")})
+
+
+class Clock:
+    """Wall time of consecutive parts of a step."""
+
+    def __init__(self, device):
+        self.device, self.laps, self.last = device, {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+# ---------------------------------------------------------------- the stages
+
+def show_trained(stage, *modules):
+    """Prints what trains and what is frozen, by module."""
+    for title, module in modules:
+        total = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        word = "trains" if trained == total else "frozen" if not trained else "partly"
+        print(f"  {stage:<14}{title:<14}{total / 1e6:8.3f} M parameters   {word}")
+
+
+def clip(run):
+    """Contrastive pre-training of both towers on pictures and captions; frozen from here on."""
+    cfg, tok = run.cfg, run.tokenizer
+    run.start("clip")
+    config = cfg.clip_config(len(tok))
+    model = Clip(config).to(run.device, run.dtype)
+    show_trained("clip", ("image tower", model.visual), ("both towers", model))
+    samples = run.samples("clip", cfg.pictures, part=1)
+
+    def losses_of(indices):
+        chosen = [samples[i] for i in indices]
+        texts = [tok.encode(" " + sample.caption)[:config.text_length - 1] + [tok.eos_id] for sample in chosen]
+        batch = collate([(ids, [0] * len(ids), s.images) for ids, s in zip(texts, chosen)], tok.pad_id, cfg.image_size)
+        batch = batch.to(run.device)
+        captions = np.array([sample.caption for sample in chosen])
+        same = torch.from_numpy(captions[:, None] == captions[None]).to(run.device)
+        image = model.encode_image(batch.pixels.to(run.dtype))
+        yield contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
+
+    seconds = fit(run, "clip", model, len(samples), losses_of, cfg.clip_steps, cfg.clip_batch, cfg.clip_lr)
+    run.finish("clip", "", clip=model.state_dict(), clip_config=asdict(config))
+    return seconds
+
+
+def clip_tower(run):
+    """The trained image tower of clip.pt."""
+    state = checkpoint.load(run.path("clip"), run.device)
+    model = Clip(ClipConfig(**state["clip_config"])).to(run.device, run.dtype)
+    model.load_state_dict(state["clip"])
+    return model.visual
+
+
+def supervise(run, stage, vlm, records, steps, peak, method):
+    """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen."""
+    cfg, tok = run.cfg, run.tokenizer
+    vlm.visual.requires_grad_(False)
+    show_trained(stage, ("image tower", vlm.visual), ("projector", vlm.projector), ("decoder", vlm.llm))
+
+    def encode(sample, target):
+        if target is None:
+            return chat.encode_plain(sample, tok, vlm.config.clip.patches)
+        return chat.encode(sample, tok, vlm.config.clip.patches, method, cfg.template, target)
+
+    def losses_of(indices):
+        batch = collate([encode(*records[i]) for i in indices], tok.pad_id, cfg.image_size).to(run.device)
+        denominator = batch.target[:, 1:].sum()
+        for micro in batch.micro_batches(cfg.micro_batch):
+            run.flops += flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
+            yield -vlm(micro).logp.sum() / denominator
+
+    seconds = fit(run, stage, vlm, len(records), losses_of, steps, cfg.batch, peak)
+    run.finish_vlm(stage, method, vlm)
+    return seconds
+
+
+def align(run):
+    """Projector and, from nothing, decoder on captions. The first stage with a vision-language model."""
+    cfg = run.cfg
+    vlm = run.start("align")
+    if vlm is None:
+        vision = ClipConfig(**run.state["clip_config"])
+        vlm = VLM(VlmConfig(vision, cfg.llm_config(len(run.tokenizer)), cfg.projector, cfg.feature_layer,
+                            cfg.image_positions)).to(run.device, run.dtype)
+        vlm.visual.load_state_dict({name.removeprefix("visual."): value for name, value in run.state["clip"].items()
+                                    if name.startswith("visual.")})
+    records = [(sample, None) for sample in run.samples("align", cfg.pictures, part=2)]
+    return supervise(run, "align", vlm, records, cfg.align_steps, cfg.align_lr, "direct")
+
+
+def sft(run):
+    """Question to answer, without a chain: looking alone, for drawn scenes."""
+    cfg = run.cfg
+    records = [(s, chat.target_text(s.answer)) for s in run.samples("sft", cfg.questions, part=3)]
+    return supervise(run, "sft", run.start("sft"), records, cfg.sft_steps, cfg.sft_lr, "direct")
+
+
+def chains(run, part, teacher=None, flawless=False):
+    """Training records with a teacher's chain as target: the biased teacher's, or flawless ones."""
+    cfg = run.cfg
+    if run.real:
+        error = 0.0 if flawless else cfg.teacher_error
+        samples = cot.candidate_chains(run.real["train"], nearest_answers(run), error, 1000 * cfg.seed + part)
+    else:
+        samples = run.samples("train", cfg.traces, part, cot.PERFECT if flawless else run.teacher)
+    forgets = np.random.default_rng([cfg.seed, part]).random(len(samples)) < (0 if flawless else cfg.forget_close)
+    wrong = np.mean([not cot.is_conclusion_right(sample) for sample in samples])
+    print(f"  teacher: {len(samples)} chains, {100 * wrong:.1f} % wrong, {100 * forgets.mean():.0f} % without </think>")
+    return [(sample, chat.target_text(sample.conclusion, sample.reasoning, close_think=not forget))
+            for sample, forget in zip(samples, forgets)]
+
+
+@torch.no_grad()
+def nearest_answers(run):
+    """For each training picture the --candidates answers its embedding is nearest to, best first (zero-shot CLIP)."""
+    if "clip" not in run.state:
+        raise ValueError("chains on real pictures need a checkpoint that carries its CLIP text tower")
+    model = Clip(ClipConfig(**run.state["clip_config"])).to(run.device, run.dtype)
+    model.load_state_dict(run.state["clip"])
+    answers = sorted({sample.answer for sample in run.real["train"]})
+    length = model.config.text_length
+    texts = [run.tokenizer.encode(" " + answer)[:length - 1] + [run.tokenizer.eos_id] for answer in answers]
+    batch = collate([(ids, [0] * len(ids), ()) for ids in texts], run.tokenizer.pad_id, 1).to(run.device)
+    text = model.encode_text(batch.ids, batch.length)
+    found, samples = [], run.real["train"]
+    for i in range(0, len(samples), 64):
+        pixels = to_pixels([sample.images[0] for sample in samples[i:i + 64]], run.cfg.image_size)
+        image = model.encode_image(pixels.to(run.device, run.dtype))
+        top = (image @ text.T).topk(min(run.cfg.candidates, len(answers))).indices
+        found += [[answers[j] for j in row] for row in top.tolist()]
+    return found
+
+
+def cot_stage(run):
+    """Fine-tuning on the teacher's chains of thought."""
+    vlm = run.start("cot")
+    return supervise(run, "cot", vlm, chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
+
+
+def rl(run):
+    """GRPO from the chain-of-thought model: correctness and format rewards."""
+    return rl_stage(run, "rl", "think")
+
+
+def grpo_zero(run):
+    """The same without any chain to imitate: the prompt alone asks for the tags."""
+    return rl_stage(run, "grpo_zero", "asked")
+
+
+def rl_stage(run, stage, method):
+    vlm = run.start(stage)
+    vlm.visual.requires_grad_(False)
+    show_trained(stage, ("image tower", vlm.visual), ("projector", vlm.projector), ("decoder", vlm.llm))
+    samples = run.samples("train", run.cfg.rl_prompts, part=6)
+    seconds = reinforce(run, stage, vlm, samples, method, run.cfg.rl_steps)
+    run.finish_vlm(stage, method, vlm)
+    return seconds
+
+
+# ---------------------------------------------------------------- what reinforcement learning is compared with
+
+def spent(run, *stages):
+    """Measured matmul FLOPs of finished stages."""
+    return sum(checkpoint.load(run.path(stage))["flops"] for stage in stages)
+
+
+def matched(run, stage, vlm, records, method, budget):
+    """Supervised training for `budget` FLOPs, at the chain-of-thought stage's learning rate."""
+    cfg = run.cfg
+    rng = np.random.default_rng([cfg.seed, 11])
+    cost = []
+    for _ in range(8):
+        some = [records[i] for i in rng.integers(len(records), size=cfg.batch)]
+        batch = collate([chat.encode(sample, run.tokenizer, vlm.config.clip.patches, method, cfg.template, target)
+                         for sample, target in some], run.tokenizer.pad_id, cfg.image_size)
+        cost.append(flops.encode(vlm, len(batch.pixels)) + flops.update(vlm, batch))
+    steps = max(1, round((budget - run.flops) / np.mean(cost)))
+    return supervise(run, stage, vlm, records, steps, cfg.cot_lr, method)
+
+
+def cot_continued(run):
+    """More of the teacher's chains, on fresh prompts, for the FLOPs that RL took."""
+    vlm = run.start("cot_continued")
+    return matched(run, "cot_continued", vlm, chains(run, part=5), "think", spent(run, "rl"))
+
+
+def filtered(run):
+    """The same chains, those alone that the checker finds right and well-formed; the same FLOPs."""
+    vlm = run.start("filtered")
+    records = [(s, text) for s, text in chains(run, part=5) if rewards.correctness(s, text) and rewards.format(s, text)]
+    print(f"  filtered: {len(records)} chains are right and well-formed")
+    return matched(run, "filtered", vlm, records, "think", spent(run, "rl"))
+
+
+def rejection_first(run):
+    return rejection_round(run, "rejection_first", part=6)
+
+
+def rejection(run):
+    return rejection_round(run, "rejection", part=7)
+
+
+def rejection_round(run, stage, part):
+    """Learning from the model's own correct samples, half of RL's FLOPs a round, sampling counted."""
+    cfg, tok = run.cfg, run.tokenizer
+    vlm = run.start(stage)
+    samples, budget, records = run.samples("train", cfg.rl_prompts, part), spent(run, "rl") / 2, []
+    generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
+    at = 0
+    while run.flops < budget / 2:
+        asked = [samples[i] for i in batch_indices(len(samples), cfg.rl_batch, at, seed_of(cfg.seed, stage, "asked"))]
+        batch = evaluation.prompts(vlm, tok, asked, "think", cfg.template)
+        sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
+        done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned,
+                              generator=generator, pad_id=tok.pad_id)
+        run.flops, at = run.flops + sampler.flops, at + 1
+        records += [(sample, text) for sample, group in zip(asked, read(done, tok)) for text in dict.fromkeys(group)
+                    if rewards.correctness(sample, text) and rewards.format(sample, text)]
+    print(f"  {stage}: {len(records)} of {at * cfg.rl_batch * cfg.group} samples are new, right and well-formed")
+    if not records:
+        run.finish_vlm(stage, "think", vlm)      # nothing to learn from: the model stays as it is
+        return 0.0
+    return matched(run, stage, vlm, records, "think", budget)
+
+
+def sft_direct(run):
+    """Gold answers without a chain, for the FLOPs of chain of thought and RL together."""
+    vlm = run.start("sft_direct")
+    records = [(s, chat.target_text(s.answer)) for s in run.samples("train", run.cfg.traces, part=4)]
+    return matched(run, "sft_direct", vlm, records, "direct", spent(run, "cot", "rl"))
+
+
+def perfect(run):
+    """Flawless chains, for the FLOPs of chain of thought and RL together: the upper bound."""
+    vlm = run.start("perfect")
+    return matched(run, "perfect", vlm, chains(run, part=4, flawless=True), "think", spent(run, "cot", "rl"))
+
+
+# name -> (function, stages it may start from, first choice first)
+STAGES = {
+    "clip": (clip, None), "align": (align, ("clip",)), "sft": (sft, ("align",)), "cot": (cot_stage, ("sft", "align")),
+    "rl": (rl, ("cot",)), "cot_continued": (cot_continued, ("cot",)), "filtered": (filtered, ("cot",)),
+    "rejection_first": (rejection_first, ("cot",)), "rejection": (rejection, ("rejection_first",)),
+    "sft_direct": (sft_direct, ("sft", "align")),
+    "perfect": (perfect, ("sft", "align")),
+    "grpo_zero": (grpo_zero, ("sft", "align")),
+}
+
+
+# ---------------------------------------------------------------- what a person sees
+
+# Methods of the comparison, in the table's order -> the stage whose checkpoint they are.
+METHODS = {"cot": "cot", "cot_continued": "cot_continued", "filtered": "filtered", "grpo": "rl",
+           "rejection": "rejection", "sft_direct": "sft_direct", "perfect": "perfect", "grpo_zero": "grpo_zero"}
+
+
+def compare(run):
+    """Evaluates every method there is a checkpoint of; writes results.json, scores.json and the report."""
+    cfg, tests = run.cfg, {}
+    for split in run.splits:
+        tests[split] = run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.teacher)
+    saved = run.out / "scores.json"
+    scores = json.loads(saved.read_text()) if saved.exists() else {}
+    if "teacher" not in scores and not run.real:
+        scores["teacher"] = {split: evaluation.teacher_scores(samples, cfg) for split, samples in tests.items()}
+    for method, stage in METHODS.items():
+        if stage not in cfg.stages() or method in scores:
+            continue
+        vlm, _, state = evaluation.load_vlm(run.path(stage), run.device)
+        settings = SimpleNamespace(**{**asdict(cfg), "method": state["method"]})
+        began = time.perf_counter()
+        scores[method] = {split: evaluation.evaluate(vlm.to(run.dtype), run.tokenizer, samples, settings)
+                          for split, samples in tests.items()}
+        write_json(saved, scores)
+        print(f"evaluated {method} in {time.perf_counter() - began:.0f} s")
+    results = [row for method, of in scores.items() for split, raw in of.items()
+               for row in evaluation.rows(method, split, raw, cfg.seed)]
+    write_json(run.out / "results.json", results)
+    write_json(run.out / "differences.json", evaluation.differences(scores))
+    show_samples(run, tests, scores)
+    print("\n" + evaluation.table(results, scores))
+    return results
+
+
+def show_samples(run, tests, scores):
+    """samples.html: the first prompts of every split with each method's first completion at T = 1, before and after RL."""
+    weights = rewards.parse_weights(run.cfg.rewards)
+    entries = []
+    for split, samples in tests.items():
+        for n, sample in enumerate(samples[:8]):
+            completions = [dict(method=method, text=text, why=rewards.why(sample, text),
+                                reward={name: rewards.REWARDS[name](sample, text) for name in weights})
+                           for method, of in scores.items() if "text" in of[split]["t1"]
+                           for text in of[split]["t1"]["text"][n:n + 1]]
+            entries.append(dict(image=sample.images[0], prompt=sample.question, answer=sample.answer,
+                                kind=sample.source, completions=completions))
+    report.samples(entries, run.out / "samples.html", f"Samples of {run.out.name}, T = 1")
+    log = report.read_log(run.out / "log.jsonl")
+    if not report.curves(log, json.loads((run.out / "results.json").read_text()), run.out / "curves.png"):
+        print('no curves.png: pip install -e ".[report]" brings matplotlib')
+
+
+def write_json(path, value):
+    checkpoint.write_atomically(path, lambda file: file.write(json.dumps(value, indent=0).encode()))
+
+
+def choose_folder(cfg):
+    """--out, or a new numbered folder; with --resume the folder of the run to go on with. Never overwrites a run."""
+    if cfg.out:
+        out = Path(cfg.out)
+    else:
+        root = Path("out")
+        found = sorted(root.glob(f"{cfg.preset}-*/config.json"), key=lambda path: path.stat().st_mtime)
+        if cfg.resume and not found:
+            raise ValueError(f"--resume found no run of preset {cfg.preset} under {root}/; name it with --out=DIR")
+        taken = {path.parent.name for path in found}
+        free = next(name for n in range(1, len(taken) + 2) if (name := f"{cfg.preset}-{n}") not in taken)
+        out = found[-1].parent if cfg.resume else root / free
+    exists = (out / "config.json").exists()
+    if exists and not cfg.resume:
+        raise ValueError(f"--out={out} already holds a run; add --resume to go on with it or choose another folder")
+    if cfg.resume and not exists:
+        raise ValueError(f"--resume: {out} holds no run to go on with")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} must be a folder")
+    return out
+
+
+def open_run(cfg):
+    """Makes or reopens the run folder; an interrupted log is cut back to what the checkpoints know."""
+    out = choose_folder(cfg)
+    ignored = dict(resume=False, out="", jobs=1)
+    if cfg.resume:
+        before = json.loads((out / "config.json").read_text())
+        for name, value in asdict(replace(cfg, **ignored)).items():
+            if name not in ignored and before.get(name) != value:
+                raise ValueError(f"--{name.replace('_', '-')}={value} must be {before.get(name)} as in the run that "
+                                 f"--resume goes on with ({out})")
+    run = Run(cfg, out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not cfg.resume:
+        write_json(out / "config.json", asdict(cfg))
+    run.prepare_tokenizer()
+    done = [stage for stage in cfg.stages() if run.path(stage).exists()]
+    if (out / "progress.pt").exists():
+        run.progress = checkpoint.load(out / "progress.pt", run.device)
+    last = run.progress if run.progress and run.progress["stage"] not in done else (
+        checkpoint.load(run.path(done[-1])) if done else {"log_bytes": 0})
+    if (out / "log.jsonl").exists():
+        os.truncate(out / "log.jsonl", last["log_bytes"])
+    return run
+
+
+def show_config(cfg):
+    """Every field once; those that differ from the default are marked."""
+    default = asdict(Config())
+    words = [f"{'*' if value != default[name] else ''}{name}={value}" for name, value in asdict(cfg).items()
+             if value != ""]
+    lines, line = [], ""
+    for word in words:
+        if len(line) + len(word) > 110:
+            lines, line = [*lines, line], ""
+        line += word + "  "
+    print("\n".join(["config (* differs from the default):", *("  " + text for text in [*lines, line])]))
+
+
+def many_seeds(cfg, argv):
+    """Each seed in a process of its own, --jobs at a time; then mean, spread and 95 % t-intervals over the seeds."""
+    root = choose_folder(cfg)
+    root.mkdir(parents=True, exist_ok=True)
+    if not cfg.resume:
+        write_json(root / "config.json", asdict(cfg))
+    threads = cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
+    kept = [word for word in argv if word.split("=")[0] not in ("--seed", "--seeds", "--jobs", "--out", "--threads",
+                                                               "--resume")]
+    waiting, running, results = list(range(cfg.seed, cfg.seed + cfg.seeds)), {}, []
+    while waiting or running:
+        while waiting and len(running) < cfg.jobs:
+            seed = waiting.pop(0)
+            out = root / f"seed-{seed}"
+            command = [sys.executable, __file__, *kept, f"--seed={seed}", f"--out={out}", f"--threads={threads}",
+                       *(["--resume"] if (out / "config.json").exists() else [])]
+            running[seed] = subprocess.Popen(command, stdout=open(root / f"seed-{seed}.txt", "a"))
+        for seed, process in list(running.items()):
+            if process.poll() is not None:
+                del running[seed]
+                if process.returncode:
+                    for other in running.values():
+                        other.terminate()
+                    raise ValueError(f"seed {seed} stopped with exit code {process.returncode}; its output is in "
+                                     f"{root / f'seed-{seed}.txt'}; --resume --out={root} goes on")
+                results += json.loads((root / f"seed-{seed}" / "results.json").read_text())
+                print(f"seed {seed} done, see {root / f'seed-{seed}.txt'}")
+        time.sleep(0.5)
+    write_json(root / "results.json", sorted(results, key=lambda row: row["seed"]))
+    print(evaluation.seeds_table(results))
+
+
+def main(argv):
+    cfg = from_command_line(Config, PRESETS, argv, __doc__)
+    notes = cfg.check()
+    if cfg.seeds:
+        many_seeds(cfg, argv)
+        return
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if cfg.bench:
+        bench_step(cfg)
+        return
+    began = time.perf_counter()
+    run = open_run(cfg)
+    show_config(cfg)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"run folder {run.out}, device {run.device}, {torch.get_num_threads()} CPU threads")
+    for stage in cfg.stages():
+        if run.path(stage).exists():
+            print(f"{stage}: done before")
+            continue
+        seconds = STAGES[stage][0](run)
+        print(f"{stage:<16}{seconds:7.1f} s training, {run.flops / 1e12:8.2f} TFLOP")
+        if stage == "clip" and not run.real and cfg.image_size // cfg.patch == scenes.CELLS:
+            found = evaluation.shape_probe(clip_tower(run), cfg.feature_layer)
+            write_json(run.out / "probe.json", found)
+            print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
+    if any(stage in METHODS.values() for stage in cfg.stages()):
+        compare(run)
+    print(f"\n{run.out}: results.json, samples.html, curves.png, log.jsonl and checkpoints; "
+          f"{time.perf_counter() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; --resume goes on from the last checkpoint")
