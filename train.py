@@ -66,9 +66,9 @@ class Config:
     clip_stem: str = "mlp"          # conv: OpenAI's | mlp: makes shapes readable from nothing
     clip_pool: str = "mean"         # class: OpenAI's | mean: average of patch tokens
     clip_act: str = "quick_gelu"    # quick_gelu | gelu
-    text_width: int = 128           # text tower
-    text_layers: int = 2            # text tower
-    text_heads: int = 4             # text tower
+    text_width: int = 64            # text tower
+    text_layers: int = 1            # text tower
+    text_heads: int = 2             # text tower
     text_length: int = 40           # tokens of a caption
     embed: int = 128                # joint embedding of pictures and texts
     # projector and decoder
@@ -99,7 +99,7 @@ class Config:
     candidates: int = 3             # answers a chain on a real picture weighs
     # supervised training
     clip_steps: int = 700           # optimizer steps
-    clip_batch: int = 128           # pairs
+    clip_batch: int = 96            # pairs
     clip_lr: float = 2e-3           # peak learning rate
     align_steps: int = 260          # optimizer steps
     align_lr: float = 4e-3          # peak; from nothing the decoder learns language here as well
@@ -510,8 +510,9 @@ def clip(run):
         texts = [tok.encode(" " + sample.caption)[:config.text_length - 1] + [tok.eos_id] for sample in chosen]
         batch = collate([(ids, [0] * len(ids), s.images) for ids, s in zip(texts, chosen)], tok.pad_id, cfg.image_size)
         batch = batch.to(run.device)
-        captions = np.array([sample.caption for sample in chosen])
-        same = torch.from_numpy(captions[:, None] == captions[None]).to(run.device)
+        known = {}
+        caption = torch.tensor([known.setdefault(sample.caption, len(known)) for sample in chosen])
+        same = (caption[:, None] == caption).to(run.device)
         image = model.encode_image(batch.pixels.to(run.dtype))
         yield contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
 

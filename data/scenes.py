@@ -199,7 +199,7 @@ def partial_caption(scene, rng):
 
     Dropping attributes makes the towers tell shapes and colours apart; full names let them learn whole pairs by heart.
     """
-    words = [rng.choice((thing.color, thing.shape, thing.words)) for thing in scene.things]
+    words = [rng.choice((thing.shape, thing.shape, thing.color, thing.words)) for thing in scene.things]
     return " , ".join(rng.sample(words, len(words)))
 
 
@@ -227,7 +227,7 @@ def load(split, count, seed, teacher=None):
     scenes, texts = [], []
     for _ in range(count):
         if split in ("clip", "align", "sft"):
-            scene = make_scene(rng, "at", 1, 10 if split != "clip" else 6)
+            scene = make_scene(rng, "at", 1, 10 if split != "clip" else 5)
             if split == "clip":
                 texts.append(dict(caption=partial_caption(scene, rng)))
             elif split == "align":
