@@ -3,23 +3,26 @@
     python eval.py --checkpoint=out/embedded/grpo.pt                     # all splits of the embedded task
     python eval.py --checkpoint=out/embedded/grpo.pt --ask="what is at b2 ?" --image=picture.png
 """
-import math
+import json
 import sys
-from collections import Counter
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from data import chat, scenes
-from data.sample import Sample, collate, read_image
+from data.sample import Sample, collate, read_image, to_pixels
 from data.tokenizer import Tokenizer
 from model import checkpoint
 from model.config import from_command_line
-from model.device import pick_device
+from model.device import pick_device, pick_dtype
 from model.generate import generate
 from model.vlm import VLM
+from model.runfolder import write_json
+from rl import report, rewards, statistics
 from rl.rollout import read
 
 TEST_SEED = {"test": 1_000_001, "val": 2_000_002}     # the same prompts for every method and every training seed
@@ -94,159 +97,7 @@ def teacher_scores(samples, settings):
     asked = samples[:settings.eval_sampled]
     texts = [[chat.target_text(sample.conclusion, sample.reasoning)] for sample in asked]
     scores = judge(asked, texts)
-    return {"t1": {"right": scores["right"], "kind": [sample.source.rpartition("/")[2] for sample in asked]}}
-
-
-def majority_right(answers, gold, aliases):
-    """1 when the commonest non-empty answer is right; ties go to the one sampled first."""
-    votes = Counter(answer for answer in answers if answer)
-    return int(bool(votes) and votes.most_common(1)[0][0] in (gold, *aliases))
-
-
-def per_prompt(scores, metric):
-    """Raw scores of a decoding -> (n,) array of the metric, one value a prompt; None where it is not defined."""
-    if metric == "accuracy":
-        return np.mean(scores["right"], axis=1)
-    if metric.startswith("pass@"):
-        return np.max(scores["right"], axis=1).astype(float) if len(scores["right"][0]) > 1 else None
-    if metric.startswith("maj@"):
-        if "aliases" not in scores or len(scores["right"][0]) < 2:
-            return None
-        return np.array([majority_right(*entry) for entry in zip(scores["answer"], scores["gold"], scores["aliases"])],
-                        dtype=float)
-    return np.mean(scores[metric], axis=1) if metric in scores else None
-
-
-def interval(values):
-    """Mean of one value a prompt with its 95 % interval: (mean, low, high).
-
-    Wilson's interval for 0/1 values, the normal one otherwise (several completions of a prompt are not independent, so
-    the prompt is the unit).
-    """
-    values = np.asarray(values, dtype=float)
-    n, mean = len(values), float(values.mean())
-    if set(np.unique(values)) <= {0.0, 1.0}:
-        z = 1.96
-        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return mean, centre - half, centre + half
-    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else float("inf")
-    return mean, mean - half, mean + half
-
-
-def rows(method, split, scores, seed):
-    """Raw scores of a split -> rows (method, split, decoding, metric, value, low, high, n, seed)."""
-    out = []
-    for decoding, of in scores.items():
-        group = len(of["right"][0])
-        for metric in ("accuracy", "format", "length", f"pass@{group}", f"maj@{group}"):
-            values = per_prompt(of, metric)
-            if values is not None:
-                value, low, high = interval(values)
-                out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value, low=low,
-                                high=high, n=len(values), seed=seed))
-    return out
-
-
-def differences(scores, to="grpo"):
-    """Paired differences in accuracy, method minus `to`, on the same prompts, with their 95 % intervals.
-
-    scores: method -> split -> raw scores. Rows like those of `rows`, metric "accuracy - {to}".
-    """
-    out = []
-    for method, splits in scores.items():
-        for split, of in splits.items():
-            for decoding, mine in of.items():
-                theirs = scores.get(to, {}).get(split, {}).get(decoding)
-                if method == to or theirs is None:
-                    continue
-                a, b = per_prompt(mine, "accuracy"), per_prompt(theirs, "accuracy")
-                delta = a - b
-                half = 1.96 * float(delta.std(ddof=1)) / math.sqrt(len(delta)) if len(delta) > 1 else float("inf")
-                mean = float(delta.mean())
-                out.append(dict(method=method, split=split, decoding=decoding, metric=f"accuracy - {to}", value=mean,
-                                low=mean - half, high=mean + half, n=len(delta)))
-    return out
-
-
-def by_kind(scores):
-    """Raw scores of a decoding -> {question kind: (accuracy, n)}."""
-    accuracy, kinds = per_prompt(scores, "accuracy"), np.array(scores["kind"])
-    return {kind: (float(accuracy[kinds == kind].mean()), int((kinds == kind).sum())) for kind in sorted(set(kinds))}
-
-
-def _grid(title, columns, lines):
-    """Text table: title, column heads, lines of (label, cells)."""
-    width = max([len(label) for label, _ in lines] + [10])
-    cell = max([len(text) for _, cells in lines for text in cells] + [len(column) for column in columns]) + 2
-    head = " " * width + "".join(column.rjust(cell) for column in columns)
-    return "\n".join([title, head, *(label.ljust(width) + "".join(text.rjust(cell) for text in cells)
-                                     for label, cells in lines)])
-
-
-def table(results, scores):
-    """Everything the comparison says, as text: accuracies with intervals, differences, format, voting, kinds."""
-    splits = list(dict.fromkeys(row["split"] for row in results if row["metric"] == "accuracy"))
-    methods = list(dict.fromkeys(row["method"] for row in results if row["metric"] == "accuracy"))
-    found = {(r["method"], r["split"], r["decoding"], r["metric"]): r for r in [*results, *differences(scores)]}
-
-    def cells(method, decoding, metric, form):
-        return [form(found[key]) if (key := (method, split, decoding, metric)) in found else "" for split in splits]
-
-    def share(row):
-        return f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-    def points(row):
-        return f"{100 * row['value']:+.1f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
-
-    parts = []
-    for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
-        parts.append(_grid(f"Accuracy, {words} [95 % interval]", splits,
-                           [(m, cells(m, decoding, "accuracy", share)) for m in methods]))
-        parts.append(_grid(f"Paired difference to grpo in points, {words} [95 % interval]", splits,
-                           [(m, cells(m, decoding, "accuracy - grpo", points)) for m in methods if m != "grpo"]))
-    sampled = sorted({row["metric"] for row in results if row["metric"].startswith(("pass@", "maj@"))})
-    for metric in sampled:
-        parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, share)) for m in methods]))
-    for metric, form in (("format", share), ("length", lambda row: f"{row['value']:.1f}")):
-        parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, form)) for m in methods]))
-    kinds = {method: by_kind(of[splits[0]]["t1"]) for method, of in scores.items() if splits and splits[0] in of}
-    names = sorted({kind for of in kinds.values() for kind in of})
-    if len(names) > 1:
-        parts.append(_grid(f"Accuracy on {splits[0]} by question kind, T = 1 (n)", names,
-                           [(m, [f"{of[k][0]:.3f} ({of[k][1]})" if k in of else "" for k in names])
-                            for m, of in kinds.items()]))
-    return "\n\n".join(part for part in parts if part)
-
-
-def over_seeds(results):
-    """Rows of several seeds -> rows with mean, 95 % t-interval over the seeds, and their standard deviation `sd`."""
-    t95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-    grouped = {}
-    for row in results:
-        grouped.setdefault((row["method"], row["split"], row["decoding"], row["metric"]), []).append(row["value"])
-    out = []
-    for (method, split, decoding, metric), values in grouped.items():
-        mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        half = t95.get(len(values), 1.96) * sd / math.sqrt(len(values)) if len(values) > 1 else float("inf")
-        out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=mean, low=mean - half,
-                        high=mean + half, sd=sd, n=len(values)))
-    return out
-
-
-def seeds_table(results):
-    """Rows of several seeds -> text: mean [95 % t-interval over seeds] and standard deviation."""
-    merged = over_seeds(results)
-    parts = []
-    for decoding, metric in dict.fromkeys((row["decoding"], row["metric"]) for row in merged):
-        these = [row for row in merged if (row["decoding"], row["metric"]) == (decoding, metric)]
-        splits = list(dict.fromkeys(row["split"] for row in these))
-        at = {(row["method"], row["split"]): row for row in these}
-        parts.append(_grid(f"{metric}, {decoding}: mean over {these[0]['n']} seeds [95 % t-interval] sd", splits, [
-            (method, [f"{at[method, s]['value']:.3f} [{at[method, s]['low']:.2f}, {at[method, s]['high']:.2f}] "
-                      f"{at[method, s]['sd']:.3f}" if (method, s) in at else "" for s in splits])
-            for method in dict.fromkeys(row["method"] for row in these)]))
-    return "\n\n".join(parts)
+    return {"t1": {"right": scores["right"], "text": [group[0] for group in texts], "kind": [sample.source.rpartition("/")[2] for sample in asked]}}
 
 
 @torch.no_grad()
@@ -260,7 +111,6 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
         raise ValueError("the shape probe needs one patch for each cell of the drawn scenes")
 
     def objects(samples, held_out_only):
-        from data.sample import to_pixels
         device = tower.proj.device
         tokens = torch.cat([tower.features(to_pixels([s.images[0] for s in samples[i:i + 256]], scenes.SIZE).to(device),
                                            feature_layer) for i in range(0, len(samples), 256)]).float().cpu()
@@ -283,6 +133,51 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
         x, y = objects(scenes.load(split, 600, TEST_SEED["test"]), split == "pairs")
         found[split] = float(((x @ weight).argmax(1) == y).float().mean())
     return found
+
+
+def compare(folder, cfg, checkpoints, tests, teacher):
+    """Evaluates every method on every split; writes results.json, scores.json, differences.json and the report.
+
+    checkpoints: method -> path; tests: split -> samples; teacher: whether the samples carry a teacher's chains. A method
+    that scores.json already holds is not evaluated again. Returns the rows of results.json.
+    """
+    saved = Path(folder) / "scores.json"
+    scores = json.loads(saved.read_text()) if saved.exists() else {}
+    if teacher:
+        scores.setdefault("teacher", {split: teacher_scores(samples, cfg) for split, samples in tests.items()})
+    for method, path in checkpoints.items():
+        if method not in scores:
+            began = time.perf_counter()
+            vlm, tokenizer, state = load_vlm(path, pick_device(cfg.device))
+            settings = SimpleNamespace(**{**asdict(cfg), "method": state["method"]})
+            scores[method] = {split: evaluate(vlm.to(pick_dtype(cfg.dtype)), tokenizer, samples, settings)
+                              for split, samples in tests.items()}
+            write_json(saved, scores)
+            print(f"evaluated {method:<16}{time.perf_counter() - began:7.1f} s", flush=True)
+    results = [row for method, of in scores.items() for split, raw in of.items()
+               for row in statistics.rows(method, split, raw, cfg.seed)]
+    write_json(Path(folder) / "results.json", results)
+    write_json(Path(folder) / "differences.json", statistics.differences(scores))
+    show_samples(Path(folder), tests, scores, rewards.parse_weights(cfg.rewards))
+    if not report.curves(report.read_log(Path(folder) / "log.jsonl"), results, Path(folder) / "curves.png"):
+        print('no curves.png: pip install -e ".[report]" brings matplotlib')
+    print("\n" + statistics.table(results, scores))
+    return results
+
+
+def show_samples(folder, tests, scores, weights, each=8):
+    """samples.html: the first prompts of every split with each method's first completion at T = 1."""
+    entries = []
+    for split, samples in tests.items():
+        for n, sample in enumerate(samples[:each]):
+            texts = {method: of[split]["t1"]["text"][n] for method, of in scores.items()
+                     if n < len(of[split]["t1"].get("text", ()))}
+            entries.append(dict(
+                image=sample.images[0], prompt=sample.question, answer=sample.answer, kind=f"{split}, {sample.source}",
+                completions=[dict(method=method, text=text, why=rewards.why(sample, text),
+                                  reward={name: rewards.REWARDS[name](sample, text) for name in weights})
+                             for method, text in texts.items()]))
+    report.samples(entries, folder / "samples.html", f"Samples of {folder.name}, T = 1")
 
 
 @dataclass(frozen=True)
@@ -328,8 +223,8 @@ def main(argv):
             raise ValueError(f"--splits={cfg.splits}: {split!r} must be one of {', '.join(scenes.SPLITS)}")
         samples = scenes.load(split, max(cfg.eval_greedy, cfg.eval_sampled), TEST_SEED[cfg.set])
         scores[state["stage"]][split] = evaluate(vlm, tokenizer, samples, settings)
-        results += rows(state["stage"], split, scores[state["stage"]][split], cfg.seed)
-    print(table(results, scores))
+        results += statistics.rows(state["stage"], split, scores[state["stage"]][split], cfg.seed)
+    print(statistics.table(results, scores))
 
 
 if __name__ == "__main__":

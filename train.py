@@ -9,7 +9,6 @@
     python train.py --resume                           # go on with the last interrupted run
     python train.py --bench=step                       # where the time of an RL step goes
 """
-import hashlib
 import json
 import math
 import os
@@ -17,23 +16,26 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import chat, cot, images, jsonl, scenes, tokenizer
+from data import chat, cot, images, jsonl, scenes
 from data.sample import batch_indices, collate, to_pixels
+from data.tokenizer import Tokenizer
+from data.tokenizer import train as train_tokenizer
 from model import checkpoint, flops
 from model.clip import Clip, ClipConfig, contrastive_loss
-from model.config import from_command_line
+from model.config import describe, from_command_line
 from model.device import pick_device, pick_dtype
 from model.generate import Sampler
 from model.llama import LlamaConfig
+from model.optim import learning_rate, make_optimizer, optimizer_step, seed_of, show_trained
+from model.runfolder import RunFolder, choose, write_json
 from model.vlm import VLM, VlmConfig
-from rl import advantages, losses, metrics, report, rewards
+from rl import advantages, losses, metrics, rewards, statistics
 from rl.rollout import collect, read
 from rl.types import Experience
 
@@ -101,11 +103,11 @@ class Config:
     clip_steps: int = 700           # optimizer steps
     clip_batch: int = 96            # pairs
     clip_lr: float = 2e-3           # peak learning rate
-    align_steps: int = 260          # optimizer steps
+    align_steps: int = 240          # optimizer steps
     align_lr: float = 4e-3          # peak; from nothing the decoder learns language here as well
-    sft_steps: int = 140            # optimizer steps; 0 skips the stage
+    sft_steps: int = 120            # optimizer steps; 0 skips the stage
     sft_lr: float = 4e-3            # peak learning rate
-    cot_steps: int = 420            # optimizer steps
+    cot_steps: int = 360            # optimizer steps
     cot_lr: float = 4e-3            # peak learning rate
     batch: int = 96                 # samples a step
     micro_batch: int = 0            # samples (or prompts) at a time; 0: all. Gradients do not depend on it
@@ -217,23 +219,21 @@ PRESETS = {
 }
 
 
-class Run:
-    """A run folder and what all stages share: data, tokenizer, log, checkpoints, counted FLOPs."""
+class Run(RunFolder):
+    """A run folder and what all stages share: config, device, data, tokenizer, counted FLOPs."""
 
-    def __init__(self, cfg, out):
-        self.cfg, self.out = cfg, out
-        self.device, self.dtype = pick_device(cfg.device), pick_dtype(cfg.dtype)
-        self.flops, self.progress, self.state = 0, None, {}
+    def __init__(self, cfg, folder):
+        super().__init__(folder, pick_device(cfg.device))
+        self.cfg, self.dtype = cfg, pick_dtype(cfg.dtype)
+        self.flops, self.state, self.real = 0, {}, None
         source, _, where = cfg.data.partition(":")
-        self.real = None
         if source != "scenes":
-            self.real, line = {"images": images, "jsonl": jsonl}[source].load(where, cfg.val_percent)
-            print(line)
+            self.real, found = {"images": images, "jsonl": jsonl}[source].load(where, cfg.val_percent)
+            print(found)
         self.teacher = cot.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
-        self.splits = ("val",) if self.real else scenes.SPLITS
 
     def samples(self, what, count=0, part=0, teacher=None):
-        """Samples of a purpose: clip, align, sft, train, or a split of the evaluation.
+        """Samples of a purpose (clip, align, sft, train) or of an evaluation split.
 
         Drawn scenes are made anew from the seed and `part`; real data has one training and one validation split.
         """
@@ -244,50 +244,37 @@ class Run:
         return scenes.load(what, count, 1000 * self.cfg.seed + part, teacher)
 
     def prepare_tokenizer(self):
-        """From the checkpoint given, else trained on what the data says."""
+        """From --init, or from the folder, else trained on what the training data says."""
+        saved = self.folder / "tokenizer.model"
         if self.cfg.init:
-            self.state = checkpoint.load(self.cfg.init, self.device)
-            self.tokenizer = tokenizer.Tokenizer(self.state["tokenizer"])
-            return
-        saved = self.out / "tokenizer.model"
-        if saved.exists():
-            self.tokenizer = tokenizer.Tokenizer(saved.read_bytes())
-            return
-        if self.real:
-            texts = [f" {text}" for sample in self.real["train"] for text in
-                     (sample.question, sample.answer, sample.caption, sample.reasoning) if text]
-            texts += [" it looks like or . it is"]
-            words = []
+            self.tokenizer = Tokenizer(checkpoint.load(self.cfg.init, self.device)["tokenizer"])
+        elif saved.exists():
+            self.tokenizer = Tokenizer(saved.read_bytes())
         else:
-            some = self.samples("train", 1000, part=9, teacher=self.teacher)
-            texts = [f" {s.question} {s.reasoning} {s.caption}" for s in some]
-            words = scenes.pieces()
-        texts += [f" {prompt.replace(tag, '')}" for prompt in chat.PROMPTS.values() for tag in chat.TAGS]
-        self.tokenizer = tokenizer.train(texts, [*chat.TAGS, *words], self.cfg.vocab)
-        checkpoint.write_atomically(saved, lambda file: file.write(self.tokenizer.proto))
-
-    def path(self, stage):
-        return self.out / f"{stage}.pt"
-
-    def log(self, **line):
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            if self.real:
+                texts = [" it looks like or . it is", *(f" {text}" for s in self.real["train"] for text in
+                                                        (s.question, s.answer, s.caption, s.reasoning) if text)]
+            else:
+                texts = [f" {s.question} {s.reasoning} {s.caption}"
+                         for s in self.samples("train", 1000, part=9, teacher=self.teacher)]
+            texts += [f" {prompt.replace(tag, '')}" for prompt in chat.PROMPTS.values() for tag in chat.TAGS]
+            words = [] if self.real else scenes.pieces()
+            self.tokenizer = train_tokenizer(texts, [*chat.TAGS, *words], self.cfg.vocab)
+            checkpoint.write_atomically(saved, lambda file: file.write(self.tokenizer.proto))
 
     def start(self, stage):
-        """Loads what `stage` starts from, --init or the checkpoint of the stage before; -> the VLM (None for clip)."""
+        """Loads what `stage` starts from, --init or the stage before; -> its VLM, None when it has none yet."""
         torch.manual_seed(seed_of(self.cfg.seed, stage))
-        self.flops = 0
-        before = STAGES[stage][1]
+        self.flops, self.state = 0, {}
         if stage == self.cfg.stages()[0] and self.cfg.init:
             origin = self.cfg.init
-        elif before is None:
+        elif not STAGES[stage][1]:
             return None
         else:
-            before = [b for b in before if self.path(b).exists()]
-            if not before:
+            origin = next((path for before in STAGES[stage][1] if (path := self.path(before)).exists()), None)
+            if origin is None:
                 raise ValueError(f"--stage={stage} needs --init=CHECKPOINT, or {' or '.join(STAGES[stage][1])}.pt in "
-                                 f"{self.out}")
-            origin = self.path(before[0])
+                                 f"{self.folder}")
         self.state = checkpoint.load(origin, self.device)
         if "vlm" not in self.state:
             return None
@@ -295,92 +282,39 @@ class Run:
         vlm.load_state_dict(self.state["vlm"])
         return vlm.to(self.device, self.dtype)
 
-    def finish(self, stage, method, **tensors):
-        """Writes the stage's checkpoint; from now on --resume goes on after it."""
-        carried = {name: self.state[name] for name in ("clip", "clip_config", "vlm", "vlm_config")
-                   if name in self.state}
-        checkpoint.save(self.path(stage), {**carried, "stage": stage, "method": method, "config": asdict(self.cfg),
-                                           "tokenizer": self.tokenizer.proto, "flops": self.flops,
-                                           "log_bytes": self.log_bytes(), **tensors})
-        (self.out / "progress.pt").unlink(missing_ok=True)
-
-    def finish_vlm(self, stage, method, vlm):
-        self.finish(stage, method, vlm=vlm.state_dict(), vlm_config=vlm.config_dict())
-
-    def log_bytes(self):
-        path = self.out / "log.jsonl"
-        return path.stat().st_size if path.exists() else 0
-
-    def save_progress(self, stage, step, module, optimizer, generator=None):
-        checkpoint.save(self.out / "progress.pt", {
-            "stage": stage, "step": step, "module": module.state_dict(), "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state() if generator else None, "flops": self.flops,
-            "log_bytes": self.log_bytes()})
-
-    def take_progress(self, stage, module, optimizer, generator=None):
-        """Puts an interrupted stage back to its last checkpoint; -> the step to go on with."""
-        p, self.progress = self.progress, None
-        if not p or p["stage"] != stage:
-            return 0
-        module.load_state_dict(p["module"])
-        optimizer.load_state_dict(p["optimizer"])
-        if generator:
-            generator.set_state(p["generator"].cpu())
-        self.flops = p["flops"]
-        return p["step"]
-
-
-def seed_of(seed, *names):
-    """One seed for each purpose, the same on every machine."""
-    digest = hashlib.sha256(" ".join(map(str, (seed, *names))).encode()).digest()
-    return int.from_bytes(digest[:6], "little")
+    def finish_stage(self, stage, method, vlm=None, clip=None):
+        """The stage's checkpoint, with the towers it started from carried along."""
+        new = {}
+        if vlm is not None:
+            new |= dict(vlm=vlm.state_dict(), vlm_config=vlm.config_dict())
+        if clip is not None:
+            new |= dict(clip=clip.state_dict(), clip_config=asdict(clip.config))
+        carried = {name: self.state[name] for name in ("clip", "clip_config") if name in self.state}
+        self.finish(stage, **{**carried, **new}, method=method, config=asdict(self.cfg), flops=self.flops,
+                    tokenizer=self.tokenizer.proto)
 
 
 # ---------------------------------------------------------------- the two loops
-
-def learning_rate(step, steps, peak, cfg):
-    """Linear warm-up, then cosine down to final_lr of the peak."""
-    warm = max(1, round(cfg.warmup * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return peak * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def make_optimizer(module, cfg):
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-
-
-def optimizer_step(module, optimizer, lr, cfg):
-    """Clip, step, clear; -> gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
 
 def fit(run, stage, module, count, losses_of, steps, batch, peak):
     """Supervised training. `losses_of(indices)` yields the step's loss in micro-batches, already over the step's
     denominator; `count`: records to draw indices from, a new seeded order each epoch."""
     cfg = run.cfg
-    optimizer = make_optimizer(module, cfg)
-    start = run.take_progress(stage, module, optimizer)
+    optimizer = make_optimizer(module, cfg.beta2, cfg.weight_decay)
+    start, run.flops = run.take_progress(stage, module, optimizer, None) or (0, run.flops)
     began = time.perf_counter()
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
     for step in bar:
-        lr, total = learning_rate(step, steps, peak, cfg), 0.0
+        lr, total = learning_rate(step, steps, peak, cfg.warmup, cfg.final_lr), 0.0
         for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"))):
             loss.backward()
             total += loss.item()
-        norm = optimizer_step(module, optimizer, lr, cfg)
+        norm = optimizer_step(module, optimizer, lr, cfg.grad_clip)
         run.log(stage=stage, step=step, loss=total, lr=lr, grad_norm=norm, flops=run.flops,
                 seconds=round(time.perf_counter() - began, 3))
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_progress(stage, step + 1, module, optimizer)
+            run.save_progress(stage, step + 1, module, optimizer, None, run.flops)
     return time.perf_counter() - began
 
 
@@ -388,15 +322,15 @@ def reinforce(run, stage, vlm, samples, method, steps):
     """Reinforcement learning: roll out, reward, drop flat groups, update. One line of log.jsonl a rollout."""
     cfg = run.cfg
     weights = rewards.parse_weights(cfg.rewards)
-    optimizer = make_optimizer(vlm, cfg)
+    optimizer = make_optimizer(vlm, cfg.beta2, cfg.weight_decay)
     generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
-    start = run.take_progress(stage, vlm, optimizer, generator)
+    start, run.flops = run.take_progress(stage, vlm, optimizer, generator) or (0, run.flops)
     loss_of, tok = losses.LOSSES[cfg.loss], run.tokenizer
     began = time.perf_counter()
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
     for step in bar:
-        clock = Clock(run.device)
-        lr = learning_rate(step, steps, cfg.rl_lr, cfg)
+        clock = metrics.Clock(run.device)
+        lr = learning_rate(step, steps, cfg.rl_lr, cfg.warmup, cfg.final_lr)
         asked = [samples[i] for i in batch_indices(len(samples), cfg.rl_batch, step, seed_of(cfg.seed, stage, "order"))]
         batch = evaluation.prompts(vlm, tok, asked, method, cfg.template)
         run.flops += flops.encode(vlm, len(batch.pixels))
@@ -423,7 +357,7 @@ def reinforce(run, stage, vlm, samples, method, steps):
                 **line)
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_progress(stage, step + 1, vlm, optimizer, generator)
+            run.save_progress(stage, step + 1, vlm, optimizer, generator, run.flops)
     return time.perf_counter() - began
 
 
@@ -460,7 +394,7 @@ def update(run, vlm, optimizer, experience, loss_of, lr):
                     off = (old - micro.old_logp).exp() - 1      # against the log-prob at sampling time
                     drift = max(drift, (off.abs() * micro.mask).max().item())
             tokens += denominator
-            norms.append(optimizer_step(vlm, optimizer, lr, cfg))
+            norms.append(optimizer_step(vlm, optimizer, lr, cfg.grad_clip))
     means = {name: (value / tokens).item() for name, value in sums.items()}
     return means | {"drift": drift, "grad_norm": sum(norms) / len(norms),
                     "advantage_abs": experience.advantage.abs().mean().item()}
@@ -472,29 +406,7 @@ def trim(experience):
     return replace(experience, **{name: getattr(experience, name)[..., :longest] for name in ("ids", "mask", "old_logp")})
 
 
-class Clock:
-    """Wall time of consecutive parts of a step."""
-
-    def __init__(self, device):
-        self.device, self.laps, self.last = device, {}, time.perf_counter()
-
-    def lap(self, name):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
-
-
 # ---------------------------------------------------------------- the stages
-
-def show_trained(stage, *modules):
-    """Prints what trains and what is frozen, by module."""
-    for title, module in modules:
-        total = sum(p.numel() for p in module.parameters())
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        word = "trains" if trained == total else "frozen" if not trained else "partly"
-        print(f"  {stage:<14}{title:<14}{total / 1e6:8.3f} M parameters   {word}")
-
 
 def clip(run):
     """Contrastive pre-training of both towers on pictures and captions; frozen from here on."""
@@ -502,7 +414,7 @@ def clip(run):
     run.start("clip")
     config = cfg.clip_config(len(tok))
     model = Clip(config).to(run.device, run.dtype)
-    show_trained("clip", ("image tower", model.visual), ("both towers", model))
+    show_trained("clip", model)
     samples = run.samples("clip", cfg.pictures, part=1)
 
     def losses_of(indices):
@@ -517,7 +429,7 @@ def clip(run):
         yield contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
 
     seconds = fit(run, "clip", model, len(samples), losses_of, cfg.clip_steps, cfg.clip_batch, cfg.clip_lr)
-    run.finish("clip", "", clip=model.state_dict(), clip_config=asdict(config))
+    run.finish_stage("clip", "", clip=model)
     return seconds
 
 
@@ -533,7 +445,7 @@ def supervise(run, stage, vlm, records, steps, peak, method):
     """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen."""
     cfg, tok = run.cfg, run.tokenizer
     vlm.visual.requires_grad_(False)
-    show_trained(stage, ("image tower", vlm.visual), ("projector", vlm.projector), ("decoder", vlm.llm))
+    show_trained(stage, vlm)
 
     def encode(sample, target):
         if target is None:
@@ -548,7 +460,7 @@ def supervise(run, stage, vlm, records, steps, peak, method):
             yield -vlm(micro).logp.sum() / denominator
 
     seconds = fit(run, stage, vlm, len(records), losses_of, steps, cfg.batch, peak)
-    run.finish_vlm(stage, method, vlm)
+    run.finish_stage(stage, method, vlm)
     return seconds
 
 
@@ -628,10 +540,10 @@ def grpo_zero(run):
 def rl_stage(run, stage, method):
     vlm = run.start(stage)
     vlm.visual.requires_grad_(False)
-    show_trained(stage, ("image tower", vlm.visual), ("projector", vlm.projector), ("decoder", vlm.llm))
+    show_trained(stage, vlm)
     samples = run.samples("train", run.cfg.rl_prompts, part=6)
     seconds = reinforce(run, stage, vlm, samples, method, run.cfg.rl_steps)
-    run.finish_vlm(stage, method, vlm)
+    run.finish_stage(stage, method, vlm)
     return seconds
 
 
@@ -696,7 +608,7 @@ def rejection_round(run, stage, part):
                     if rewards.correctness(sample, text) and rewards.format(sample, text)]
     print(f"  {stage}: {len(records)} of {at * cfg.rl_batch * cfg.group} samples are new, right and well-formed")
     if not records:
-        run.finish_vlm(stage, "think", vlm)      # nothing to learn from: the model stays as it is
+        run.finish_stage(stage, "think", vlm)      # nothing to learn from: the model stays as it is
         return 0.0
     return matched(run, stage, vlm, records, "think", budget)
 
@@ -732,122 +644,21 @@ METHODS = {"cot": "cot", "cot_continued": "cot_continued", "filtered": "filtered
            "rejection": "rejection", "sft_direct": "sft_direct", "perfect": "perfect", "grpo_zero": "grpo_zero"}
 
 
-def compare(run):
-    """Evaluates every method there is a checkpoint of; writes results.json, scores.json and the report."""
-    cfg, tests = run.cfg, {}
-    for split in run.splits:
-        tests[split] = run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.teacher)
-    saved = run.out / "scores.json"
-    scores = json.loads(saved.read_text()) if saved.exists() else {}
-    if "teacher" not in scores and not run.real:
-        scores["teacher"] = {split: evaluation.teacher_scores(samples, cfg) for split, samples in tests.items()}
-    for method, stage in METHODS.items():
-        if stage not in cfg.stages() or method in scores:
-            continue
-        vlm, _, state = evaluation.load_vlm(run.path(stage), run.device)
-        settings = SimpleNamespace(**{**asdict(cfg), "method": state["method"]})
-        began = time.perf_counter()
-        scores[method] = {split: evaluation.evaluate(vlm.to(run.dtype), run.tokenizer, samples, settings)
-                          for split, samples in tests.items()}
-        write_json(saved, scores)
-        print(f"evaluated {method} in {time.perf_counter() - began:.0f} s")
-    results = [row for method, of in scores.items() for split, raw in of.items()
-               for row in evaluation.rows(method, split, raw, cfg.seed)]
-    write_json(run.out / "results.json", results)
-    write_json(run.out / "differences.json", evaluation.differences(scores))
-    show_samples(run, tests, scores)
-    print("\n" + evaluation.table(results, scores))
-    return results
-
-
-def show_samples(run, tests, scores):
-    """samples.html: the first prompts of every split with each method's first completion at T = 1, before and after RL."""
-    weights = rewards.parse_weights(run.cfg.rewards)
-    entries = []
-    for split, samples in tests.items():
-        for n, sample in enumerate(samples[:8]):
-            completions = [dict(method=method, text=text, why=rewards.why(sample, text),
-                                reward={name: rewards.REWARDS[name](sample, text) for name in weights})
-                           for method, of in scores.items() if "text" in of[split]["t1"]
-                           for text in of[split]["t1"]["text"][n:n + 1]]
-            entries.append(dict(image=sample.images[0], prompt=sample.question, answer=sample.answer,
-                                kind=sample.source, completions=completions))
-    report.samples(entries, run.out / "samples.html", f"Samples of {run.out.name}, T = 1")
-    log = report.read_log(run.out / "log.jsonl")
-    if not report.curves(log, json.loads((run.out / "results.json").read_text()), run.out / "curves.png"):
-        print('no curves.png: pip install -e ".[report]" brings matplotlib')
-
-
-def write_json(path, value):
-    checkpoint.write_atomically(path, lambda file: file.write(json.dumps(value, indent=0).encode()))
-
-
-def choose_folder(cfg):
-    """--out, or a new numbered folder; with --resume the folder of the run to go on with. Never overwrites a run."""
-    if cfg.out:
-        out = Path(cfg.out)
-    else:
-        root = Path("out")
-        found = sorted(root.glob(f"{cfg.preset}-*/config.json"), key=lambda path: path.stat().st_mtime)
-        if cfg.resume and not found:
-            raise ValueError(f"--resume found no run of preset {cfg.preset} under {root}/; name it with --out=DIR")
-        taken = {path.parent.name for path in found}
-        free = next(name for n in range(1, len(taken) + 2) if (name := f"{cfg.preset}-{n}") not in taken)
-        out = found[-1].parent if cfg.resume else root / free
-    exists = (out / "config.json").exists()
-    if exists and not cfg.resume:
-        raise ValueError(f"--out={out} already holds a run; add --resume to go on with it or choose another folder")
-    if cfg.resume and not exists:
-        raise ValueError(f"--resume: {out} holds no run to go on with")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out={out} must be a folder")
-    return out
-
-
 def open_run(cfg):
-    """Makes or reopens the run folder; an interrupted log is cut back to what the checkpoints know."""
-    out = choose_folder(cfg)
-    ignored = dict(resume=False, out="", jobs=1)
+    """A new run folder, or the interrupted one."""
+    run = Run(cfg, choose(cfg.out, cfg.preset, cfg.resume))
     if cfg.resume:
-        before = json.loads((out / "config.json").read_text())
-        for name, value in asdict(replace(cfg, **ignored)).items():
-            if name not in ignored and before.get(name) != value:
-                raise ValueError(f"--{name.replace('_', '-')}={value} must be {before.get(name)} as in the run that "
-                                 f"--resume goes on with ({out})")
-    run = Run(cfg, out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not cfg.resume:
-        write_json(out / "config.json", asdict(cfg))
+        run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages())
+    else:
+        run.create(asdict(cfg))
     run.prepare_tokenizer()
-    done = [stage for stage in cfg.stages() if run.path(stage).exists()]
-    if (out / "progress.pt").exists():
-        run.progress = checkpoint.load(out / "progress.pt", run.device)
-    last = run.progress if run.progress and run.progress["stage"] not in done else (
-        checkpoint.load(run.path(done[-1])) if done else {"log_bytes": 0})
-    if (out / "log.jsonl").exists():
-        os.truncate(out / "log.jsonl", last["log_bytes"])
     return run
-
-
-def show_config(cfg):
-    """Every field once; those that differ from the default are marked."""
-    default = asdict(Config())
-    words = [f"{'*' if value != default[name] else ''}{name}={value}" for name, value in asdict(cfg).items()
-             if value != ""]
-    lines, line = [], ""
-    for word in words:
-        if len(line) + len(word) > 110:
-            lines, line = [*lines, line], ""
-        line += word + "  "
-    print("\n".join(["config (* differs from the default):", *("  " + text for text in [*lines, line])]))
 
 
 def many_seeds(cfg, argv):
     """Each seed in a process of its own, --jobs at a time; then mean, spread and 95 % t-intervals over the seeds."""
-    root = choose_folder(cfg)
-    root.mkdir(parents=True, exist_ok=True)
-    if not cfg.resume:
-        write_json(root / "config.json", asdict(cfg))
+    root = choose(cfg.out, cfg.preset, cfg.resume)
+    RunFolder(root).create(asdict(cfg))
     threads = cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
     kept = [word for word in argv if word.split("=")[0] not in ("--seed", "--seeds", "--jobs", "--out", "--threads",
                                                                "--resume")]
@@ -871,7 +682,7 @@ def many_seeds(cfg, argv):
                 print(f"seed {seed} done, see {root / f'seed-{seed}.txt'}")
         time.sleep(0.5)
     write_json(root / "results.json", sorted(results, key=lambda row: row["seed"]))
-    print(evaluation.seeds_table(results))
+    print(statistics.seeds_table(results))
 
 
 def main(argv):
@@ -887,10 +698,10 @@ def main(argv):
         return
     began = time.perf_counter()
     run = open_run(cfg)
-    show_config(cfg)
+    print(describe(cfg))
     for note in notes:
         print(f"note: {note}")
-    print(f"run folder {run.out}, device {run.device}, {torch.get_num_threads()} CPU threads")
+    print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
     for stage in cfg.stages():
         if run.path(stage).exists():
             print(f"{stage}: done before")
@@ -899,11 +710,14 @@ def main(argv):
         print(f"{stage:<16}{seconds:7.1f} s training, {run.flops / 1e12:8.2f} TFLOP")
         if stage == "clip" and not run.real and cfg.image_size // cfg.patch == scenes.CELLS:
             found = evaluation.shape_probe(clip_tower(run), cfg.feature_layer)
-            write_json(run.out / "probe.json", found)
+            write_json(run.folder / "probe.json", found)
             print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
-    if any(stage in METHODS.values() for stage in cfg.stages()):
-        compare(run)
-    print(f"\n{run.out}: results.json, samples.html, curves.png, log.jsonl and checkpoints; "
+    methods = {method: run.path(stage) for method, stage in METHODS.items() if stage in cfg.stages()}
+    if methods:
+        tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.teacher)
+                 for split in (("val",) if run.real else scenes.SPLITS)}
+        evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
+    print(f"\n{run.folder}: results.json, samples.html, curves.png, log.jsonl and checkpoints; "
           f"{time.perf_counter() - began:.0f} s in all")
 
 

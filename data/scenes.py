@@ -219,7 +219,7 @@ def _seeing_question(scene, rng):
 def load(split, count, seed, teacher=None):
     """`count` samples of a split, made from `seed`.
 
-    split: "clip" (partial captions), "align" (full captions), "sft" (questions about looking), each on 1-10 objects;
+    split: "clip" (partial captions), "align" (full captions), "sft" (questions about looking), on 1-5, 1-8 and 1-8 objects;
     "train", "val" or one of SPLITS. `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields.
     """
     rng = random.Random(f"{split} {seed}")
@@ -227,7 +227,7 @@ def load(split, count, seed, teacher=None):
     scenes, texts = [], []
     for _ in range(count):
         if split in ("clip", "align", "sft"):
-            scene = make_scene(rng, "at", 1, 10 if split != "clip" else 5)
+            scene = make_scene(rng, "at", 1, 8 if split != "clip" else 5)
             if split == "clip":
                 texts.append(dict(caption=partial_caption(scene, rng)))
             elif split == "align":

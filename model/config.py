@@ -71,3 +71,15 @@ def from_command_line(cls, presets, argv, doc):
         names = ", ".join(name for name in presets if name)
         raise ValueError(f"--preset={preset} must be one of {names}")
     return replace(cls(), **{**presets[preset], "preset": preset, **given})
+
+
+def describe(config, width=110):
+    """All fields on as few lines as fit; those that differ from the default are marked."""
+    words = [f"{'*' if value != field.default else ''}{field.name}={value}" for field in fields(config)
+             if (value := getattr(config, field.name)) != ""]
+    lines = ["config (* differs from the default):", " "]
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append(" ")
+        lines[-1] += f" {word} "
+    return "\n".join(lines)

@@ -11,6 +11,7 @@ MAIN = ("clip", "align", "sft", "cot")      # stages that follow each other; oth
 STYLE = {"teacher": ("#000000", ""), "cot": ("#0072B2", "o"), "cot_continued": ("#3D9FDC", "s"),
          "filtered": ("#D99400", "^"), "grpo": ("#D55E00", "D"), "rl": ("#D55E00", "D"), "rejection": ("#009E73", "v"),
          "sft_direct": ("#CC79A7", "P"), "perfect": ("#777777", "*"), "grpo_zero": ("#7A4B00", "X")}
+OTHER = ("#555555", "h")
 REWARD_COLORS = {"correctness": "#D55E00", "format": "#3D9FDC", "reward": "#333333"}
 SPLITS = {"id": "like training", "crowded": "more objects", "pairs": "unseen pairs", "walk3": "3 hops, unseen",
           "walk4": "4-5 hops, unseen"}
@@ -21,7 +22,7 @@ LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes
 
 
 def curves(log, results, path):
-    """Lines of log.jsonl and rows of results.json -> a PNG 1600 pixels wide; parts without data are left out.
+    """Lines of log.jsonl and rows of results.json (one run) -> a PNG 1600 pixels wide; parts without data are left out.
 
     Returns False, and writes nothing, without matplotlib.
     """
@@ -34,28 +35,24 @@ def curves(log, results, path):
     for line in log:
         kind = learned if "reward" in line else imitated if "loss" in line else {}
         kind.setdefault(line["stage"], []).append(line)
-    rows = [row for row in results if row["metric"] == "accuracy"]
-    rows = [row for row in rows if row["decoding"] == "t1"] or rows
+    rows = [row for row in results if row["metric"] == "accuracy" and row["decoding"] == "t1"]
     shown = [part for part in (imitated, learned) if part]
     with rc_context(LOOK):
         figure = Figure(figsize=(12.8, 7.6 if shown and rows else 4), dpi=125, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
         upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1)) if shown and rows else (figure, figure)
-        for part, place in zip(shown, upper.subfigures(1, len(shown), squeeze=False,
-                                                       width_ratios=(1, 1.5)[:len(shown)])[0] if shown else ()):
-            if part is imitated:
-                _losses(place.subplots(), part)
-            else:
-                _learning(place, part, [row["value"] for row in rows
-                                        if row["method"] == "teacher" and row["split"] in ("id", "val")])
+        if not shown and not rows:
+            figure.text(0.5, 0.5, "nothing logged yet", ha="center", color="#888888")
+        left, right = upper.subfigures(1, 2, width_ratios=(1, 1.5)) if len(shown) == 2 else (upper, upper)
+        if imitated:
+            _losses(left.subplots(), imitated)
+        if learned:
+            _learning(right, learned, [row["value"] for row in rows
+                                       if row["method"] == "teacher" and row["split"] in ("id", "val")])
         if rows:
             _accuracies(lower.subplots(), rows)
         figure.savefig(path, facecolor="white")
     return True
-
-
-def _style(name):
-    return STYLE.get(name, ("#555555", "h"))
 
 
 def _draw(ax, lines, name, color, width=2.2, place=lambda step: step):
@@ -66,8 +63,7 @@ def _draw(ax, lines, name, color, width=2.2, place=lambda step: step):
     x, y = np.array(points, dtype=float).T
     window = np.ones(max(1, len(y) // 15))
     smooth = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
-    if len(window) > 1:
-        ax.plot(place(x), y, color=color, alpha=0.3, linewidth=0.8)
+    ax.plot(place(x), y, color=color, alpha=0.3, linewidth=0.8)
     ax.plot(place(x), smooth, color=color, linewidth=width, marker="o" if len(y) == 1 else "")
     return [smooth[-1]]
 
@@ -94,7 +90,7 @@ def _losses(ax, stages):
         middles.append(left + width / 2)
         names.append(f"{name}\n{'up to ' if len(mine) > 1 else ''}{steps:,}")
         for stage in mine:
-            color = _style(stage)[0] if mine is arms else "#333333"
+            color = STYLE.get(stage, OTHER)[0] if mine is arms else "#333333"
             end = _draw(ax, stages[stage], "loss", color,
                         place=lambda step: left + width * (0.04 + 0.92 * (step + 0.5) / steps))
             ends += [(y, stage, color) for y in end if mine is arms]
@@ -123,7 +119,7 @@ def _learning(figure, stages, teacher):
         color = REWARD_COLORS.get(name, "#009E73")
         ends += [(y, name, color) for y in _draw(big, lines, name, color, 3 if name == "correctness" else 1.8)]
     for stage, lines in others:
-        color = _style(stage)[0]
+        color = STYLE.get(stage, OTHER)[0]
         ends += [(y, f"correctness,\n{stage}", color) for y in _draw(big, lines, "correctness", color)]
     big.set(title="RL: rewards", xlabel="step", ylabel="mean over completions")
     big.set_ylim(min(0, big.get_ylim()[0]), max(1.05, big.get_ylim()[1]))
@@ -131,7 +127,7 @@ def _learning(figure, stages, teacher):
     for ax, name, words in zip(small, ("length", "entropy", "flat"), (
             "Tokens of a completion", "Entropy, nats a token", "Share of flat groups")):
         for stage, lines in stages.items():
-            _draw(ax, lines, name, _style("grpo" if stage == first else stage)[0])
+            _draw(ax, lines, name, STYLE.get("grpo" if stage == first else stage, OTHER)[0])
         ax.set_title(words, fontsize=12, fontweight="normal")
         ax.set_ylim(0, max(1.05 if name == "flat" else 1e-3, 1.1 * ax.dataLim.y1 if ax.has_data() else 1))
         ax.locator_params(axis="y", nbins=3)
@@ -148,10 +144,11 @@ def _accuracies(ax, rows):
     for row in rows:
         x, value = splits.index(row["split"]), row["value"]
         low, high = max(0, min(row["low"], value)), min(1, max(row["high"], value))      # one prompt: infinite
-        color, marker = _style(row["method"])
+        color, marker = STYLE.get(row["method"], OTHER)
         if row["method"] == "teacher":
             ax.fill_between((x - 0.46, x + 0.46), low, high, color="#E9E9E9", linewidth=0)
-            ax.plot((x - 0.46, x + 0.46), (value, value), color=color, linestyle="--", linewidth=1.4, label="teacher")
+            ax.plot((x - 0.46, x + 0.46), (value, value), color=color, linestyle="--", linewidth=1.4, zorder=1.5,
+                    label="teacher")
             continue
         x += slot * (methods.index(row["method"]) - (len(methods) - 1) / 2)
         ax.errorbar(x, value, [[value - low], [high - value]], color=color, marker=marker, markersize=9, elinewidth=2,
@@ -159,8 +156,7 @@ def _accuracies(ax, rows):
         ax.annotate(f"{100 * value:.0f}", (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=11,
                     color="#333333", path_effects=[withStroke(linewidth=3, foreground="white")])
     side = max(0.5, 1.25 - len(splits) / 2)       # one split alone is not stretched over the whole width
-    decoding = "T = 1" if rows[0]["decoding"] == "t1" else rows[0]["decoding"]
-    ax.set(title=f"Accuracy by split, {decoding}, with 95 % intervals", ylabel="%", ylim=(0, 1.06),
+    ax.set(title="Accuracy by split, T = 1, with 95 % intervals", ylabel="%", ylim=(0, 1.06),
            xlim=(-side, len(splits) - 1 + side))
     ax.set_yticks(np.arange(0, 1.1, 0.25), np.arange(0, 101, 25))
     ax.set_xticks(range(len(splits)), [f"{split}\n{SPLITS.get(split, '')}".strip() for split in splits])

@@ -1,4 +1,6 @@
 """What reinforcement learning logs: a definition for every name, and the estimators."""
+import time
+
 import torch
 
 from rl.advantages import is_flat
@@ -44,3 +46,16 @@ def of_rollout(rollout, eos_id):
         "flat": mean(is_flat(rollout.reward)), "length": mean(length), "length_right": mean(length[right]),
         "length_wrong": mean(length[~right]), "truncated": mean(~ended),
     }
+
+
+class Clock:
+    """Wall time of consecutive parts of a step."""
+
+    def __init__(self, device):
+        self.device, self.laps, self.last = device, {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now

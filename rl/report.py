@@ -81,7 +81,8 @@ def _is_right(completion):
 
 def _verdict(right):
     # A word and a symbol beside the colour, for those who do not see it.
-    return "" if right is None else '<span class="right">✓ right</span>' if right else '<span class="wrong">✗ wrong</span>'
+    words = {True: '<span class="right">✓ right</span>', False: '<span class="wrong">✗ wrong</span>'}
+    return words.get(right, "")
 
 
 def _counts(entries):
@@ -105,8 +106,8 @@ def _entry(entry):
                     f'<td><div class="text">{text or "(empty)"}</div>'
                     f'<div class="quiet">{escape(parts)} &middot; {escape(completion["why"])}</div></td></tr>')
     return (f'<div class="entry">{_picture(entry["image"])}<div><div class="quiet">{escape(entry["kind"])}</div>'
-            f'<div class="question">{escape(entry["prompt"])}</div><div>Gold answer: <b>{escape(entry["answer"])}</b></div>'
-            f'<table>{"".join(rows)}</table></div></div>')
+            f'<div class="question">{escape(entry["prompt"])}</div><div>Gold answer: '
+            f'<b>{escape(entry["answer"])}</b></div><table>{"".join(rows)}</table></div></div>')
 
 
 def _picture(source, most=480):
@@ -118,4 +119,5 @@ def _picture(source, most=480):
     picture.thumbnail((most, most))
     file = io.BytesIO()
     picture.save(file, "PNG")
-    return f'<img class="{small}" alt="picture" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img class="{small}" alt="picture" src="data:image/png;base64,{data}">'

@@ -1,0 +1,109 @@
+"""What a run leaves on disk: config.json, log.jsonl, tokenizer.model, a checkpoint a stage, results.
+
+    NAME.pt        a finished stage: weights, tokenizer, config, FLOPs, how long the log was
+    progress.pt    the stage under way: weights, optimizer, random state, step, how long the log was
+
+Whatever moment a run is killed at, `reopen` finds the last whole state: finished stages are not repeated, the stage
+under way goes on at its last checkpoint, and log lines written after it are cut off, to be written again.
+"""
+import json
+import os
+from pathlib import Path
+
+from model import checkpoint
+
+
+def write_json(path, value):
+    checkpoint.write_atomically(path, lambda file: file.write(json.dumps(value, indent=0).encode()))
+
+
+def choose(out, name, resume):
+    """--out, or a new numbered folder under out/; to resume, the one named or the newest. Never one that holds a run."""
+    if out:
+        folder = Path(out)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out={out} must be a folder, it is a file")
+    else:
+        root = Path("out")
+        found = sorted(root.glob(f"{name}-*/config.json"), key=lambda path: path.stat().st_mtime)
+        if resume and not found:
+            raise ValueError(f"--resume found no run of {name} under {root}/; name its folder with --out=DIR")
+        number = 1
+        while (root / f"{name}-{number}").exists():
+            number += 1
+        folder = found[-1].parent if resume else root / f"{name}-{number}"
+    exists = (folder / "config.json").exists()
+    if exists and not resume:
+        raise ValueError(f"--out={folder} already holds a run; add --resume to go on with it or choose another folder")
+    if resume and not exists:
+        raise ValueError(f"--out={folder} holds no run to --resume")
+    return folder
+
+
+class RunFolder:
+    def __init__(self, folder, device="cpu"):
+        self.folder, self.device, self.progress = Path(folder), device, None
+
+    def path(self, stage):
+        return self.folder / f"{stage}.pt"
+
+    def create(self, config):
+        """config: dict of all fields."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--out={self.folder} cannot be made: {error.strerror}") from None
+        write_json(self.folder / "config.json", config)
+
+    def reopen(self, config, free, stages):
+        """Checks that the run was started with this config (but for the fields `free`), and takes up its state."""
+        try:
+            before = json.loads((self.folder / "config.json").read_text())
+        except ValueError:
+            raise ValueError(f"{self.folder / 'config.json'} is damaged; the run cannot be resumed") from None
+        for name, value in config.items():
+            if name not in free and before.get(name) != value:
+                raise ValueError(f"--{name.replace('_', '-')}={value} must be {before.get(name)}, as in the run in "
+                                 f"{self.folder} that --resume goes on with")
+        done = [stage for stage in stages if self.path(stage).exists()]
+        known = checkpoint.load(self.path(done[-1]))["log_bytes"] if done else 0
+        if (self.folder / "progress.pt").exists():
+            self.progress = checkpoint.load(self.folder / "progress.pt", self.device)
+            if self.progress["stage"] in done:
+                self.progress = None        # killed between finishing a stage and removing its progress
+            else:
+                known = self.progress["log_bytes"]
+        if self.log_path.exists():
+            os.truncate(self.log_path, known)
+
+    @property
+    def log_path(self):
+        return self.folder / "log.jsonl"
+
+    def log_bytes(self):
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def log(self, **line):
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def finish(self, stage, **state):
+        """Writes the stage's checkpoint; from now on a resumed run goes on after it."""
+        checkpoint.save(self.path(stage), dict(state, stage=stage, log_bytes=self.log_bytes()))
+        (self.folder / "progress.pt").unlink(missing_ok=True)
+
+    def save_progress(self, stage, step, module, optimizer, generator, flops):
+        checkpoint.save(self.folder / "progress.pt", dict(
+            stage=stage, step=step, module=module.state_dict(), optimizer=optimizer.state_dict(), flops=flops,
+            generator=generator.get_state() if generator else None, log_bytes=self.log_bytes()))
+
+    def take_progress(self, stage, module, optimizer, generator):
+        """Puts an interrupted stage back to its last checkpoint; -> (step to go on with, FLOPs so far), or None."""
+        state, self.progress = self.progress, None
+        if not state or state["stage"] != stage:
+            return None
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        if generator:
+            generator.set_state(state["generator"].cpu())
+        return state["step"], state["flops"]

@@ -1,0 +1,161 @@
+"""From raw scores to rows with intervals, paired differences and text tables.
+
+Raw scores of a method on a split: {"greedy": {...}, "t1": {...}}, each with one entry a prompt: right and format (n, G),
+length (n, G), answer (n, G), gold (n,), aliases (n,), kind (n,), text (n,) the first completion.
+"""
+import math
+from collections import Counter
+
+import numpy as np
+
+
+def majority_right(answers, gold, aliases):
+    """1 when the commonest non-empty answer is right; ties go to the one sampled first."""
+    votes = Counter(answer for answer in answers if answer)
+    return int(bool(votes) and votes.most_common(1)[0][0] in (gold, *aliases))
+
+
+def per_prompt(scores, metric):
+    """Raw scores of a decoding -> (n,) array of the metric, one value a prompt; None where it is not defined."""
+    if metric == "accuracy":
+        return np.mean(scores["right"], axis=1)
+    if metric.startswith("pass@"):
+        return np.max(scores["right"], axis=1).astype(float) if len(scores["right"][0]) > 1 else None
+    if metric.startswith("maj@"):
+        if "aliases" not in scores or len(scores["right"][0]) < 2:
+            return None
+        return np.array([majority_right(*entry) for entry in zip(scores["answer"], scores["gold"], scores["aliases"])],
+                        dtype=float)
+    return np.mean(scores[metric], axis=1) if metric in scores else None
+
+
+def interval(values):
+    """Mean of one value a prompt with its 95 % interval: (mean, low, high).
+
+    Wilson's interval for 0/1 values, the normal one otherwise (several completions of a prompt are not independent, so
+    the prompt is the unit).
+    """
+    values = np.asarray(values, dtype=float)
+    n, mean = len(values), float(values.mean())
+    if set(np.unique(values)) <= {0.0, 1.0}:
+        z = 1.96
+        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+        return mean, centre - half, centre + half
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else float("inf")
+    return mean, mean - half, mean + half
+
+
+def rows(method, split, scores, seed):
+    """Raw scores of a split -> rows (method, split, decoding, metric, value, low, high, n, seed)."""
+    out = []
+    for decoding, of in scores.items():
+        group = len(of["right"][0])
+        for metric in ("accuracy", "format", "length", f"pass@{group}", f"maj@{group}"):
+            values = per_prompt(of, metric)
+            if values is not None:
+                value, low, high = interval(values)
+                out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value, low=low,
+                                high=high, n=len(values), seed=seed))
+    return out
+
+
+def differences(scores, to="grpo"):
+    """Paired differences in accuracy, method minus `to`, on the same prompts, with their 95 % intervals.
+
+    scores: method -> split -> raw scores. Rows like those of `rows`, metric "accuracy - {to}".
+    """
+    out = []
+    for method, splits in scores.items():
+        for split, of in splits.items():
+            for decoding, mine in of.items():
+                theirs = scores.get(to, {}).get(split, {}).get(decoding)
+                if method == to or theirs is None:
+                    continue
+                a, b = per_prompt(mine, "accuracy"), per_prompt(theirs, "accuracy")
+                delta = a - b
+                half = 1.96 * float(delta.std(ddof=1)) / math.sqrt(len(delta)) if len(delta) > 1 else float("inf")
+                mean = float(delta.mean())
+                out.append(dict(method=method, split=split, decoding=decoding, metric=f"accuracy - {to}", value=mean,
+                                low=mean - half, high=mean + half, n=len(delta)))
+    return out
+
+
+def by_kind(scores):
+    """Raw scores of a decoding -> {question kind: (accuracy, n)}."""
+    accuracy, kinds = per_prompt(scores, "accuracy"), np.array(scores["kind"])
+    return {kind: (float(accuracy[kinds == kind].mean()), int((kinds == kind).sum())) for kind in sorted(set(kinds))}
+
+
+def _grid(title, columns, lines):
+    """Text table: title, column heads, lines of (label, cells)."""
+    width = max([len(label) for label, _ in lines] + [10])
+    cell = max([len(text) for _, cells in lines for text in cells] + [len(column) for column in columns]) + 2
+    head = " " * width + "".join(column.rjust(cell) for column in columns)
+    return "\n".join([title, head, *(label.ljust(width) + "".join(text.rjust(cell) for text in cells)
+                                     for label, cells in lines)])
+
+
+def table(results, scores):
+    """Everything the comparison says, as text: accuracies with intervals, differences, format, voting, kinds."""
+    splits = list(dict.fromkeys(row["split"] for row in results if row["metric"] == "accuracy"))
+    methods = list(dict.fromkeys(row["method"] for row in results if row["metric"] == "accuracy"))
+    found = {(r["method"], r["split"], r["decoding"], r["metric"]): r for r in [*results, *differences(scores)]}
+
+    def cells(method, decoding, metric, form):
+        return [form(found[key]) if (key := (method, split, decoding, metric)) in found else "" for split in splits]
+
+    def share(row):
+        return f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+    def points(row):
+        return f"{100 * row['value']:+.1f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
+
+    parts = []
+    for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
+        parts.append(_grid(f"Accuracy, {words} [95 % interval]", splits,
+                           [(m, cells(m, decoding, "accuracy", share)) for m in methods]))
+        parts.append(_grid(f"Paired difference to grpo in points, {words} [95 % interval]", splits,
+                           [(m, cells(m, decoding, "accuracy - grpo", points)) for m in methods if m != "grpo"]))
+    sampled = sorted({row["metric"] for row in results if row["metric"].startswith(("pass@", "maj@"))})
+    for metric in sampled:
+        parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, share)) for m in methods]))
+    for metric, form in (("format", share), ("length", lambda row: f"{row['value']:.1f}")):
+        parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, form)) for m in methods]))
+    kinds = {method: by_kind(of[splits[0]]["t1"]) for method, of in scores.items() if splits and splits[0] in of}
+    names = sorted({kind for of in kinds.values() for kind in of})
+    if len(names) > 1:
+        parts.append(_grid(f"Accuracy on {splits[0]} by question kind, T = 1 (n)", names,
+                           [(m, [f"{of[k][0]:.3f} ({of[k][1]})" if k in of else "" for k in names])
+                            for m, of in kinds.items()]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def over_seeds(results):
+    """Rows of several seeds -> rows with mean, 95 % t-interval over the seeds, and their standard deviation `sd`."""
+    t95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+    grouped = {}
+    for row in results:
+        grouped.setdefault((row["method"], row["split"], row["decoding"], row["metric"]), []).append(row["value"])
+    out = []
+    for (method, split, decoding, metric), values in grouped.items():
+        mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        half = t95.get(len(values), 1.96) * sd / math.sqrt(len(values)) if len(values) > 1 else float("inf")
+        out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=mean, low=mean - half,
+                        high=mean + half, sd=sd, n=len(values)))
+    return out
+
+
+def seeds_table(results):
+    """Rows of several seeds -> text: mean [95 % t-interval over seeds] and standard deviation."""
+    merged = over_seeds(results)
+    parts = []
+    for decoding, metric in dict.fromkeys((row["decoding"], row["metric"]) for row in merged):
+        these = [row for row in merged if (row["decoding"], row["metric"]) == (decoding, metric)]
+        splits = list(dict.fromkeys(row["split"] for row in these))
+        at = {(row["method"], row["split"]): row for row in these}
+        parts.append(_grid(f"{metric}, {decoding}: mean over {these[0]['n']} seeds [95 % t-interval] sd", splits, [
+            (method, [f"{at[method, s]['value']:.3f} [{at[method, s]['low']:.2f}, {at[method, s]['high']:.2f}] "
+                      f"{at[method, s]['sd']:.3f}" if (method, s) in at else "" for s in splits])
+            for method in dict.fromkeys(row["method"] for row in these)]))
+    return "\n\n".join(parts)

@@ -1,0 +1,158 @@
+"""Files that people open after a run: drawn with and without their parts, and safe whatever a model wrote."""
+import base64
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rl.report import curves, read_log, samples
+
+
+def supervised(stage, steps=3):
+    return [dict(stage=stage, step=n, loss=2.0 / (n + 1), lr=1e-3, seconds=0.1 * n) for n in range(steps)]
+
+
+def learned(stage, steps=3):
+    """The last rollout is all flat: it has no update, so no entropy."""
+    lines = [dict(stage=stage, step=n, reward=1.1, correctness=0.5, format=1.0, flat=0.2, length=9.0, entropy=0.3,
+                  loss=0.0) for n in range(steps)]
+    del lines[-1]["entropy"]
+    return lines
+
+
+def result(method, split="id", value=0.5, low=0.4, high=0.6):
+    return dict(method=method, split=split, decoding="t1", metric="accuracy", value=value, low=low, high=high, n=30,
+                seed=0)
+
+
+RESULTS = [result(method, split) for method in ("teacher", "cot", "grpo", "mine") for split in ("id", "crowded")]
+LOG = supervised("clip", 40) + supervised("cot") + learned("rl") + supervised("filtered") + learned("grpo_zero")
+
+
+@pytest.mark.parametrize("log, results", [
+    (LOG, RESULTS), (LOG, []), ([], RESULTS), ([], []), (supervised("clip"), []), (learned("rl"), RESULTS),
+    (supervised("clip", 1) + learned("rl", 1) + supervised("filtered", 1), [result("grpo", "val")]),
+    (LOG, [result("cot", "val", value=1.0, low=-np.inf, high=np.inf)]),       # one prompt has no interval
+    (LOG, [dict(result("cot"), metric="length", value=9.0)]),
+    ([dict(stage="clip", step=0, loss=float("nan")), dict(stage="sft", step=0, loss=0.0)], []),
+], ids=["all", "no results", "results alone", "nothing", "one stage", "RL alone", "one step", "one prompt",
+        "no accuracy", "loss nan and zero"])
+def test_curves_are_drawn_with_and_without_their_parts(tmp_path, log, results):
+    pytest.importorskip("matplotlib")
+    assert curves(log, results, tmp_path / "curves.png") is True
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width == 1600 and np.asarray(picture.convert("L")).min() < 200      # not blank
+
+
+def test_without_matplotlib_curves_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert curves(LOG, RESULTS, tmp_path / "curves.png") is False
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_leaves_matplotlib_as_it_was(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    before = dict(matplotlib.rcParams)
+    curves(LOG, RESULTS, tmp_path / "curves.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+def completion(text, correct=1.0, method="grpo", why="'two': right; well-formed"):
+    return dict(method=method, text=text, reward={"correctness": correct, "format": 0.5}, why=why)
+
+
+def page(tmp_path, *completions, **fields):
+    """The HTML of one entry."""
+    entry = dict(image=np.zeros((4, 4, 3), np.uint8), prompt="how many ?", answer="two", kind="scenes/count")
+    samples([{**entry, **fields, "completions": completions}], tmp_path / "samples.html", "A title")
+    return (tmp_path / "samples.html").read_text("utf-8")
+
+
+class Reader(HTMLParser):
+    """Elements, attributes and visible text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.seen = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.seen += data
+
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"' &lt; </style></div>"
+
+
+@pytest.mark.parametrize("where", ["text", "why", "method", "prompt", "answer", "kind"])
+def test_untrusted_text_is_shown_and_never_runs(tmp_path, where):
+    tidy = completion("two")
+    text = page(tmp_path, {**tidy, where: EVIL}) if where in tidy else page(tmp_path, tidy, **{where: EVIL})
+    assert "<script" not in text
+    read, plain = Reader(text), Reader(page(tmp_path, tidy))
+    assert sorted(read.tags) == sorted(plain.tags + ["span"] * (4 if where == "text" else 0))     # coloured tags
+    assert not any(name.startswith("on") for name, _ in read.attributes)
+    assert EVIL in read.seen
+
+
+def test_tags_of_a_chain_are_visible(tmp_path):
+    text = "<think> a1 b1</think><answer> two</answer>"
+    html = page(tmp_path, completion(text))
+    assert "&lt;think&gt;" in html and "&lt;/answer&gt;" in html and "<think>" not in html
+    assert text in Reader(html).seen
+
+
+def test_right_and_wrong_are_said_in_words(tmp_path):
+    seen = Reader(page(tmp_path, completion("a"), completion("b", 0.0, "cot", "'b': wrong"))).seen
+    assert seen.count("✓ right") == 1 and seen.count("✗ wrong") == 1
+    assert "correctness 1, format 0.5" in seen and "correctness 0" in seen and "'b': wrong" in seen
+    assert "grpo1 of 1 right" in seen and "cot0 of 1 right" in seen
+
+
+def test_without_a_correctness_reward_nothing_is_judged(tmp_path):
+    seen = Reader(page(tmp_path, dict(completion("a"), reward={"format": 1.0}))).seen
+    assert "✓" not in seen and "✗" not in seen and "1 of" not in seen
+
+
+def test_empty_completions_and_half_surrogates_are_shown(tmp_path):
+    seen = Reader(page(tmp_path, completion(""), completion("x \ud800 y"))).seen
+    assert "(empty)" in seen and "x ? y" in seen
+
+
+def test_the_picture_is_inside_the_file(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    for source in (picture, str(tmp_path / "a.png")):
+        [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page(tmp_path, image=source))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture)
+    assert "<img" not in page(tmp_path, image=None)
+
+
+def test_a_page_without_entries_is_a_page(tmp_path):
+    samples([], tmp_path / "samples.html", "<b>")
+    assert "&lt;b&gt;" in (tmp_path / "samples.html").read_text("utf-8")
+
+
+def test_read_log_skips_a_last_line_cut_off(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"stage": "clip", "step": 0}) + "\n" + '{"stage": "clip", "st')
+    assert read_log(path) == [{"stage": "clip", "step": 0}]
+
+
+def test_read_log_names_a_broken_line_in_the_middle(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_log(path)
+
+
+def test_a_run_without_a_log_has_an_empty_one(tmp_path):
+    assert read_log(tmp_path / "log.jsonl") == []

@@ -1,0 +1,82 @@
+"""A vision-language model small enough to check by brute force, with prompts of every odd kind; and comparisons."""
+import numpy as np
+import torch
+
+from data.sample import collate
+from model.clip import ClipConfig
+from model.llama import LlamaConfig
+from model.vlm import VLM, VlmConfig
+
+PAD, BOS, EOS, IMAGE = 0, 1, 2, -200
+SIDE, PATCHES, VOCAB = 15, 9, 37
+CLIP = dict(image_size=SIDE, patch=5, width=12, layers=2, heads=3, embed=7)
+LLM = dict(vocab=VOCAB, width=24, layers=2, heads=6, kv_heads=2, ff=28, tied=False)
+
+
+def shake(module, seed=0, scale=0.2):
+    """Default initialisation hides bugs (zero biases, unit norms, small weights): all parameters + scale * randn."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def make_vlm(dtype=torch.float64, seed=0, clip=(), llm=(), **options):
+    torch.manual_seed(seed)
+    options = dict(image_positions=True, projector="mlp2x_gelu") | options
+    config = VlmConfig(ClipConfig(**CLIP | dict(clip)), LlamaConfig(**LLM | dict(llm)), **options)
+    return shake(VLM(config), seed).to(dtype)
+
+
+def words(count, rng):
+    return rng.integers(3, VOCAB, count).tolist()
+
+
+def prompts(seed=0):
+    """Rows (ids, target mask, images): one picture; none; two with text between; one at the very end."""
+    rng = np.random.default_rng(seed)
+    picture = [IMAGE] * PATCHES
+
+    def image():
+        return rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+    rows = [([BOS, *picture, *words(3, rng)], (image(),)),
+            ([BOS, *words(5, rng)], ()),
+            ([BOS, *words(1, rng), *picture, *words(2, rng), *picture, *words(4, rng)], (image(), image())),
+            ([BOS, *words(2, rng), *picture], (image(),)),
+            ([BOS], ())]
+    # What is predicted: every second token that is text.
+    return [(ids, [i % 2 == 1 and token != IMAGE for i, token in enumerate(ids)], images) for ids, images in rows]
+
+
+def to_batch(rows):
+    return collate(rows, PAD, SIDE)
+
+
+def random_completions(rows, group, length, seed=1):
+    return torch.randint(3, VOCAB, (rows, group, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(module, loss):
+    """Name -> gradient of every parameter that got one."""
+    module.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def difference(given, wanted):
+    """Largest difference, relative to the largest entry of `wanted`; of dicts, the worst of their tensors."""
+    if isinstance(wanted, dict):
+        assert given.keys() == wanted.keys()
+        return max(difference(given[name], wanted[name]) for name in wanted)
+    assert given.shape == wanted.shape
+    return ((given.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30)).item()
+
+
+def stream(vlm, rows, p, tokens):
+    """Normed states of prompt p followed by `tokens` (n,), as one sequence through the x stream alone."""
+    batch = to_batch(rows[p:p + 1])
+    batch.pixels = batch.pixels.to(vlm.llm.head.dtype)
+    x = torch.cat([vlm.embed(batch), vlm.llm.embed_tokens(tokens[None])], dim=1)
+    return vlm.llm(x, torch.tensor([x.shape[1]]))[0][0]
