@@ -14,7 +14,9 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -23,12 +25,12 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import chat, cot, images, jsonl, scenes
-from data.sample import batch_indices, collate, to_pixels
+from data.sample import Sample, batch_indices, collate, to_pixels
 from data.tokenizer import Tokenizer
 from data.tokenizer import train as train_tokenizer
 from model import checkpoint, flops
 from model.clip import Clip, ClipConfig, contrastive_loss
-from model.config import describe, from_command_line
+from model.config import describe, from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
 from model.generate import Sampler
 from model.llama import LlamaConfig
@@ -102,7 +104,7 @@ class Config:
     # supervised training
     clip_steps: int = 700           # optimizer steps
     clip_batch: int = 96            # pairs
-    clip_lr: float = 2e-3           # peak learning rate
+    clip_lr: float = 1e-3           # peak learning rate
     align_steps: int = 240          # optimizer steps
     align_lr: float = 4e-3          # peak; from nothing the decoder learns language here as well
     sft_steps: int = 120            # optimizer steps; 0 skips the stage
@@ -110,7 +112,7 @@ class Config:
     cot_steps: int = 360            # optimizer steps
     cot_lr: float = 4e-3            # peak learning rate
     batch: int = 96                 # samples a step
-    micro_batch: int = 0            # samples (or prompts) at a time; 0: all. Gradients do not depend on it
+    micro_batch: int = 48           # samples, or prompts with their group, at a time; 0: all. No gradient depends on it
     warmup: float = 0.05            # share of the steps
     final_lr: float = 0.05          # cosine ends at this share of the peak
     weight_decay: float = 0.0       # AdamW
@@ -175,7 +177,7 @@ class Config:
         source, _, where = self.data.partition(":")
         if source not in ("scenes", "images", "jsonl") or (source != "scenes") != bool(where):
             raise ValueError(f"--data={self.data} must be scenes, images:DIR or jsonl:FILE")
-        if source == "scenes" and self.image_size != scenes.SIZE:
+        if source == "scenes" and self.image_size != scenes.SIZE and not self.bench:
             raise ValueError(f"--image-size={self.image_size} must be {scenes.SIZE} for drawn scenes")
         self.clip_config(1), self.llm_config(1)
         for name in self.stages():
@@ -203,7 +205,8 @@ class Config:
         if self.stage != "all":
             return self.stage.split(",")
         extra = {"none": [], "basic": ["cot_continued", "filtered"],
-                 "all": ["cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "grpo_zero"]}[self.compare]
+                 "all": ["cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect",
+                         "grpo_zero"]}[self.compare]
         return ["clip", "align", *(["sft"] if self.sft_steps else []), "cot", "rl", *extra]
 
 
@@ -212,6 +215,9 @@ PRESETS = {
     "embedded": {},
     "images": dict(image_size=64, patch=8, clip_stem="conv", clip_steps=300, clip_batch=64, align_steps=80, sft_steps=60,
                    cot_steps=150, batch=48, rl_steps=40, rl_batch=16, max_new=48, vocab=1024, save_every=50),
+    # the shape of the step that is timed against other trainers
+    "bench": dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", width=192,
+                  heads=6, kv_heads=6, ff=512, tied=False, image_positions=False, rl_batch=8, max_new=48),
     "tiny": dict(clip_width=32, clip_layers=2, clip_heads=2, text_width=32, text_layers=1, text_heads=2, embed=32,
                  width=32, layers=2, heads=2, kv_heads=1, ff=64, pictures=256, questions=256, traces=256, rl_prompts=64,
                  clip_steps=12, clip_batch=32, align_steps=12, sft_steps=8, cot_steps=12, batch=16, rl_steps=8,
@@ -453,7 +459,9 @@ def supervise(run, stage, vlm, records, steps, peak, method):
         return chat.encode(sample, tok, vlm.config.clip.patches, method, cfg.template, target)
 
     def losses_of(indices):
-        batch = collate([encode(*records[i]) for i in indices], tok.pad_id, cfg.image_size).to(run.device)
+        # Sorted by length, so that micro-batches hold little padding.
+        rows = sorted((encode(*records[i]) for i in indices), key=lambda row: len(row[0]))
+        batch = collate(rows, tok.pad_id, cfg.image_size).to(run.device)
         denominator = batch.target[:, 1:].sum()
         for micro in batch.micro_batches(cfg.micro_batch):
             run.flops += flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
@@ -631,8 +639,7 @@ STAGES = {
     "clip": (clip, None), "align": (align, ("clip",)), "sft": (sft, ("align",)), "cot": (cot_stage, ("sft", "align")),
     "rl": (rl, ("cot",)), "cot_continued": (cot_continued, ("cot",)), "filtered": (filtered, ("cot",)),
     "rejection_first": (rejection_first, ("cot",)), "rejection": (rejection, ("rejection_first",)),
-    "sft_direct": (sft_direct, ("sft", "align")),
-    "perfect": (perfect, ("sft", "align")),
+    "sft_direct": (sft_direct, ("sft", "align")), "perfect": (perfect, ("sft", "align")),
     "grpo_zero": (grpo_zero, ("sft", "align")),
 }
 
@@ -655,21 +662,20 @@ def open_run(cfg):
     return run
 
 
-def many_seeds(cfg, argv):
+def many_seeds(cfg):
     """Each seed in a process of its own, --jobs at a time; then mean, spread and 95 % t-intervals over the seeds."""
     root = choose(cfg.out, cfg.preset, cfg.resume)
     RunFolder(root).create(asdict(cfg))
     threads = cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
-    kept = [word for word in argv if word.split("=")[0] not in ("--seed", "--seeds", "--jobs", "--out", "--threads",
-                                                               "--resume")]
+    shared = replace(cfg, seeds=0, jobs=1, resume=False, threads=threads)
     waiting, running, results = list(range(cfg.seed, cfg.seed + cfg.seeds)), {}, []
     while waiting or running:
         while waiting and len(running) < cfg.jobs:
             seed = waiting.pop(0)
             out = root / f"seed-{seed}"
-            command = [sys.executable, __file__, *kept, f"--seed={seed}", f"--out={out}", f"--threads={threads}",
-                       *(["--resume"] if (out / "config.json").exists() else [])]
-            running[seed] = subprocess.Popen(command, stdout=open(root / f"seed-{seed}.txt", "a"))
+            one = replace(shared, seed=seed, out=str(out), resume=(out / "config.json").exists())
+            with open(root / f"seed-{seed}.txt", "a") as file:
+                running[seed] = subprocess.Popen([sys.executable, __file__, *to_command_line(one)], stdout=file)
         for seed, process in list(running.items()):
             if process.poll() is not None:
                 del running[seed]
@@ -685,11 +691,37 @@ def many_seeds(cfg, argv):
     print(statistics.seeds_table(results))
 
 
+def bench_step(cfg, steps=6):
+    """Seconds of an RL step and of its parts: random weights and pictures, no early stop, the first step left out."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        # Any reward does that differs within a group, so that every completion takes part in the update.
+        rewards.REWARDS["bench"] = lambda sample, text: zlib.crc32(text.encode()) / 2**32
+        run = Run(replace(cfg, rewards="bench:1", gated=False, save_every=steps + 1, min_new=cfg.max_new), folder)
+        words = [f"w{n}" for n in range(cfg.vocab)]
+        run.tokenizer = train_tokenizer([" ".join(words)] * 2, [*chat.TAGS, *(f"▁{word}" for word in words[:64])], cfg.vocab)
+        vlm = VLM(VlmConfig(cfg.clip_config(cfg.vocab), cfg.llm_config(cfg.vocab), cfg.projector, cfg.feature_layer,
+                            cfg.image_positions)).to(run.device, run.dtype)
+        vlm.visual.requires_grad_(False)
+        samples = [Sample(images=(rng.integers(0, 255, (cfg.image_size, cfg.image_size, 3), dtype=np.uint8),),
+                          question=" ".join(f"w{n}" for n in rng.integers(64, size=12)), answer="w1")
+                   for _ in range(cfg.rl_batch * steps)]
+        show_trained("bench", vlm)
+        reinforce(run, "bench", vlm, samples, "direct", steps)
+        lines = [json.loads(line) for line in run.log_path.read_text().splitlines()][1:]
+    parts = {name: float(np.median([line.get(name, 0.0) for line in lines])) for name in lines[0] if "seconds_" in name}
+    total = sum(parts.values())
+    shape = f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {(cfg.image_size // cfg.patch) ** 2} image tokens"
+    print(f"{shape}, {run.device}, {torch.get_num_threads()} threads: {total:.3f} s a step, median of {len(lines)}")
+    for name, seconds in parts.items():
+        print(f"  {name.removeprefix('seconds_'):<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %")
+
+
 def main(argv):
     cfg = from_command_line(Config, PRESETS, argv, __doc__)
     notes = cfg.check()
     if cfg.seeds:
-        many_seeds(cfg, argv)
+        many_seeds(cfg)
         return
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -11,7 +11,7 @@ IMAGE = "<image>"
 # What a method appends to the question.
 PROMPTS = {
     "direct": "",                                       # answer at once
-    "think": " think first .",                          # chain of thought, taught by examples
+    "think": " think .",                          # chain of thought, taught by examples
     "asked": " think inside <think> </think> then answer inside <answer> </answer> .",   # tags only asked for
 }
 

@@ -1,7 +1,7 @@
 """Teachers: where chains of thought come from, and how wrong they are.
 
-A scene teacher is a function (scene, rng) -> (reasoning, conclusion). The biased teacher always follows one procedure, step
-by step, and is wrong in ways that do not average out: imitation learns its misconceptions along with its method.
+A scene teacher is a function (scene, rng) -> (reasoning, conclusion). The biased teacher always follows one procedure,
+step by step, and is wrong in ways that do not average out: imitation learns its misconceptions along with its method.
 """
 import random
 from dataclasses import dataclass, replace

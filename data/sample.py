@@ -56,12 +56,16 @@ class Batch:
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def rows(self, index):
-        """The sub-batch of the prompts `index` (a 1-d int tensor on the batch's device), with their pictures."""
+        """The sub-batch of the prompts `index` (a 1-d int tensor on the batch's device), with their pictures.
+
+        Cut to the longest of them: padding costs as much as tokens do.
+        """
+        longest = int(self.length[index].max()) if len(index) else 0
         # A picture follows its prompt: for each chosen prompt, in order, its pictures in order.
         mine = self.image_row[None] == index[:, None]                     # (rows, I)
         new_row, picture = mine.nonzero(as_tuple=True)
-        return replace(self, ids=self.ids[index], length=self.length[index], target=self.target[index],
-                       pixels=self.pixels[picture], image_row=new_row,
+        return replace(self, ids=self.ids[index, :longest], length=self.length[index],
+                       target=self.target[index, :longest], pixels=self.pixels[picture], image_row=new_row,
                        features=self.features[picture] if len(self.features) else self.features)
 
     def micro_batches(self, size):

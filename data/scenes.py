@@ -1,11 +1,11 @@
 """Drawn scenes with questions: the embedded task, made by the program from a seed.
 
 World: 48 x 48 RGB, 4 x 4 cells of 12 pixels named a1 (top left) to d4 (bottom right), letter = column. Objects of six
-colours and four shapes, three sizes, shifted by fractions of a pixel over their cell's border, under pixel noise; no two
-objects of a scene share colour and shape. Four of the 24 pairs are held out of everything that trains.
+colours and four shapes, three sizes, shifted by fractions of a pixel over their cell's border, under pixel noise; no
+two objects of a scene share colour and shape. Four of the 24 pairs are held out of everything that trains.
 
-Question kinds: `at` (what is in a cell), `count`, and walks of n hops from a named object (`walk1` ... `walk5`): one cell
-a hop, never straight back, always on the board; the answer is what stands where the walk ends, or "nothing".
+Question kinds: `at` (what is in a cell), `count`, and walks of n hops from a named object (`walk1` ... `walk5`): one
+cell a hop, never straight back, always on the board; the answer is what stands where the walk ends, or "nothing".
 
 Splits: train, val, id (walks up to 2 hops, 1-6 objects); out of distribution: crowded (7-10 objects), pairs (the answer
 is, or counts, a held-out pair), walk3 (held out of every prompt that trains), walk4 (4 or 5 hops).
@@ -64,8 +64,8 @@ class Question:
         if self.kind == "at":
             return f"what is at {name(self.cell)} ?"
         if self.kind == "count":
-            return f"how many {self.word} things are there ?"
-        return f"from the {self.start.words} go {' '.join(self.hops)} . what is there ?"
+            return f"how many {self.word} things ?"
+        return f"from the {self.start.words} go {' '.join(self.hops)} ?"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def make_scene(rng, kind, low, high, held_out=False):
     if held_out:
         # The object asked about comes second in a walk (its end), first elsewhere.
         pairs[1 if hops else 0] = rng.choice(HELD_OUT)
-    things = tuple(Thing(cell, color, shape, rng.choice((3.6, 4.4, 5.2)), (rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)))
+    things = tuple(Thing(cell, color, shape, radius=rng.choice((3.6, 4.4, 5.2)),
+                         shift=(rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)))
                    for cell, (color, shape) in zip(cells, pairs))
     if kind == "at":
         question = Question("at", cell=cells[-1] if empty_answer else cells[0])
@@ -219,8 +220,8 @@ def _seeing_question(scene, rng):
 def load(split, count, seed, teacher=None):
     """`count` samples of a split, made from `seed`.
 
-    split: "clip" (partial captions), "align" (full captions), "sft" (questions about looking), on 1-5, 1-8 and 1-8 objects;
-    "train", "val" or one of SPLITS. `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields.
+    split: "clip" (partial captions), "align" (full captions), "sft" (questions about looking), on 1-5, 1-8 and 1-8
+    objects; "train", "val" or one of SPLITS. `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields.
     """
     rng = random.Random(f"{split} {seed}")
     noise = np.random.default_rng([seed, *split.encode()])
@@ -258,5 +259,5 @@ def load(split, count, seed, teacher=None):
 def pieces():
     """The words of the task, each to be one token, with the space before it."""
     words = {*COLORS, *SHAPES, *HOPS, *NUMBERS, NOTHING, *(name((c, r)) for c in range(CELLS) for r in range(CELLS))}
-    words |= set("what is at how many things are there where the from go think first inside then answer ? . ,".split())
+    words |= set("what is at how many things where are the from go think inside then answer ? . ,".split())
     return [f"▁{word}" for word in sorted(words)]

@@ -29,14 +29,16 @@ class Tokenizer:
         return self.model.encode(text)
 
     def decode(self, ids):
-        """Ids -> text; EOS, BOS and padding give nothing."""
-        return self.model.decode([i for i in ids if i > EOS])
+        """Ids -> text; EOS, BOS, padding and the spare rows of a padded embedding give nothing."""
+        # A space that no piece holds comes back from its bytes as sentencepiece's own sign for it.
+        return self.model.decode([i for i in ids if EOS < i < len(self)]).replace("\u2581", " ")
 
 
 def train(texts, pieces, size):
     """Byte-pair encoding of `texts` with at most `size` entries, byte fallback, and `pieces` never split.
 
-    Spaces are kept as they are and none is added in front, so decode(encode(text)) == text for any text.
+    Spaces are kept as they are and none is added in front, so decode(encode(text)) == text for any text without
+    U+2581, which is sentencepiece's space.
     """
     texts = list(texts)
     # With every word a piece of its own BPE has nothing left to merge and refuses a larger size: never ask for more.

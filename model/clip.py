@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width ** -0.5)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
@@ -90,6 +90,11 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, heads, act):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, act) for _ in range(layers))
+        for block in self.resblocks:        # OpenAI's initialisation
+            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
 
 
 class ImageTower(nn.Module):

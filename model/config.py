@@ -73,6 +73,11 @@ def from_command_line(cls, presets, argv, doc):
     return replace(cls(), **{**presets[preset], "preset": preset, **given})
 
 
+def to_command_line(config):
+    """The flags that make this config again, presets left out of play by naming every field."""
+    return [f"--{field.name.replace('_', '-')}={getattr(config, field.name)}" for field in fields(config)]
+
+
 def describe(config, width=110):
     """All fields on as few lines as fit; those that differ from the default are marked."""
     words = [f"{'*' if value != field.default else ''}{field.name}={value}" for field in fields(config)

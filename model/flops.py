@@ -79,9 +79,10 @@ def update(vlm, batch, shape=None):
     """Forward and backward of `VLM.forward`.
 
     A backward costs two products for one of the forward; five for two under fused attention, whose scores are
-    recomputed; three for one in the head, whose logits are too. The projector's input is frozen: one product.
+    recomputed; three for one in the head, whose logits are too. The projector's input is frozen: one product in its
+    first layer.
     """
     ahead = forward(vlm, batch, shape)
     attention, last = _attention(vlm, batch, shape), head(vlm.llm, _head_rows(batch, shape))
-    projector = 2 * len(batch.pixels) * vlm.config.clip.patches * linear_weights(vlm.projector)
+    projector = 2 * len(batch.pixels) * vlm.config.clip.patches * vlm.config.clip.width * vlm.config.llm.width
     return ahead + 2 * (ahead - attention - last) + 5 * attention // 2 + 3 * last - projector

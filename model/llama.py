@@ -154,12 +154,14 @@ class Llama(nn.Module):
         self.apply(self._init)
 
     def _init(self, module):
-        # GPT-2's initialisation: residual branches shrink with depth so that the sum keeps unit scale.
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        # Unit-scale activations at any width; residual branches shrink with depth so that their sum keeps that scale.
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+        if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, Block):
             for last in (module.self_attn.o_proj, module.mlp.down_proj):
-                nn.init.normal_(last.weight, std=0.02 / (2 * self.config.layers) ** 0.5)
+                nn.init.normal_(last.weight, std=(last.in_features * 2 * self.config.layers) ** -0.5)
 
     @property
     def head(self):

@@ -18,7 +18,7 @@ def write_json(path, value):
 
 
 def choose(out, name, resume):
-    """--out, or a new numbered folder under out/; to resume, the one named or the newest. Never one that holds a run."""
+    """--out, or a new numbered folder under out/; to resume, the named or newest one. Never one that holds a run."""
     if out:
         folder = Path(out)
         if folder.exists() and not folder.is_dir():

@@ -1,7 +1,7 @@
 """The vision-language model of LLaVA (arXiv 2304.08485): frozen CLIP features -> projector W -> decoder.
 
-One `forward` serves scoring, supervised fine-tuning and reinforcement learning. Shapes: P prompts of T tokens, I pictures
-of N patches, G completions of C tokens, D decoder width, Dv vision width, V vocabulary.
+One `forward` serves scoring, supervised fine-tuning and reinforcement learning. Shapes: P prompts of T tokens, I
+pictures of N patches, G completions of C tokens, D decoder width, Dv vision width, V vocabulary.
 """
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace

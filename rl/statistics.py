@@ -1,7 +1,7 @@
 """From raw scores to rows with intervals, paired differences and text tables.
 
-Raw scores of a method on a split: {"greedy": {...}, "t1": {...}}, each with one entry a prompt: right and format (n, G),
-length (n, G), answer (n, G), gold (n,), aliases (n,), kind (n,), text (n,) the first completion.
+Raw scores of a method on a split: {"greedy": {...}, "t1": {...}}, each with one entry a prompt: right and format
+(n, G), length (n, G), answer (n, G), gold (n,), aliases (n,), kind (n,), text (n,) the first completion.
 """
 import math
 from collections import Counter

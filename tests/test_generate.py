@@ -1,0 +1,293 @@
+"""Cached, batched sampling on a shared prefix against plain re-computation of each row from the start."""
+import math
+
+import pytest
+import torch
+
+from model import generate as module
+from model.generate import Sampler, attend_in_two_parts, generate, sample
+from tiny import BOS, EOS, PAD, VOCAB, difference, make_vlm, prompts, random_completions, stream, to_batch
+
+ROWS = prompts()
+P, G = len(ROWS), 3
+BANNED = (PAD, BOS)
+IDS = random_completions(P, G, 6, seed=7)
+
+
+def model(dtype=torch.float64, seed=0, often=0.0):
+    """often: how much the states' mean speaks for EOS, so that rows end early, each at another length."""
+    vlm = make_vlm(dtype, seed)
+    if often:
+        with torch.no_grad():
+            states = vlm(to_batch(ROWS), IDS).hidden.flatten(0, 2)
+            vlm.llm.lm_head.weight[EOS] += often * states.mean(0) / states.mean(0).square().sum()
+    return vlm
+
+
+def uncached_greedy(vlm, p, max_new, before=()):
+    """Tokens of prompt p continued greedily after `before`, everything computed anew for each."""
+    tokens = list(before)
+    while len(tokens) < len(before) + max_new and tokens[len(before):][-1:] != [EOS]:
+        logits = stream(vlm, ROWS, p, torch.tensor(tokens, dtype=torch.long))[-1] @ vlm.llm.head.T
+        logits[list(BANNED)] = float("-inf")
+        tokens.append(int(logits.argmax()))
+    return tokens[len(before):]
+
+
+def kept(done):
+    """P lists of G lists of tokens."""
+    return [[row[keep].tolist() for row, keep in zip(*group)] for group in zip(done.ids, done.mask)]
+
+
+def last_state(vlm, p, tokens):
+    with torch.no_grad():
+        return stream(vlm, ROWS, p, torch.as_tensor(tokens, dtype=torch.long))[-1]
+
+
+@pytest.fixture
+def never_drop(monkeypatch):
+    monkeypatch.setattr(module, "_worth_dropping", lambda alive: None)
+
+
+# ---------------------------------------------------------------- against uncached computation
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed, often", [(0, 0.0), (0, 2.0), (4, 1.0)])
+def test_cached_greedy_equals_uncached(seed, often):
+    vlm = model(seed=seed, often=often)
+    done, _ = generate(vlm, to_batch(ROWS), 2, 21, EOS, temperature=0, banned=BANNED)
+    wanted = [uncached_greedy(vlm, p, 21) for p in range(P)]
+    assert kept(done) == [[row, row] for row in wanted]
+    assert len({len(row) for row in wanted}) > 2            # rows did end at different lengths
+    assert not done.ids[~done.mask].any() and not done.logp[~done.mask].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_sampling_equal_those_of_the_update(temperature, dtype, tolerance, monkeypatch):
+    dropped = []
+    original = Sampler.select
+    monkeypatch.setattr(Sampler, "select", lambda self, *at: dropped.append(1) or original(self, *at))
+    vlm = model(dtype, often=2.0)
+    done, _ = generate(vlm, to_batch(ROWS), 5, 23, EOS, temperature=temperature, banned=BANNED,
+                       generator=torch.Generator().manual_seed(0))
+    logp = vlm(to_batch(ROWS), done.ids, temperature).logp
+    assert ((logp - done.logp).exp() - 1)[done.mask].abs().max() <= tolerance
+    assert dropped and len(done.mask.sum(-1).unique()) > 5
+    # The other temperature is told apart.
+    assert ((vlm(to_batch(ROWS), done.ids, 1.7 - temperature).logp - done.logp).exp() - 1)[done.mask].abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_dropping_ended_rows_changes_no_token(monkeypatch):
+    vlm, batch = model(often=2.0), to_batch(ROWS * 2)
+    options = dict(temperature=0, banned=BANNED)
+    sampler = Sampler(vlm).prefill(batch, G, 21)
+    dropping = sampler.decode(21, EOS, **options)
+    assert sampler.position.numel() < 2 * P * G             # some were dropped
+    monkeypatch.setattr(module, "_worth_dropping", lambda alive: None)
+    keeping = generate(vlm, batch, G, 21, EOS, **options)[0]
+    assert torch.equal(dropping.ids, keeping.ids) and torch.equal(dropping.mask, keeping.mask)
+    assert difference(dropping.logp, keeping.logp) < 1e-6
+
+
+def test_worth_dropping_keeps_every_live_row_once():
+    alive = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]).bool()
+    chosen, rows = module._worth_dropping(alive)
+    assert chosen.tolist() == [1, 2] and rows.tolist() == [[1, 3], [3, 0]]
+    alive = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1]]).bool()
+    assert module._worth_dropping(alive) is None            # one full row: nothing narrower holds it
+    assert module._worth_dropping(torch.tensor([[1, 1, 1, 1, 0]] * 2).bool()) is None       # saves a fifth only
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [(1, 1), (3,), (2, 3, 1)])
+def test_extended_text_equals_uncached(steps):
+    vlm = model()
+    sampler = Sampler(vlm).prefill(to_batch(ROWS), G, 6)
+    used = 0
+    for n in steps:
+        sampler.extend(IDS[..., used:used + n])
+        used += n
+        for p in range(P):
+            for g in range(G):
+                assert difference(sampler.state[p, g], last_state(vlm, p, IDS[p, g, :used])) < 1e-12
+    assert torch.equal(sampler.position, torch.tensor([len(row[0]) for row in ROWS])[:, None] + used + 0 * IDS[..., 0])
+
+
+@torch.no_grad()
+def test_extend_then_decode_equals_uncached():
+    vlm = model(often=1.0)
+    done = Sampler(vlm).prefill(to_batch(ROWS), G, 15).extend(IDS[..., :4]).decode(11, EOS, temperature=0,
+                                                                                 banned=BANNED)
+    assert kept(done) == [[uncached_greedy(vlm, p, 11, IDS[p, g, :4].tolist()) for g in range(G)] for p in range(P)]
+
+
+@torch.no_grad()
+def test_holes_of_rows_that_sat_out_are_seen_by_nothing():
+    vlm = model()
+    alive = torch.rand(P, G, generator=torch.Generator().manual_seed(1)) < 0.5
+    sampler = Sampler(vlm).prefill(to_batch(ROWS), G, 6)
+    sampler.extend(IDS[..., :1], alive).extend(IDS[..., 1:3], ~alive).extend(IDS[..., 3:6])
+    for p in range(P):
+        for g in range(G):
+            mine = torch.cat([IDS[p, g, :1] if alive[p, g] else IDS[p, g, 1:3], IDS[p, g, 3:6]])
+            assert difference(sampler.state[p, g], last_state(vlm, p, mine)) < 1e-12
+            assert sampler.position[p, g] == len(ROWS[p][0]) + len(mine)
+
+
+@torch.no_grad()
+def test_extending_after_rows_ended_at_different_lengths_equals_uncached(never_drop):
+    # What a decode leaves of a row: all of it but its last token, EOS or the one that used up the budget.
+    vlm = model(often=1.0)
+    sampler = Sampler(vlm).prefill(to_batch(ROWS), G, 9 + 4)
+    first = sampler.decode(9, EOS, temperature=1.0, banned=BANNED, generator=torch.Generator().manual_seed(1))
+    assert len(first.mask.sum(-1).unique()) > 3
+    before = [[row[:-1] + IDS[p, g, :2].tolist() for g, row in enumerate(group)] for p, group in enumerate(kept(first))]
+    sampler.extend(IDS[..., :2])
+    for p in range(P):
+        for g in range(G):
+            assert difference(sampler.state[p, g], last_state(vlm, p, before[p][g])) < 1e-12
+    second = sampler.decode(3, EOS, temperature=0, banned=BANNED)
+    assert kept(second) == [[uncached_greedy(vlm, p, 3, row) for row in group] for p, group in enumerate(before)]
+
+
+@torch.no_grad()
+def test_select_goes_on_with_the_chosen_rows():
+    vlm = model()
+    sampler = Sampler(vlm).prefill(to_batch(ROWS), G, 6).extend(IDS[..., :3])
+    chosen, rows = torch.tensor([2, 0, 2]), torch.tensor([[1, 1], [2, 0], [0, 2]])         # indices may repeat
+    sampler.select(chosen, rows).extend(IDS[:3, :2, 3:5])
+    for i, p in enumerate(chosen.tolist()):
+        for j, g in enumerate(rows[i].tolist()):
+            mine = torch.cat([IDS[p, g, :3], IDS[i, j, 3:5]])
+            assert difference(sampler.state[i, j], last_state(vlm, p, mine)) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 4])
+def test_attention_in_two_parts_equals_softmax_over_both(n):
+    torch.manual_seed(0)
+    P, G, H, Hk, T, L, K = 2, 3, 6, 2, 5, 7, 4
+    q, kx, vx = torch.randn(P, G, H, n, K), torch.randn(P, Hk, T, K), torch.randn(P, Hk, T, K)
+    ky, vy = torch.randn(P, G, Hk, L, K), torch.randn(P, G, Hk, L, K)
+    prompt_mask = torch.zeros(P, 1, 1, T).masked_fill(torch.arange(T) >= torch.tensor([5, 3])[:, None, None, None],
+                                                      -math.inf)
+    own_mask = torch.zeros(P, G, n, L).masked_fill(torch.rand(P, G, n, L) < 0.4, -math.inf)
+    given = attend_in_two_parts(*(t.double() for t in (q, kx, vx, ky, vy, prompt_mask, own_mask)))
+    for p in range(P):
+        for g in range(G):
+            for h in range(H):
+                of = h // (H // Hk)
+                k, v = torch.cat([kx[p, of], ky[p, g, of]]).double(), torch.cat([vx[p, of], vy[p, g, of]]).double()
+                mask = torch.cat([prompt_mask[p, 0].expand(n, T), own_mask[p, g]], dim=-1)
+                weight = (q[p, g, h].double() @ k.T / K ** 0.5 + mask).softmax(-1)
+                assert difference(given[p, g, h], weight @ v) < 1e-12
+
+
+# ---------------------------------------------------------------- the cache
+
+@torch.no_grad()
+def test_completions_share_one_prefix_whatever_the_group():
+    for group in (1, 5):
+        sampler = Sampler(model()).prefill(to_batch(ROWS), group, 7)
+        assert {tuple(t.shape) for layer in sampler.prefix for t in layer} == {(P, 2, 26, 4)}      # (P, Hk, T, K)
+        assert {tuple(t.shape) for layer in sampler.own for t in layer} == {(P, group, 2, 7, 4)}
+
+
+@torch.no_grad()
+def test_more_tokens_than_the_capacity_are_refused():
+    sampler = Sampler(model()).prefill(to_batch(ROWS), G, 4).extend(IDS[..., :3])
+    with pytest.raises(ValueError, match="2 tokens do not fit: 3 of 4"):
+        sampler.extend(IDS[..., :2])
+
+
+@torch.no_grad()
+def test_pictures_are_encoded_once_and_prompts_once():
+    vlm = model()
+    ran = {"picture": 0, "prompt": 0}
+    vlm.visual.ln_pre.register_forward_pre_hook(lambda _, x: ran.update(picture=ran["picture"] + len(x[0])))
+    prompt = type(vlm.llm.layers[0].self_attn).prompt
+
+    def counted(self, x, rope):
+        ran["prompt"] += len(x)
+        return prompt(self, x, rope)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(vlm.llm.layers[0].self_attn), "prompt", counted)
+        generate(vlm, to_batch(ROWS), 7, 5, EOS, banned=BANNED)
+    assert ran == {"picture": 4, "prompt": P * len(vlm.llm.layers)}
+
+
+# ---------------------------------------------------------------- what is sampled
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_banned_and_image_ids_are_never_sampled_even_when_their_logits_are_the_largest(temperature):
+    vlm = model(torch.float32)
+    direction = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    vlm.llm.lm_head.weight[PAD], vlm.llm.lm_head.weight[BOS] = 1e4 * direction, -1e4 * direction    # one is far ahead
+    options = dict(temperature=temperature, generator=torch.Generator().manual_seed(0))
+    free = generate(vlm, to_batch(ROWS), 5, 9, EOS, **options)[0]
+    assert (free.ids[free.mask] <= BOS).float().mean() > 0.9
+    done = generate(vlm, to_batch(ROWS), 5, 9, EOS, banned=BANNED, **options)[0]
+    assert done.mask.any() and BOS < done.ids[done.mask].min() and done.ids[done.mask].max() < VOCAB
+    assert done.ids.min() >= 0 > vlm.config.image_id
+
+
+@torch.no_grad()
+def test_no_end_before_min_new():
+    vlm, lengths = model(often=2.0), {}
+    for min_new in (0, 4):
+        done = generate(vlm, to_batch(ROWS), 9, 9, EOS, banned=BANNED, min_new=min_new,
+                        generator=torch.Generator().manual_seed(0))[0]
+        lengths[min_new] = done.mask.sum(-1)
+    assert (lengths[0] <= 4).sum() > 10 and lengths[4].min() == 5
+
+
+@torch.no_grad()
+def test_the_mask_ends_with_eos_or_at_the_budget():
+    done = generate(model(often=1.0), to_batch(ROWS), 9, 7, EOS, banned=BANNED, pad_id=5,
+                    generator=torch.Generator().manual_seed(0))[0]
+    length = done.mask.sum(-1)
+    assert torch.equal(done.mask, torch.arange(7) < length[..., None])
+    ends = done.ids.gather(-1, length[..., None] - 1)[..., 0] == EOS
+    assert torch.equal(ends, (done.ids == EOS).any(-1)) and (length[~ends] == 7).all() and ends.any() and not ends.all()
+    assert (done.ids[~done.mask] == 5).all()
+
+
+@torch.no_grad()
+def test_the_same_seed_samples_the_same():
+    runs = [generate(model(), to_batch(ROWS), 5, 7, EOS, generator=torch.Generator().manual_seed(seed))[0].ids
+            for seed in (3, 3, 4)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def chi_square(token, expected):
+    """Of 5 values with 4 degrees of freedom: 18.5 is passed by chance once in a thousand."""
+    count = torch.bincount(token, minlength=len(expected))
+    return ((count - expected * len(token)) ** 2 / (expected * len(token))).sum().item()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_frequencies_are_the_softmax_at_the_temperature(temperature):
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
+    token, logp = sample(logits.expand(20_000, 5), temperature, generator=torch.Generator().manual_seed(0))
+    expected = (logits / temperature).softmax(-1)
+    assert chi_square(token, expected) < 18.5
+    assert chi_square(token, (logits / temperature / 1.2).softmax(-1)) > 50         # a fifth off is seen
+    assert difference(logp, expected.log()[token]) < 1e-6
+
+
+def test_a_ban_leaves_the_other_frequencies_in_proportion_and_the_log_prob_that_of_the_full_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
+    token, logp = sample(logits.expand(20_000, 5), 1.0, [0], torch.Generator().manual_seed(0))
+    expected = logits.softmax(-1) * torch.tensor([0, 1, 1, 1, 1])
+    assert not (token == 0).any() and chi_square(token - 1, expected[1:] / expected.sum()) < 16.3    # 3 degrees
+    assert difference(logp, logits.log_softmax(-1)[token]) < 1e-6
+
+
+def test_greedy_takes_the_largest_and_reports_temperature_one():
+    logits = torch.tensor([[2.0, 1.0, 3.0], [0.0, 5.0, -1.0]])
+    token, logp = sample(logits, 0.0, [2])
+    assert token.tolist() == [0, 1] and difference(logp, logits.log_softmax(-1)[[0, 1], [0, 1]]) < 1e-6

@@ -1,0 +1,331 @@
+"""Advantages, the policy loss, the answer parser and rewards, against hand-worked numbers and naive loops."""
+import math
+import time
+
+import pytest
+import torch
+
+from data import chat, scenes
+from data.sample import Sample
+from model.vlm import Output
+from rl import metrics
+from rl.advantages import group_relative, is_flat
+from rl.losses import grpo
+from rl.rewards import correctness, format, parse_weights, score, why
+from rl.rollout import collect
+from rl.types import Policy, Rollout
+from tiny import difference
+
+EOS = 2
+
+
+# ---------------------------------------------------------------- advantages
+
+def test_group_relative_by_hand():
+    # Mean 1/2, deviations +-1/2, variance 4 (1/4) / 3 = 1/3: advantage +- sqrt(3) / 2.
+    reward = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 3.0]], dtype=torch.float64)
+    assert group_relative(reward, eps=0)[0].tolist() == pytest.approx([math.sqrt(3) / 2 * s for s in (1, -1, -1, 1)])
+    assert group_relative(reward, eps=0)[1].tolist() == pytest.approx([math.sqrt(3) / 2 * s for s in (1, -1, -1, 1)])
+    assert group_relative(reward, std=False).tolist() == [[0.5, -0.5, -0.5, 0.5], [1, -1, -1, 1]]
+
+
+@pytest.mark.parametrize("value", [0.7, 0.1 + 0.2, 1.1, 1e-8, -3.3, 12345.678])
+@pytest.mark.parametrize("group", [2, 3, 7, 8])
+def test_identical_rewards_give_exactly_zero(value, group):
+    for dtype in (torch.float32, torch.float64):
+        for std in (True, False):
+            assert not group_relative(torch.full((2, group), value, dtype=dtype), std).any()
+
+
+def test_rounding_in_the_mean_is_what_the_exact_zero_guards_against():
+    reward = torch.full((1, 8), 0.7)
+    assert (reward - reward.mean(1, keepdim=True)).any()
+    assert is_flat(reward).tolist() == [True]
+    assert is_flat(torch.tensor([[0.7, 0.7], [0.7, 0.8]])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("std", [True, False])
+def test_advantages_of_a_group_average_to_zero(std):
+    reward = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
+    reward[0] = torch.tensor([1, 1, 1, 0, 1, 1, 0])
+    advantage = group_relative(reward, std)
+    assert advantage.mean(1).abs().max() < 1e-12 and advantage.std(1).min() > 0.1
+    # Adding a constant to a group, or to another group, changes nothing.
+    assert difference(group_relative(reward + 5, std), advantage) < 1e-9
+    if std:
+        assert difference(advantage.std(1), torch.ones(5)) < 1e-4
+
+
+# ---------------------------------------------------------------- the loss
+
+def problem(seed=0, spread=0.5):
+    torch.manual_seed(seed)
+    P, G, C = 3, 5, 7
+    logp = -torch.rand(P, G, C, dtype=torch.float64)
+    old = logp + spread * torch.randn(P, G, C, dtype=torch.float64)
+    advantage = torch.randn(P, G, dtype=torch.float64)
+    mask = torch.arange(C) < torch.randint(1, C + 1, (P, G, 1))
+    return logp.requires_grad_(), old, advantage, mask
+
+
+def naive(logp, old, advantage, mask, denominator, low, high):
+    """One token at a time, in words: the gain counts only as far as the clip, a loss counts in full."""
+    total, count = 0, dict(clip_low=0, clip_high=0, ratio_off=0.0, kl=0.0)
+    P, G, C = logp.shape
+    for p in range(P):
+        for g in range(G):
+            for t in range(C):
+                if not mask[p, g, t]:
+                    continue
+                ratio, a = (logp[p, g, t] - old[p, g, t]).exp(), advantage[p, g]
+                if a > 0 and ratio > 1 + high:
+                    total, count["clip_high"] = total + (1 + high) * a, count["clip_high"] + 1
+                elif a < 0 and ratio < 1 - low:
+                    total, count["clip_low"] = total + (1 - low) * a, count["clip_low"] + 1
+                else:
+                    total = total + ratio * a
+                r = ratio.item()
+                count["ratio_off"] += abs(r - 1)
+                count["kl"] += r - 1 - math.log(r)
+    return -total / denominator, count
+
+
+@pytest.mark.parametrize("low, high, spread", [(0.2, 0.2, 0.5), (0.1, 0.3, 0.5), (0.3, 0.05, 1.0), (0.2, 0.28, 0.0)])
+def test_grpo_equals_a_loop_over_tokens_in_value_gradient_and_statistics(low, high, spread):
+    logp, old, advantage, mask = problem(spread=spread)
+    loss, stats = grpo(logp, old, advantage, mask, 11, low, high)
+    wanted, count = naive(logp, old, advantage, mask, 11, low, high)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert difference(*(torch.autograd.grad(value, logp)[0] for value in (loss, wanted))) < 1e-12
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(count)
+    assert (count["clip_low"] > 3 and count["clip_high"] > 3) == (spread > 0)
+
+
+def test_grpo_by_hand():
+    # Ratios 3/2, 1/2, 1 under A = +2, then A = -2; clips 0.8 and 1.3; the last token is masked; denominator 4.
+    # A = +2: min(3, 2.6) + min(1, 1.6) = 3.6.   A = -2: min(-3, -2.6) + min(-1, -1.6) = -4.6.   Loss 1/4.
+    ratio = torch.tensor([[[1.5, 0.5, 1.0], [1.5, 0.5, 1.0]]], dtype=torch.float64)
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 0]]]).bool()
+    loss, stats = grpo(ratio.log(), torch.zeros(1, 2, 3), torch.tensor([[2.0, -2.0]]), mask, 4, 0.2, 0.3)
+    assert loss.item() == pytest.approx(0.25)
+    assert stats["clip_high"] == stats["clip_low"] == 1 and stats["ratio_off"].item() == pytest.approx(2)
+
+
+def test_the_first_step_is_reinforce_with_a_baseline_and_its_ratio_is_exactly_one():
+    logp, _, advantage, mask = problem()
+    loss, stats = grpo(logp, logp.detach(), advantage, mask, 11)
+    reinforce = -(advantage[..., None] * logp * mask).sum() / 11
+    assert torch.equal(*(torch.autograd.grad(value, logp)[0] for value in (loss, reinforce)))
+    assert [stats[name].item() for name in ("ratio_off", "kl", "clip_low", "clip_high")] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("far", [-1000.0, -5.0, 30.0])
+def test_what_stands_at_masked_tokens_changes_nothing_however_far_off(far):
+    logp, old, advantage, mask = problem()
+    (loss, stats), (same, same_stats) = (grpo(logp, o, advantage, mask, 11)
+                                         for o in (old, torch.where(mask, old, old + far)))
+    assert torch.equal(loss, same) and all(torch.equal(stats[name], same_stats[name]) for name in stats)
+    grads = [torch.autograd.grad(value, logp)[0] for value in (loss, same)]
+    assert torch.equal(*grads) and not grads[0][~mask].any()
+
+
+# ---------------------------------------------------------------- a policy of three rows
+
+class Table:
+    """One prompt a row, one token a completion: a Policy without a network."""
+
+    def __init__(self, rows):
+        self.logits = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, batch, completions, temperature):
+        P, G, C = completions.shape
+        every = (self.logits / temperature).log_softmax(-1)[:, None, None].expand(P, G, C, -1)
+        logp = every.gather(-1, completions[..., None])[..., 0]
+        return Output(logp, -(every.exp() * every).sum(-1), torch.zeros(0))
+
+
+def test_gradient_of_a_three_row_policy_by_hand():
+    policy: Policy = Table([[0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]])
+    tokens = torch.tensor([[[0], [1]], [[0], [1]], [[0], [1]]])
+    advantage = group_relative(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]]), std=False)
+    out = policy(None, tokens, 1.0)
+    loss, _ = grpo(out.logp, out.logp.detach(), advantage, torch.ones_like(tokens).bool(), 6)
+    loss.backward()
+    # d loss / d logits = -1/6 sum_g A_g (onehot_g - p): A = +-1/2 gives -+1/12 (1, -1) whatever p is; the flat row 0.
+    assert difference(policy.logits.grad, torch.tensor([[-1, 1], [-1, 1], [0, 0]], dtype=torch.float64) / 12) < 1e-12
+
+
+def test_a_three_row_policy_learns_what_is_rewarded():
+    policy, generator = Table([[0.0] * 4] * 3), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD([policy.logits], lr=1.0)
+    for _ in range(200):
+        tokens = torch.multinomial(policy.logits.detach().softmax(-1), 8, replacement=True,
+                                   generator=generator)[..., None]
+        reward = (tokens[..., 0] == torch.tensor([[1], [2], [3]])).float()
+        out = policy(None, tokens, 1.0)
+        loss, _ = grpo(out.logp, out.logp.detach(), group_relative(reward).double(), tokens > -1, tokens.numel())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    p = policy.logits.detach().softmax(-1)
+    assert p[[0, 1, 2], [1, 2, 3]].min() > 0.95
+
+
+def test_entropy_is_that_of_the_distribution_not_minus_p_log_p_of_the_token():
+    # Uniform over e^10 would be 10 nats; over 8 tokens log 8, where -p log p of one token is log(8) / 8.
+    out = Table([[0.0] * 8])(None, torch.tensor([[[3]]]), 1.0)
+    assert out.entropy.item() == pytest.approx(math.log(8))
+    from kernels import linear_logp
+    logp, entropy = linear_logp(torch.zeros(1, 3), torch.randn(8, 3), torch.tensor([3]))
+    assert entropy.item() == pytest.approx(math.log(8), rel=1e-6)
+    assert -(logp.exp() * logp).item() == pytest.approx(math.log(8) / 8, rel=1e-6)
+
+
+# ---------------------------------------------------------------- the one answer parser
+
+def gold(answer, **fields):
+    return Sample(answer=answer, **fields)
+
+
+FORMED = "<think> a1 b2</think><answer> two</answer>"
+SAME = [FORMED, " <think>\n</think> \n <answer>two</answer>\n", "<think></think><answer>Two.</answer>"]
+# A right answer in a single tag, but a malformed completion.
+LOOSE = ["<answer> two</answer>", "<think> so<answer> two</answer>", "so <think> a</think><answer>two</answer>",
+         "<think> a</think> then <answer>two</answer>", "<think> a</think><answer>two</answer> done",
+         "<answer>two</answer><think> a</think>", "<think> a</think></think><answer>two</answer>",
+         "<think><think> a</think><answer>two</answer>", "</think><think><answer>two</answer>"]
+# Nothing in here may count as the answer "two".
+CHEATS = [
+    "", "two", "<think> two</think>", "<think> two</think><answer></answer>", "<answer> </answer>", "<answer>two",
+    "two</answer>", "</answer>two<answer>", "<answer/>two", "< answer>two</answer>", "<ANSWER>two</ANSWER>",
+    "<think> the count is two .</think><answer> seven</answer>",
+    "<answer>one</answer><answer>two</answer>", "<answer>two</answer><answer>two</answer>",
+    FORMED + FORMED, FORMED + "<answer>", "<answer><answer>two</answer></answer>", "<answer><answer>two</answer>",
+    "<answer><think>two</think></answer>", "<answer>two<think></answer>", "<think><answer>two</answer></think>",
+    "<think> a <answer>two</think></answer>", "<think><answer>two</think><answer>two</answer>",
+    "<think> a</think><answer>one or two or three</answer>", "<think> a</think><answer>two three</answer>",
+    "<think> a</think><answer>not two</answer>", "<think> a</think><answer>twotwo</answer>",
+    "<think> a</think><answer>tw</answer>", "<think> a</think><answer>two, one</answer>",
+    "<think> a</think><answer>one\ntwo</answer>", "<answer>..</answer>"]
+
+
+@pytest.mark.parametrize("text", SAME)
+def test_well_formed_and_right(text):
+    assert correctness(gold("two"), text) == format(gold("two"), text) == 1
+    assert chat.parse(text).fault == ""
+
+
+@pytest.mark.parametrize("text", LOOSE)
+def test_right_but_malformed(text):
+    assert (correctness(gold("two"), text), format(gold("two"), text)) == (1, 0)
+    assert chat.parse(text).fault
+
+
+@pytest.mark.parametrize("text", CHEATS)
+def test_a_cheat_is_not_right(text):
+    assert correctness(gold("two"), text) == 0
+
+
+@pytest.mark.parametrize("text", [text for text in CHEATS if text.count("<answer>") != 1 or "</answer>" not in text])
+def test_a_cheat_without_one_answer_is_malformed_too(text):
+    assert format(gold("two"), text) == 0
+
+
+def test_r1v_the_thought_is_not_the_answer():
+    text = "<think>The count is 3.</think><answer>7</answer>"
+    assert correctness(gold("3"), text) == 0 and correctness(gold("7"), text) == 1
+
+
+@pytest.mark.parametrize("answer, given", [("cat", "catfish"), ("catfish", "cat"), ("cat", ""), ("cat", "the cat"),
+                                           ("sea gull", "gull"), ("sea gull", "seagull"), ("", ""), ("", "  "),
+                                           (".", "."), ("cat", "cat or dog or bird"), ("1", "1.5"), ("1.5", "15")])
+def test_a_class_name_inside_another_is_not_it(answer, given):
+    assert correctness(gold(answer), f"<think></think><answer>{given}</answer>") == 0
+
+
+@pytest.mark.parametrize("answer, given", [("cat", " Cat. "), ("sea gull", "Sea  gull"), ("1.5", "1.5"), ("É", "é")])
+def test_case_spaces_and_a_full_stop_may_differ(answer, given):
+    assert correctness(gold(answer), f"<think></think><answer>{given}</answer>") == 1
+
+
+def test_aliases_count_as_right():
+    assert correctness(gold("two", aliases=("2", "a pair")), "<answer>A pair</answer>") == 1
+    assert correctness(gold("two", aliases=("2", "a pair")), "<answer>pair</answer>") == 0
+
+
+@pytest.mark.parametrize("unit", ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "a", " ",
+                                  "<think></think>", "99**98**97 "])
+def test_a_hundred_thousand_characters_are_parsed_at_once(unit):
+    began = time.perf_counter()
+    for text in (unit * (100_000 // len(unit)), f"<think>{unit * 10_000}</think><answer>{unit * 10_000}</answer>"):
+        assert correctness(gold("two"), text) == 0
+    assert time.perf_counter() - began < 0.5
+
+
+def test_what_data_generation_writes_is_well_formed_and_right():
+    assert chat.parse(chat.target_text("two", "a1 b2")) == chat.Parsed("two", "a1 b2", "")
+    assert not chat.parse(chat.target_text("two", "a1 b2", close_think=False)).well_formed
+    assert chat.parse(chat.target_text("two")).answer == "two"
+
+
+# ---------------------------------------------------------------- weighted sums, and what is logged
+
+SAMPLES = [gold("two"), gold("one")]
+TEXTS = [[FORMED, "<answer>two</answer>"], ["<think></think><answer>two</answer>", ""]]
+
+
+def test_rewards_are_the_weighted_sum_of_their_parts():
+    weights = parse_weights("correctness:1,format:0.1")
+    reward, parts = score(SAMPLES, TEXTS, weights, gated=False)
+    assert reward.tolist() == [[pytest.approx(1.1), 1.0], [pytest.approx(0.1), 0.0]]
+    assert parts["correctness"].tolist() == [[1, 1], [0, 0]] and parts["format"].tolist() == [[1, 0], [1, 0]]
+    gated, same = score(SAMPLES, TEXTS, weights, gated=True)
+    assert gated.tolist() == [[pytest.approx(1.1), 0.0], [pytest.approx(0.1), 0.0]]
+    assert same["correctness"].tolist() == [[1, 1], [0, 0]]         # what is logged does not depend on the gate
+    assert score(SAMPLES, TEXTS, dict(correctness=1.0), gated=True)[0].tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("spec, names", [("correct:1", "'correct'"), ("", "''"), ("format:x", "'x'"),
+                                         ("format:nan", "finite"), ("format:inf", "finite"), ("format:1,", "''")])
+def test_a_reward_that_cannot_be_read_is_named(spec, names):
+    with pytest.raises(ValueError, match=f"--rewards={spec}.*{names}"):
+        parse_weights(spec)
+
+
+def test_why_says_what_each_reward_saw():
+    assert why(gold("two"), FORMED) == "'two': right; well-formed"
+    assert why(gold("one"), "<answer>two</answer>") == "'two': wrong, expected 'one'; no single <think>..</think>"
+    assert why(gold("one"), "").startswith("no answer: wrong")
+
+
+class Letters:
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i != EOS)
+
+
+def test_a_rollout_reads_only_what_its_mask_holds():
+    text = "<answer>b</answer>"
+    ids = torch.tensor([[[*map(ord, text), EOS, ord("x")], [*map(ord, text), ord("x"), EOS]]])
+    mask = torch.ones_like(ids).bool()
+    mask[0, 0, -1] = False
+    done = Output(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    done.ids, done.mask = ids, mask
+    rollout = collect(done, [gold("b")], Letters(), dict(correctness=1.0, format=0.5), gated=False)
+    assert rollout.texts == [[text, text + "x"]] and rollout.reward.tolist() == [[1, 1]]
+
+
+def test_metrics_of_a_rollout_by_hand():
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 1]]]).bool()
+    ids = torch.tensor([[[5, EOS, EOS], [5, 6, 7]], [[EOS, 0, 0], [5, 6, EOS]]])
+    parts = dict(correctness=torch.tensor([[1.0, 0.0], [0.0, 0.0]]), format=torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    rollout = Rollout(ids, mask, torch.zeros(0), [], parts, torch.tensor([[1.1, 0.1], [0.0, 0.0]]))
+    line = metrics.of_rollout(rollout, EOS)
+    assert line == pytest.approx(dict(reward=0.3, correctness=0.25, format=0.5, flat=0.5, length=9 / 4, length_right=2,
+                                      length_wrong=7 / 3, truncated=0.25))
+    assert set(line) < set(metrics.DEFINITIONS)
+
+
+def test_gold_answers_of_drawn_scenes_are_right_and_their_neighbours_wrong():
+    for sample in scenes.load("id", 50, 0):
+        assert correctness(sample, chat.target_text(sample.answer, "so")) == 1
+        assert correctness(sample, chat.target_text(f"{sample.answer} or nothing", "so")) == 0

@@ -1,0 +1,165 @@
+"""Tokenizer and prompts: text comes back as it went in, and the target mask holds exactly the target."""
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import chat, cot, scenes
+from data.sample import Sample
+from data.tokenizer import Tokenizer, train
+
+PICTURE = np.zeros((8, 8, 3), np.uint8)
+PATCHES = 5
+
+
+def scene_tokenizer():
+    texts = [f" {s.question} {s.reasoning} {s.caption}" for s in scenes.load("train", 100, 0, cot.SceneTeacher())]
+    return train(texts, [*chat.TAGS, *scenes.pieces()], 512)
+
+
+TOKENIZERS = {"scenes": scene_tokenizer(),
+              "prose": train(["A sea gull, two cats; what is shown in the picture?", " It is a dog."] * 3, chat.TAGS,
+                             400)}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tok(request):
+    return TOKENIZERS[request.param]
+
+
+# ---------------------------------------------------------------- tokenizer
+
+@pytest.mark.parametrize("text", [
+    "", " ", "  ", " two", "two ", "  two  cats  ", "a\nb", "\n", "\r\n\t", "</s>", "<s>", "<unk>", "<0x41>", "<image>",
+    "<pad>", "é", "e\u0301", "漢字 かな", "😀 👩‍👩‍👧", "ﬁ Å ½", "\u00a0\u3000\u200b\ufeff", "\x00a\x00", "a<think>b</think >",
+    "<think></think><answer> two</answer>", "</s></s> two </s>", "<<think>>", "1234567890", "ａｂ", "ß ẞ İ ı"])
+def test_any_text_comes_back(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and not {tok.bos_id, tok.eos_id, tok.image_id} & set(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=40))
+def test_random_unicode_comes_back(text):
+    for tok in TOKENIZERS.values():
+        assert tok.decode(tok.encode(text)) == text
+
+
+def test_tags_are_single_pieces_wherever_they_stand(tok):
+    assert len({tuple(tok.encode(tag)) for tag in chat.TAGS}) == 4
+    for tag in chat.TAGS:
+        piece, = tok.encode(tag)
+        for around in ("x{}y", " {} ", "{}{}", "<{}>", "\n{}"):
+            text = around.replace("{}", tag)
+            assert tok.encode(text).count(piece) == text.count(tag)
+
+
+def test_every_word_of_the_scenes_is_one_piece():
+    tok = TOKENIZERS["scenes"]
+    words = [piece.replace("▁", " ") for piece in scenes.pieces()]
+    assert len(words) > 50 and all(len(tok.encode(word)) == 1 for word in words)
+    sample = scenes.load("walk4", 1, 0)[0]
+    assert len(tok.encode(" " + sample.question)) == len(sample.question.split())
+
+
+def test_special_ids_give_no_text(tok):
+    ids = tok.encode("two")
+    assert tok.decode([tok.bos_id, *ids, tok.eos_id, tok.pad_id, tok.pad_id]) == "two"
+    assert tok.decode([]) == "" and tok.decode([tok.eos_id]) == ""
+    assert {tok.pad_id, tok.bos_id} == set(tok.banned) and tok.eos_id not in tok.banned
+    assert not 0 <= tok.image_id < len(tok)
+
+
+def test_the_model_travels_as_bytes(tok):
+    again = Tokenizer(tok.proto)
+    assert len(again) == len(tok) <= 512 and again.encode(" two cats </s>") == tok.encode(" two cats </s>")
+
+
+def test_training_is_reproducible_and_a_vocabulary_too_small_is_said():
+    texts = [" two cats", " a dog"]
+    assert train(texts, chat.TAGS, 300).proto == train(texts, chat.TAGS, 300).proto
+    with pytest.raises(ValueError, match="--vocab=100 is too small"):
+        train(texts, chat.TAGS, 100)
+
+
+def test_a_vocabulary_larger_than_the_text_can_fill_is_cut():
+    tok = train([" two"], chat.TAGS, 100_000)
+    assert len(tok) < 300 and tok.decode(tok.encode(" two cats")) == " two cats"
+
+
+# ---------------------------------------------------------------- prompts and targets
+
+def written(tok, ids):
+    """Text with the special ids written out, a picture's as #."""
+    special = {tok.bos_id: "[BOS]", tok.eos_id: "[EOS]", tok.image_id: "#"}
+    runs = itertools.groupby(ids, key=special.get)
+    return "".join(sign * len(list(run)) if sign else tok.decode(list(run)) for sign, run in runs)
+
+
+def target_of(tok, ids, mask):
+    return written(tok, [i for i, m in zip(ids, mask) if m])
+
+
+def prompt_of(tok, ids, mask):
+    return written(tok, [i for i, m in zip(ids, mask) if not m])
+
+
+QUESTION = "what is at b2 ?"
+TARGET = chat.target_text("red circle", "b2 red circle")
+
+
+@pytest.mark.parametrize("template", chat.TEMPLATES)
+@pytest.mark.parametrize("method", chat.PROMPTS)
+def test_the_mask_holds_the_target_and_its_eos_and_nothing_else(tok, template, method):
+    sample = Sample(images=(PICTURE,), question=QUESTION)
+    ids, mask, images = chat.encode(sample, tok, PATCHES, method, template, TARGET)
+    assert target_of(tok, ids, mask) == TARGET + "[EOS]" and mask == sorted(mask) and len(ids) == len(mask)
+    assert ids[0] == tok.bos_id and ids.count(tok.eos_id) == 1 and images == sample.images
+    prompt, nothing, _ = chat.encode(sample, tok, PATCHES, method, template)
+    assert ids[:mask.index(True)] == prompt and not any(nothing)        # asked exactly as taught
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_every_picture_becomes_its_patches_in_front_of_the_question(tok, images):
+    sample = Sample(images=(PICTURE,) * images, question=QUESTION)
+    for template, wanted in (("brief", f"[BOS]{'#' * PATCHES * images} {QUESTION} think first ."),
+                             ("vicuna_v1", f"[BOS]{chat.TEMPLATES['vicuna_v1']['system']} USER: "
+                                           f"{'#' * PATCHES * images}\n {QUESTION} think first . ASSISTANT:")):
+        ids, mask, _ = chat.encode(sample, tok, PATCHES, "think", template)
+        assert prompt_of(tok, ids, mask) == wanted
+        assert ids.count(tok.image_id) == PATCHES * images
+
+
+def test_earlier_turns_are_targets_as_well_and_pictures_stand_once(tok):
+    sample = Sample(images=(PICTURE,), turns=((" what is at a1 ?", " nothing"), (" and b1 ?", " blue cross")),
+                    question=QUESTION)
+    ids, mask, _ = chat.encode(sample, tok, PATCHES, "direct", "brief", " red circle")
+    assert target_of(tok, ids, mask) == " nothing[EOS] blue cross[EOS] red circle[EOS]"
+    assert prompt_of(tok, ids, mask) == f"[BOS]##### what is at a1 ? and b1 ? {QUESTION}"
+    ids, mask, _ = chat.encode(sample, tok, PATCHES, "direct", "brief")
+    assert not any(mask) and ids.count(tok.eos_id) == 2 and ids[-1] != tok.eos_id
+
+
+@pytest.mark.parametrize("question", ["</s>", "{image}", "{question}", "<image>", "a</s> <s>b", "{", "\\1"])
+def test_a_question_cannot_bring_special_ids_or_places_of_the_template(tok, question):
+    ids, mask, _ = chat.encode(Sample(images=(PICTURE,), question=question), tok, PATCHES, "direct", "vicuna_v1", " x")
+    assert ids.count(tok.image_id) == PATCHES and ids.count(tok.eos_id) == ids.count(tok.bos_id) == 1
+    assert prompt_of(tok, ids, mask).endswith(f"#\n {question} ASSISTANT:")
+    assert target_of(tok, ids, mask) == " x[EOS]"
+
+
+def test_alignment_is_the_caption_after_the_picture(tok):
+    sample = Sample(images=(PICTURE,) * 2, question=QUESTION, caption="b2 red circle")
+    ids, mask, _ = chat.encode_plain(sample, tok, PATCHES)
+    assert prompt_of(tok, ids, mask) == "[BOS]##########" and target_of(tok, ids, mask) == " b2 red circle[EOS]"
+
+
+def test_what_is_taught_is_what_the_parser_reads():
+    tok = TOKENIZERS["scenes"]
+    for sample in scenes.load("train", 30, 1, cot.PERFECT):
+        text = chat.target_text(sample.conclusion, sample.reasoning)
+        ids, mask, _ = chat.encode(sample, tok, PATCHES, target=text)
+        parsed = chat.parse(tok.decode([i for i, m in zip(ids, mask) if m]))
+        assert parsed == chat.Parsed(sample.answer, sample.reasoning, "")
