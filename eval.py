@@ -1,27 +1,29 @@
 """One evaluator for every method: same prompts, same parser, same token budget, with intervals.
 
-    python eval.py --checkpoint=out/embedded/grpo.pt                     # all splits of the embedded task
-    python eval.py --checkpoint=out/embedded/grpo.pt --ask="what is at b2 ?" --image=picture.png
+    python eval.py --checkpoint=out/embedded-1/rl.pt                     # all splits of the embedded task
+    python eval.py --checkpoint=out/embedded-1/rl.pt --ask="what is at b2 ?" --image=picture.png
 """
 import json
+import os
+import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from data import chat, scenes
+from data import chat, images, jsonl, scenes
 from data.sample import Sample, collate, read_image, to_pixels
 from data.tokenizer import Tokenizer
 from model import checkpoint
-from model.config import from_command_line
+from model.config import from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
 from model.generate import generate
 from model.vlm import VLM
-from model.runfolder import write_json
+from model.runfolder import RunFolder, choose, write_json
 from rl import report, rewards, statistics
 from rl.rollout import read
 
@@ -97,15 +99,16 @@ def teacher_scores(samples, settings):
     asked = samples[:settings.eval_sampled]
     texts = [[chat.target_text(sample.conclusion, sample.reasoning)] for sample in asked]
     scores = judge(asked, texts)
-    return {"t1": {"right": scores["right"], "text": [group[0] for group in texts], "kind": [sample.source.rpartition("/")[2] for sample in asked]}}
+    return {"t1": {"right": scores["right"], "text": [group[0] for group in texts],
+                   "kind": [sample.source.rpartition("/")[2] for sample in asked]}}
 
 
 @torch.no_grad()
 def shape_probe(tower, feature_layer, scenes_each=1500):
     """Share of objects whose shape a linear read-out finds in the tower's patch tokens, {"id": .., "pairs": ..}.
 
-    Ridge regression on one-hot shapes, fitted on `scenes_each` training scenes; the object's cell is known. Raises
-    ValueError when the tower's patches are not the cells of the drawn scenes.
+    Ridge regression on one-hot shapes, fitted on `scenes_each` scenes of the validation prompts; the object's cell is
+    known. Raises ValueError when the tower's patches are not the cells of the drawn scenes.
     """
     if tower.config.patches != scenes.CELLS ** 2 or tower.config.image_size != scenes.SIZE:
         raise ValueError("the shape probe needs one patch for each cell of the drawn scenes")
@@ -125,7 +128,7 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
         x = torch.stack(x)
         return torch.cat([x, torch.ones(len(x), 1)], 1), torch.tensor(y)
 
-    x, y = objects(scenes.load("align", scenes_each, TEST_SEED["val"]), False)
+    x, y = objects(scenes.load("id", scenes_each, TEST_SEED["val"]), False)
     target = torch.nn.functional.one_hot(y, len(scenes.SHAPES)).float()
     weight = torch.linalg.solve(x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1]) * x.var(0).mean(), x.T @ target)
     found = {}
@@ -180,12 +183,48 @@ def show_samples(folder, tests, scores, weights, each=8):
     report.samples(entries, folder / "samples.html", f"Samples of {folder.name}, T = 1")
 
 
+def many_seeds(script, cfg):
+    """Runs `script`, train.py, for each seed in a process of its own, --jobs at a time.
+
+    Prints mean, spread and 95 % t-intervals over the seeds; results.json holds the rows of all.
+    """
+    root = choose(cfg.out, cfg.preset, cfg.resume)
+    if cfg.resume:
+        # Without --threads the number of jobs decides the threads of each, and with them the rounding.
+        RunFolder(root).reopen(asdict(cfg), ("resume", "out", *(["jobs"] if cfg.threads else [])), ())
+    else:
+        RunFolder(root).create(asdict(cfg))
+    threads = cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
+    shared = replace(cfg, seeds=0, jobs=1, resume=False, threads=threads)
+    waiting, running, results = list(range(cfg.seed, cfg.seed + cfg.seeds)), {}, []
+    while waiting or running:
+        while waiting and len(running) < cfg.jobs:
+            seed = waiting.pop(0)
+            out = root / f"seed-{seed}"
+            one = replace(shared, seed=seed, out=str(out), resume=(out / "config.json").exists())
+            with open(root / f"seed-{seed}.txt", "a") as file:
+                running[seed] = subprocess.Popen([sys.executable, script, *to_command_line(one)], stdout=file)
+        for seed, process in list(running.items()):
+            if process.poll() is not None:
+                del running[seed]
+                if process.returncode:
+                    for other in running.values():
+                        other.terminate()
+                    raise ValueError(f"seed {seed} stopped with exit code {process.returncode}; its output is in "
+                                     f"{root / f'seed-{seed}.txt'}; --resume --out={root} goes on")
+                results += json.loads((root / f"seed-{seed}" / "results.json").read_text())
+                print(f"seed {seed} done, see {root / f'seed-{seed}.txt'}")
+        time.sleep(0.5)
+    write_json(root / "results.json", sorted(results, key=lambda row: row["seed"]))
+    print(statistics.seeds_table(results))
+
+
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = ""            # a stage's .pt file
     preset: str = ""                # (none)
     set: str = "test"               # prompts to use: test | val (for tuning)
-    splits: str = "id,crowded,pairs,walk3,walk4"   # which splits
+    splits: str = "id,crowded,pairs,walk3,walk4"   # of drawn scenes; other data has its validation split alone
     eval_greedy: int = 300          # prompts a split, greedy
     eval_sampled: int = 200         # prompts a split, T = 1
     eval_samples: int = 8           # completions of each at T = 1
@@ -203,6 +242,15 @@ def main(argv):
     cfg = from_command_line(Config, {"": lambda given: "default", "default": {}}, argv, __doc__)
     if not cfg.checkpoint:
         raise ValueError("--checkpoint= must name a stage's .pt file")
+    for name, allowed in dict(set=tuple(TEST_SEED), method=("", *chat.PROMPTS), template=("", *chat.TEMPLATES)).items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be one of {', '.join(a for a in allowed if a)}")
+    for name, low in dict(eval_greedy=1, eval_sampled=1, eval_samples=1, eval_batch=1, max_new=0).items():
+        if getattr(cfg, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(cfg, name)} must be at least {low}")
+    for split in cfg.splits.split(","):
+        if split not in scenes.SPLITS:
+            raise ValueError(f"--splits={cfg.splits}: {split!r} must be one of {', '.join(scenes.SPLITS)}")
     vlm, tokenizer, state = load_vlm(cfg.checkpoint, pick_device(cfg.device))
     vlm.eval()
     trained = state["config"]
@@ -211,17 +259,17 @@ def main(argv):
                                eval_greedy=cfg.eval_greedy, eval_sampled=cfg.eval_sampled,
                                eval_samples=cfg.eval_samples)
     if cfg.ask:
-        images = (np.asarray(read_image(cfg.image)),) if cfg.image else ()
-        texts, _ = complete(vlm, tokenizer, [Sample(images=images, question=cfg.ask)], settings)
+        pictures = (np.asarray(read_image(cfg.image)),) if cfg.image else ()
+        texts, _ = complete(vlm, tokenizer, [Sample(images=pictures, question=cfg.ask)], settings)
         print(texts[0][0])
         return
-    if cfg.set not in TEST_SEED:
-        raise ValueError(f"--set={cfg.set} must be test or val")
+    source, _, where = trained["data"].partition(":")
+    own = {} if source == "scenes" else dict(
+        val={"images": images, "jsonl": jsonl}[source].load(where, trained["val_percent"])[0]["val"])
     results, scores = [], {state["stage"]: {}}
-    for split in cfg.splits.split(","):
-        if split not in scenes.SPLITS:
-            raise ValueError(f"--splits={cfg.splits}: {split!r} must be one of {', '.join(scenes.SPLITS)}")
-        samples = scenes.load(split, max(cfg.eval_greedy, cfg.eval_sampled), TEST_SEED[cfg.set])
+    for split in own or cfg.splits.split(","):
+        count = max(cfg.eval_greedy, cfg.eval_sampled)
+        samples = own[split] if own else scenes.load(split, count, TEST_SEED[cfg.set])
         scores[state["stage"]][split] = evaluate(vlm, tokenizer, samples, settings)
         results += statistics.rows(state["stage"], split, scores[state["stage"]][split], cfg.seed)
     print(statistics.table(results, scores))

@@ -1,18 +1,16 @@
 """Teach a vision-language model to see, to answer, and to reason. Every stage is a function here; two loops train.
 
-    python train.py                                    # everything from nothing, then the comparison; minutes on 2 cores
+    python train.py                                    # everything from nothing, then the comparison
     python train.py --compare=all                      # with every baseline
     python train.py --seeds=5                          # mean and spread over seeds 0-4
     python train.py --data=images:DIR                  # your own folder of class sub-folders of pictures
     python train.py --data=jsonl:FILE                  # your own questions and answers
     python train.py --stage=rl --init=out/NAME/cot.pt  # one stage, from a checkpoint
     python train.py --resume                           # go on with the last interrupted run
-    python train.py --bench=step                       # where the time of an RL step goes
+    python train.py --preset=bench                     # where the time of an RL step goes
 """
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,14 +28,14 @@ from data.tokenizer import Tokenizer
 from data.tokenizer import train as train_tokenizer
 from model import checkpoint, flops
 from model.clip import Clip, ClipConfig, contrastive_loss
-from model.config import describe, from_command_line, to_command_line
+from model.config import describe, from_command_line
 from model.device import pick_device, pick_dtype
 from model.generate import Sampler
 from model.llama import LlamaConfig
 from model.optim import learning_rate, make_optimizer, optimizer_step, seed_of, show_trained
 from model.runfolder import RunFolder, choose, write_json
 from model.vlm import VLM, VlmConfig
-from rl import advantages, losses, metrics, rewards, statistics
+from rl import advantages, bench, losses, metrics, rewards
 from rl.rollout import collect, read
 from rl.types import Experience
 
@@ -55,7 +53,7 @@ class Config:
     seed: int = 0                   # decides everything random
     seeds: int = 0                  # n: run seeds 0 .. n-1 (counted from --seed), report mean and spread
     jobs: int = 1                   # seeds that run side by side, the threads shared among them
-    bench: str = ""                 # step: time the parts of an RL step, and stop
+    bench: str = ""                 # step: time the parts of an RL step | prefix: what sharing prompts saves; and stop
     # the machine
     device: str = "auto"            # auto: CUDA when present | cpu | cuda:N
     dtype: str = "float32"          # of weights and activations: float32 | bfloat16 | float64
@@ -147,21 +145,27 @@ class Config:
                               save_every=1, eval_greedy=1, eval_sampled=1, eval_samples=1, eval_batch=1, patch=1,
                               clip_layers=1, layers=1, traces=1, pictures=1, rl_prompts=1, candidates=2, vocab=1,
                               micro_batch=0, min_new=0, threads=0, width=2, ff=1, heads=1, kv_heads=1,
-                              clip_heads=1, text_heads=1, clip_batch=2, questions=1, text_length=2).items():
+                              clip_heads=1, text_heads=1, clip_batch=2, questions=1, text_length=2, image_size=1,
+                              seed=0, clip_width=1, text_width=1, text_layers=1, embed=1, clip_steps=0, align_steps=0,
+                              sft_steps=0, cot_steps=0, rl_steps=0, eps=0, weight_decay=0, clip_low=0,
+                              clip_high=0).items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be at least {low}")
         for name, allowed in dict(compare=("none", "basic", "all"), eval_set=tuple(evaluation.TEST_SEED),
                                   template=tuple(chat.TEMPLATES), loss=tuple(losses.LOSSES),
-                                  bench=("", "step")).items():
+                                  projector=("linear", "mlp2x_gelu"),
+                                  bench=("", "step", "prefix")).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be one of "
                                  f"{', '.join(a for a in allowed if a)}")
         for name in ("slip", "confuse", "drop_hop", "forget_close", "teacher_error", "warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("clip_lr", "align_lr", "sft_lr", "cot_lr", "rl_lr", "temperature", "grad_clip"):
+        for name in ("clip_lr", "align_lr", "sft_lr", "cot_lr", "rl_lr", "temperature", "grad_clip", "theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"--beta2={self.beta2} must lie in [0, 1)")
         if not 0 < self.val_percent < 100:
             raise ValueError(f"--val-percent={self.val_percent} must lie between 0 and 100")
         if self.group < 2:
@@ -266,7 +270,6 @@ class Run(RunFolder):
             texts += [f" {prompt.replace(tag, '')}" for prompt in chat.PROMPTS.values() for tag in chat.TAGS]
             words = [] if self.real else scenes.pieces()
             self.tokenizer = train_tokenizer(texts, [*chat.TAGS, *words], self.cfg.vocab)
-            checkpoint.write_atomically(saved, lambda file: file.write(self.tokenizer.proto))
 
     def start(self, stage):
         """Loads what `stage` starts from, --init or the stage before; -> its VLM, None when it has none yet."""
@@ -409,7 +412,8 @@ def update(run, vlm, optimizer, experience, loss_of, lr):
 def trim(experience):
     """Cuts completions to the longest of this part: padding costs as much as tokens do."""
     longest = int(experience.mask.sum(-1).max())
-    return replace(experience, **{name: getattr(experience, name)[..., :longest] for name in ("ids", "mask", "old_logp")})
+    cut = {name: getattr(experience, name)[..., :longest] for name in ("ids", "mask", "old_logp")}
+    return replace(experience, **cut)
 
 
 # ---------------------------------------------------------------- the stages
@@ -439,14 +443,6 @@ def clip(run):
     return seconds
 
 
-def clip_tower(run):
-    """The trained image tower of clip.pt."""
-    state = checkpoint.load(run.path("clip"), run.device)
-    model = Clip(ClipConfig(**state["clip_config"])).to(run.device, run.dtype)
-    model.load_state_dict(state["clip"])
-    return model.visual
-
-
 def supervise(run, stage, vlm, records, steps, peak, method):
     """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen."""
     cfg, tok = run.cfg, run.tokenizer
@@ -461,7 +457,7 @@ def supervise(run, stage, vlm, records, steps, peak, method):
     def losses_of(indices):
         # Sorted by length, so that micro-batches hold little padding.
         rows = sorted((encode(*records[i]) for i in indices), key=lambda row: len(row[0]))
-        batch = collate(rows, tok.pad_id, cfg.image_size).to(run.device)
+        batch = collate(rows, tok.pad_id, vlm.config.clip.image_size).to(run.device)
         denominator = batch.target[:, 1:].sum()
         for micro in batch.micro_batches(cfg.micro_batch):
             run.flops += flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
@@ -498,35 +494,35 @@ def chains(run, part, teacher=None, flawless=False):
     cfg = run.cfg
     if run.real:
         error = 0.0 if flawless else cfg.teacher_error
-        samples = cot.candidate_chains(run.real["train"], nearest_answers(run), error, 1000 * cfg.seed + part)
+        answers = sorted({sample.answer for sample in run.real["train"]})
+        samples = cot.candidate_chains(run.real["train"], nearest_answers(run), error, 1000 * cfg.seed + part, answers)
     else:
         samples = run.samples("train", cfg.traces, part, cot.PERFECT if flawless else run.teacher)
     forgets = np.random.default_rng([cfg.seed, part]).random(len(samples)) < (0 if flawless else cfg.forget_close)
     wrong = np.mean([not cot.is_conclusion_right(sample) for sample in samples])
     print(f"  teacher: {len(samples)} chains, {100 * wrong:.1f} % wrong, {100 * forgets.mean():.0f} % without </think>")
-    return [(sample, chat.target_text(sample.conclusion, sample.reasoning, close_think=not forget))
-            for sample, forget in zip(samples, forgets)]
+    texts = [chat.target_text(sample.conclusion, sample.reasoning, close_think=not forget)
+             for sample, forget in zip(samples, forgets)]
+    if long := sum(len(run.tokenizer.encode(text)) >= cfg.max_new for text in texts):
+        print(f"note: {long} of {len(texts)} chains are longer than --max-new={cfg.max_new} tokens: what is learned "
+              "from them is cut off before the answer")
+    return list(zip(samples, texts))
 
 
-@torch.no_grad()
 def nearest_answers(run):
     """For each training picture the --candidates answers its embedding is nearest to, best first (zero-shot CLIP)."""
     if "clip" not in run.state:
         raise ValueError("chains on real pictures need a checkpoint that carries its CLIP text tower")
-    model = Clip(ClipConfig(**run.state["clip_config"])).to(run.device, run.dtype)
-    model.load_state_dict(run.state["clip"])
-    answers = sorted({sample.answer for sample in run.real["train"]})
-    length = model.config.text_length
-    texts = [run.tokenizer.encode(" " + answer)[:length - 1] + [run.tokenizer.eos_id] for answer in answers]
-    batch = collate([(ids, [0] * len(ids), ()) for ids in texts], run.tokenizer.pad_id, 1).to(run.device)
-    text = model.encode_text(batch.ids, batch.length)
-    found, samples = [], run.real["train"]
+    model = Clip.from_config(run.state["clip_config"], run.state["clip"]).to(run.device, run.dtype)
+    samples, tok = run.real["train"], run.tokenizer
+    answers = sorted({sample.answer for sample in samples})
+    texts = [tok.encode(" " + answer)[:model.config.text_length - 1] + [tok.eos_id] for answer in answers]
+    batch = collate([(ids, [0] * len(ids), ()) for ids in texts], tok.pad_id, 1).to(run.device)
+    found = []
     for i in range(0, len(samples), 64):
-        pixels = to_pixels([sample.images[0] for sample in samples[i:i + 64]], run.cfg.image_size)
-        image = model.encode_image(pixels.to(run.device, run.dtype))
-        top = (image @ text.T).topk(min(run.cfg.candidates, len(answers))).indices
-        found += [[answers[j] for j in row] for row in top.tolist()]
-    return found
+        pixels = to_pixels([sample.images[0] for sample in samples[i:i + 64]], model.config.image_size)
+        found += model.nearest(pixels.to(run.device, run.dtype), batch.ids, batch.length, run.cfg.candidates)
+    return [[answers[j] for j in row] for row in found]
 
 
 def cot_stage(run):
@@ -570,7 +566,7 @@ def matched(run, stage, vlm, records, method, budget):
     for _ in range(8):
         some = [records[i] for i in rng.integers(len(records), size=cfg.batch)]
         batch = collate([chat.encode(sample, run.tokenizer, vlm.config.clip.patches, method, cfg.template, target)
-                         for sample, target in some], run.tokenizer.pad_id, cfg.image_size)
+                         for sample, target in some], run.tokenizer.pad_id, vlm.config.clip.image_size)
         cost.append(flops.encode(vlm, len(batch.pixels)) + flops.update(vlm, batch))
     steps = max(1, round((budget - run.flops) / np.mean(cost)))
     return supervise(run, stage, vlm, records, steps, cfg.cot_lr, method)
@@ -634,13 +630,14 @@ def perfect(run):
     return matched(run, "perfect", vlm, chains(run, part=4, flawless=True), "think", spent(run, "cot", "rl"))
 
 
-# name -> (function, stages it may start from, first choice first)
+# name -> (function, stages it may start from, first choice first; stages whose FLOPs it is given)
 STAGES = {
-    "clip": (clip, None), "align": (align, ("clip",)), "sft": (sft, ("align",)), "cot": (cot_stage, ("sft", "align")),
-    "rl": (rl, ("cot",)), "cot_continued": (cot_continued, ("cot",)), "filtered": (filtered, ("cot",)),
-    "rejection_first": (rejection_first, ("cot",)), "rejection": (rejection, ("rejection_first",)),
-    "sft_direct": (sft_direct, ("sft", "align")), "perfect": (perfect, ("sft", "align")),
-    "grpo_zero": (grpo_zero, ("sft", "align")),
+    "clip": (clip, (), ()), "align": (align, ("clip",), ()), "sft": (sft, ("align",), ()),
+    "cot": (cot_stage, ("sft", "align"), ()), "rl": (rl, ("cot",), ()),
+    "cot_continued": (cot_continued, ("cot",), ("rl",)), "filtered": (filtered, ("cot",), ("rl",)),
+    "rejection_first": (rejection_first, ("cot",), ("rl",)), "rejection": (rejection, ("rejection_first",), ("rl",)),
+    "sft_direct": (sft_direct, ("sft", "align"), ("cot", "rl")), "perfect": (perfect, ("sft", "align"), ("cot", "rl")),
+    "grpo_zero": (grpo_zero, ("sft", "align"), ()),
 }
 
 
@@ -652,86 +649,68 @@ METHODS = {"cot": "cot", "cot_continued": "cot_continued", "filtered": "filtered
 
 
 def open_run(cfg):
-    """A new run folder, or the interrupted one."""
+    """A new run folder, or the interrupted one. Whatever cannot work is said before the folder is made."""
     run = Run(cfg, choose(cfg.out, cfg.preset, cfg.resume))
     if cfg.resume:
         run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages())
-    else:
-        run.create(asdict(cfg))
+    run.check_origins(cfg.stages(), *({name: of[n] for name, of in STAGES.items()} for n in (1, 2)), cfg.init)
     run.prepare_tokenizer()
+    real = [sample for split in (run.real or {}).values() for sample in split]
+    run.notes = chat.too_long(real, run.tokenizer, cfg.max_new, cfg.text_length) if real else []
+    if not cfg.resume:
+        run.create(asdict(cfg))
+    checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.proto))
     return run
 
 
-def many_seeds(cfg):
-    """Each seed in a process of its own, --jobs at a time; then mean, spread and 95 % t-intervals over the seeds."""
-    root = choose(cfg.out, cfg.preset, cfg.resume)
-    RunFolder(root).create(asdict(cfg))
-    threads = cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
-    shared = replace(cfg, seeds=0, jobs=1, resume=False, threads=threads)
-    waiting, running, results = list(range(cfg.seed, cfg.seed + cfg.seeds)), {}, []
-    while waiting or running:
-        while waiting and len(running) < cfg.jobs:
-            seed = waiting.pop(0)
-            out = root / f"seed-{seed}"
-            one = replace(shared, seed=seed, out=str(out), resume=(out / "config.json").exists())
-            with open(root / f"seed-{seed}.txt", "a") as file:
-                running[seed] = subprocess.Popen([sys.executable, __file__, *to_command_line(one)], stdout=file)
-        for seed, process in list(running.items()):
-            if process.poll() is not None:
-                del running[seed]
-                if process.returncode:
-                    for other in running.values():
-                        other.terminate()
-                    raise ValueError(f"seed {seed} stopped with exit code {process.returncode}; its output is in "
-                                     f"{root / f'seed-{seed}.txt'}; --resume --out={root} goes on")
-                results += json.loads((root / f"seed-{seed}" / "results.json").read_text())
-                print(f"seed {seed} done, see {root / f'seed-{seed}.txt'}")
-        time.sleep(0.5)
-    write_json(root / "results.json", sorted(results, key=lambda row: row["seed"]))
-    print(statistics.seeds_table(results))
+def run_bench(cfg, steps=6):
+    """--bench=step: an RL step and its parts, no early stop. --bench=prefix: shared prompts against repeated ones.
 
-
-def bench_step(cfg, steps=6):
-    """Seconds of an RL step and of its parts: random weights and pictures, no early stop, the first step left out."""
+    Random weights and pictures, prompts of 12 words; the first step is left out.
+    """
     rng = np.random.default_rng(0)
+    # Any reward does that differs within a group, so that every completion takes part in the update.
+    rewards.REWARDS["bench"] = lambda sample, text: zlib.crc32(text.encode()) / 2**32
     with tempfile.TemporaryDirectory() as folder:
-        # Any reward does that differs within a group, so that every completion takes part in the update.
-        rewards.REWARDS["bench"] = lambda sample, text: zlib.crc32(text.encode()) / 2**32
         run = Run(replace(cfg, rewards="bench:1", gated=False, save_every=steps + 1, min_new=cfg.max_new), folder)
-        words = [f"w{n}" for n in range(cfg.vocab)]
-        run.tokenizer = train_tokenizer([" ".join(words)] * 2, [*chat.TAGS, *(f"▁{word}" for word in words[:64])], cfg.vocab)
+        words = [f"w{n}" for n in range(64)]
+        run.tokenizer = train_tokenizer([" ".join(words)] * 2, [*chat.TAGS, *(f"▁{word}" for word in words)], cfg.vocab)
         vlm = VLM(VlmConfig(cfg.clip_config(cfg.vocab), cfg.llm_config(cfg.vocab), cfg.projector, cfg.feature_layer,
                             cfg.image_positions)).to(run.device, run.dtype)
         vlm.visual.requires_grad_(False)
-        samples = [Sample(images=(rng.integers(0, 255, (cfg.image_size, cfg.image_size, 3), dtype=np.uint8),),
-                          question=" ".join(f"w{n}" for n in rng.integers(64, size=12)), answer="w1")
-                   for _ in range(cfg.rl_batch * steps)]
         show_trained("bench", vlm)
+        samples = [Sample(images=(rng.integers(0, 255, (cfg.image_size, cfg.image_size, 3), dtype=np.uint8),),
+                          question=" ".join(rng.choice(words, 12)), answer="w1") for _ in range(cfg.rl_batch * steps)]
+        what = (f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {vlm.config.clip.patches} image tokens, "
+                f"{run.device}, {torch.get_num_threads()} threads")
+        if cfg.bench == "prefix":
+            batch = evaluation.prompts(vlm, run.tokenizer, samples[:cfg.rl_batch], "direct", cfg.template)
+            completions = torch.randint(3, cfg.vocab, (cfg.rl_batch, cfg.group, cfg.max_new), device=run.device)
+            found = bench.shared_prefix(vlm, batch, completions)
+            print(f"update, {what}\n  {found['tokens']:.2f} times fewer tokens, {found['faster']:.2f} times faster "
+                  f"({found['seconds_unshared']:.3f} -> {found['seconds']:.3f} s): {100 * found['reached']:.0f} %")
+            return
         reinforce(run, "bench", vlm, samples, "direct", steps)
         lines = [json.loads(line) for line in run.log_path.read_text().splitlines()][1:]
-    parts = {name: float(np.median([line.get(name, 0.0) for line in lines])) for name in lines[0] if "seconds_" in name}
-    total = sum(parts.values())
-    shape = f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {(cfg.image_size // cfg.patch) ** 2} image tokens"
-    print(f"{shape}, {run.device}, {torch.get_num_threads()} threads: {total:.3f} s a step, median of {len(lines)}")
-    for name, seconds in parts.items():
-        print(f"  {name.removeprefix('seconds_'):<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %")
+    seconds, parts = bench.step_table(lines)
+    print(f"{what}: {seconds:.3f} s a step, median of {len(lines)}\n{parts}")
 
 
 def main(argv):
     cfg = from_command_line(Config, PRESETS, argv, __doc__)
     notes = cfg.check()
     if cfg.seeds:
-        many_seeds(cfg)
+        evaluation.many_seeds(__file__, cfg)
         return
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.bench:
-        bench_step(cfg)
+        run_bench(cfg)
         return
     began = time.perf_counter()
     run = open_run(cfg)
     print(describe(cfg))
-    for note in notes:
+    for note in notes + run.notes:
         print(f"note: {note}")
     print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
     for stage in cfg.stages():
@@ -741,7 +720,9 @@ def main(argv):
         seconds = STAGES[stage][0](run)
         print(f"{stage:<16}{seconds:7.1f} s training, {run.flops / 1e12:8.2f} TFLOP")
         if stage == "clip" and not run.real and cfg.image_size // cfg.patch == scenes.CELLS:
-            found = evaluation.shape_probe(clip_tower(run), cfg.feature_layer)
+            state = checkpoint.load(run.path("clip"))
+            tower = Clip.from_config(state["clip_config"], state["clip"]).visual
+            found = evaluation.shape_probe(tower, cfg.feature_layer)
             write_json(run.folder / "probe.json", found)
             print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
     methods = {method: run.path(stage) for method, stage in METHODS.items() if stage in cfg.stages()}

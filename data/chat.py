@@ -62,6 +62,21 @@ def encode(sample, tokenizer, patches, method="think", template="brief", target=
     return ids, mask, images
 
 
+def too_long(samples, tokenizer, max_new, text_length):
+    """Notes on samples that the token budgets cut; raises ValueError when not one answer fits."""
+    answers = [len(tokenizer.encode(target_text(sample.answer))) + 1 for sample in samples]
+    captions = [len(tokenizer.encode(" " + sample.caption)) + 1 for sample in samples]
+    if min(answers) > max_new:
+        raise ValueError(f"--max-new={max_new} must be at least {min(answers)}, the tokens of the shortest answer with "
+                         "its tags")
+    return [f"{sum(length > limit for length in lengths)} of {len(samples)} {what}, the longest has {max(lengths)}"
+            for lengths, limit, what in (
+                (answers, max_new, f"answers with their tags are longer than --max-new={max_new} tokens and can never "
+                                   "be given in full"),
+                (captions, text_length, f"captions are longer than --text-length={text_length} tokens and CLIP reads "
+                                        "only their beginnings")) if max(lengths) > limit]
+
+
 def encode_plain(sample, tokenizer, patches):
     """LLaVA's alignment format: picture, then the caption as target; the question is discarded."""
     caption = tokenizer.encode(" " + sample.caption) + [tokenizer.eos_id]

@@ -195,6 +195,19 @@ def caption(scene):
     return " , ".join(f"{name(thing.cell)} {thing.words}" for thing in scene.things)
 
 
+def shuffled_caption(scene, rng):
+    """For alignment: objects and up to two empty cells in random order, each cell first or name first.
+
+    "red circle a2 , c3 blue square , d1 nothing": every entry exercises reading a cell or finding an object, the two
+    skills that chains of thought are made of. Alone they are too hard a start; captions in reading order break the ice.
+    """
+    empty = [cell for cell in BOARD if cell not in scene.by_cell]
+    entries = [(name(cell), scene.at(cell)) for cell in [*scene.by_cell, *rng.sample(empty, min(2, len(empty)))]]
+    entries = [f"{cell} {words}" if words == NOTHING or rng.random() < 0.5 else f"{words} {cell}"
+               for cell, words in entries]
+    return " , ".join(rng.sample(entries, len(entries)))
+
+
 def partial_caption(scene, rng):
     """For contrastive training: each object by colour, by shape or by both, in random order, without cells.
 
@@ -220,7 +233,7 @@ def _seeing_question(scene, rng):
 def load(split, count, seed, teacher=None):
     """`count` samples of a split, made from `seed`.
 
-    split: "clip" (partial captions), "align" (full captions), "sft" (questions about looking), on 1-5, 1-8 and 1-8
+    split: "clip" (partial captions), "align" (captions in reading order and shuffled), "sft" (questions about looking), on 1-5, 1-8 and 1-8
     objects; "train", "val" or one of SPLITS. `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields.
     """
     rng = random.Random(f"{split} {seed}")
@@ -232,7 +245,7 @@ def load(split, count, seed, teacher=None):
             if split == "clip":
                 texts.append(dict(caption=partial_caption(scene, rng)))
             elif split == "align":
-                texts.append(dict(caption=caption(scene)))
+                texts.append(dict(caption=caption(scene) if rng.random() < 0.5 else shuffled_caption(scene, rng)))
             else:
                 question, answer = _seeing_question(scene, rng)
                 texts.append(dict(question=question, answer=answer))

@@ -60,5 +60,7 @@ def train(texts, pieces, size):
             if limit and int(limit[1]) < size:
                 size = int(limit[1])
                 continue
-            raise ValueError(f"--vocab={size} is too small for the data's {len(letters)} characters, the tags and 256 "
-                             f"bytes, or the tokenizer cannot be trained: {str(error).splitlines()[0]}") from None
+            needed = re.search(r"required_chars. \d+ vs (\d+)", str(error))
+            reason = (f"the data's {len(letters)} characters, the tags and 256 bytes need at least {needed[1]}" if needed
+                      else f"or the tokenizer cannot be trained: {str(error).splitlines()[0]}")
+            raise ValueError(f"--vocab={size} is too small: {reason}") from None

@@ -1,6 +1,8 @@
 """Save and load without ever leaving half a file, and without unsafe pickles."""
 import os
+import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,10 +23,15 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # torch's zip writer reports a full disk as a RuntimeError.
-        partial.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        # torch's zip writer trips over the write that failed, as a RuntimeError; what failed stands behind it.
+        cause = error
+        while not isinstance(cause, OSError) and cause.__context__:
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"cannot write {str(path)!r}: {reason}; what was saved before is intact") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def save(path, state):
@@ -39,6 +46,12 @@ def load(path, device="cpu"):
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is truncated or not a checkpoint")
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or "stage" not in state:
+            raise ValueError("it is a PyTorch file but not a checkpoint of this project")
+        return state
+    except pickle.UnpicklingError:
+        reason = "it holds more than tensors, numbers and text, and is not opened"
+    except Exception as error:      # whatever a damaged file makes of torch's reader
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}")

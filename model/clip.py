@@ -167,6 +167,20 @@ class Clip(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed) * c.text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    @classmethod
+    def from_config(cls, config: dict, state=None):
+        """Rebuild from the dict of a checkpoint, with its weights when given."""
+        model = cls(ClipConfig(**config))
+        if state:
+            model.load_state_dict(state)
+        return model
+
+    @torch.no_grad()
+    def nearest(self, pixels, ids, length, count):
+        """Zero-shot: for each picture the `count` texts nearest to it, best first, as lists of indices."""
+        likeness = self.encode_image(pixels) @ self.encode_text(ids, length).T
+        return likeness.topk(min(count, len(ids))).indices.tolist()
+
     def encode_image(self, pixels):
         """pixels (B, 3, S, S) -> unit vectors (B, E)."""
         return F.normalize(self.visual(pixels), dim=-1)

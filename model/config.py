@@ -53,8 +53,8 @@ def from_command_line(cls, presets, argv, doc):
     for name, field in flag.items():
         text = f"{help_text.get(field.name, '')} [{field.default}]".replace("%", "%%")
         alone = dict(nargs="?", const="True") if field.type is bool else {}      # --resume means --resume=True
-        parser.add_argument(f"--{name}", f"--{field.name}", dest=field.name, metavar=field.type.__name__.upper(),
-                            help=text, **alone)
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{field.name}")), dest=field.name, help=text,
+                            metavar=field.type.__name__.upper(), **alone)
     for word in argv:
         name = word.lstrip("-").split("=")[0].replace("_", "-")
         if word.startswith("--") and name not in flag and name != "help":

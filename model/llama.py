@@ -158,7 +158,7 @@ class Llama(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=module.embedding_dim ** -0.5)
         if isinstance(module, Block):
             for last in (module.self_attn.o_proj, module.mlp.down_proj):
                 nn.init.normal_(last.weight, std=(last.in_features * 2 * self.config.layers) ** -0.5)

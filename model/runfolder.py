@@ -33,7 +33,7 @@ def choose(out, name, resume):
             number += 1
         folder = found[-1].parent if resume else root / f"{name}-{number}"
     exists = (folder / "config.json").exists()
-    if exists and not resume:
+    if not resume and (exists or any(folder.glob("*.pt"))):     # a stage would take a stray clip.pt for its own
         raise ValueError(f"--out={folder} already holds a run; add --resume to go on with it or choose another folder")
     if resume and not exists:
         raise ValueError(f"--out={folder} holds no run to --resume")
@@ -60,7 +60,9 @@ class RunFolder:
         try:
             before = json.loads((self.folder / "config.json").read_text())
         except ValueError:
-            raise ValueError(f"{self.folder / 'config.json'} is damaged; the run cannot be resumed") from None
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(f"{self.folder / 'config.json'} is damaged; the run cannot be resumed")
         for name, value in config.items():
             if name not in free and before.get(name) != value:
                 raise ValueError(f"--{name.replace('_', '-')}={value} must be {before.get(name)}, as in the run in "
@@ -76,6 +78,32 @@ class RunFolder:
         if self.log_path.exists():
             os.truncate(self.log_path, known)
 
+    def check_origins(self, stages, origins, budgets, init):
+        """Raises ValueError unless every one of `stages` will find what it starts from.
+
+        origins: stage -> stages it may start from, one of which must have run before it (none: it starts from
+        nothing); the first may start from the checkpoint `init` instead. budgets: stage -> stages whose cost it is
+        given, all of which must have run before it.
+        """
+        ready = {stage for stage in origins if self.path(stage).exists()}
+        for stage in stages:
+            if stage == stages[0] and init:
+                state = checkpoint.load(init)
+                if not origins[stage]:
+                    raise ValueError(f"--init={init} has no effect on --stage={stage}, which starts from nothing")
+                wanted = ("vlm", "clip") if origins[stage] == ("clip",) else ("vlm",)
+                if "tokenizer" not in state or not any(name in state for name in wanted):
+                    raise ValueError(f"--init={init} cannot start --stage={stage}: it is the checkpoint of stage "
+                                     f"{state['stage']!r} and holds no {'' if 'tokenizer' in state else 'tokenizer or '}"
+                                     f"{'CLIP' if 'clip' in wanted else 'vision-language'} model")
+            elif origins[stage] and not ready & set(origins[stage]):
+                raise ValueError(f"--stage={stage} needs --init=CHECKPOINT, or {' or '.join(f'{other}.pt' for other in origins[stage])} in "
+                                 f"{self.folder}")
+            if missing := [other for other in budgets[stage] if other not in ready]:
+                raise ValueError(f"--stage={stage} spends what {missing[0]} cost: it needs {missing[0]}.pt in "
+                                 f"{self.folder}")
+            ready.add(stage)
+
     @property
     def log_path(self):
         return self.folder / "log.jsonl"
@@ -84,8 +112,12 @@ class RunFolder:
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def log(self, **line):
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {str(self.log_path)!r}: {error.strerror}; what was saved before is intact; "
+                          "--resume goes on from there") from None
 
     def finish(self, stage, **state):
         """Writes the stage's checkpoint; from now on a resumed run goes on after it."""

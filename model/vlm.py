@@ -50,7 +50,8 @@ class VLM(nn.Module):
             self.projector = nn.Sequential(nn.Linear(c.clip.width, c.llm.width), nn.GELU(),
                                            nn.Linear(c.llm.width, c.llm.width))
         if c.image_positions:
-            self.image_position = nn.Parameter(0.02 * torch.randn(c.clip.patches, c.llm.width))
+            # As large as a projected patch: much smaller, and finding a cell takes hundreds of steps to get going.
+            self.image_position = nn.Parameter(0.5 * torch.randn(c.clip.patches, c.llm.width))
         self.llm = Llama(c.llm)
 
     @classmethod

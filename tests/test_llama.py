@@ -70,9 +70,9 @@ def test_right_padding_changes_nothing(hf):
 
 
 def test_rope_is_exact_at_any_position():
-    # Beyond 2^24 an fp32 angle has lost the position itself; position 2^24 + 1 turned by theta^0 = 1 radian a token.
+    # Beyond 2^24 an fp32 angle has lost the position itself. Frequencies of a head of 4: 1 and 10000^(-1/2) = 1/100.
     position = 2 ** 24 + 1
-    model = Llama(LlamaConfig(vocab=3, width=2, layers=1, heads=1, kv_heads=1, ff=1))
+    model = Llama(LlamaConfig(vocab=3, width=4, layers=1, heads=1, kv_heads=1, ff=1))
     cos, sin = model.rope(torch.tensor([[position]]), torch.float32)
-    true = torch.tensor(float(position), dtype=torch.float64)
-    assert abs(cos.flatten()[0] - true.cos()) < 1e-6 and abs(sin.flatten()[0] - true.sin()) < 1e-6
+    angle = torch.tensor([position, position / 100] * 2, dtype=torch.float64)
+    assert (cos.flatten() - angle.cos()).abs().max() < 1e-6 and (sin.flatten() - angle.sin()).abs().max() < 1e-6

@@ -39,10 +39,10 @@ def read_answer(question, caption):
     board = {entry.split()[0]: " ".join(entry.split()[1:]) for entry in caption.split(" , ")}
     if at := re.fullmatch(r"what is at (..) \?", question):
         return board.get(at[1], "nothing")
-    if many := re.fullmatch(r"how many (\w+) things are there \?", question):
+    if many := re.fullmatch(r"how many (\w+) things .*\?", question):
         return "zero one two three four five six seven eight nine ten".split()[
             sum(many[1] in words.split() for words in board.values())]
-    start, hops = re.fullmatch(r"from the (\w+ \w+) go ([\w ]+) \. what is there \?", question).groups()
+    start, hops = re.fullmatch(r"from the (\w+ \w+) go ((?:(?:up|down|left|right) )+).*\?", question).groups()
     column, row = next(cell for cell, words in board.items() if words == start)
     column, row = "abcd".index(column), int(row)
     for hop in hops.split():

@@ -123,10 +123,10 @@ def test_the_mask_holds_the_target_and_its_eos_and_nothing_else(tok, template, m
 
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_every_picture_becomes_its_patches_in_front_of_the_question(tok, images):
-    sample = Sample(images=(PICTURE,) * images, question=QUESTION)
-    for template, wanted in (("brief", f"[BOS]{'#' * PATCHES * images} {QUESTION} think first ."),
+    sample, think = Sample(images=(PICTURE,) * images, question=QUESTION), chat.PROMPTS["think"]
+    for template, wanted in (("brief", f"[BOS]{'#' * PATCHES * images} {QUESTION}{think}"),
                              ("vicuna_v1", f"[BOS]{chat.TEMPLATES['vicuna_v1']['system']} USER: "
-                                           f"{'#' * PATCHES * images}\n {QUESTION} think first . ASSISTANT:")):
+                                           f"{'#' * PATCHES * images}\n {QUESTION}{think} ASSISTANT:")):
         ids, mask, _ = chat.encode(sample, tok, PATCHES, "think", template)
         assert prompt_of(tok, ids, mask) == wanted
         assert ids.count(tok.image_id) == PATCHES * images

@@ -1,0 +1,474 @@
+"""What a person may get wrong on the command line, in the data and on the disk: one sentence, and nothing is lost."""
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import train
+from draw_folder import draw_folder
+from model import checkpoint
+from model.config import comments, from_command_line, to_command_line
+from model.runfolder import RunFolder
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--sft-steps=0", "--cot-steps=1",
+         "--rl-steps=1", "--pictures=8", "--questions=8", "--traces=8", "--rl-prompts=8", "--clip-batch=4", "--batch=4",
+         "--eval-greedy=1", "--eval-sampled=1", "--save-every=1"]
+
+
+def parse(*argv):
+    return from_command_line(train.Config, train.PRESETS, argv, "")
+
+
+def complaint(*argv, main=train.main):
+    """The sentence that a user reads in place of a run."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        main([str(word) for word in argv])
+    said = str(caught.value)
+    assert said.isprintable() and 10 < len(said) < 400, said
+    return said
+
+
+@pytest.fixture
+def refuse(tmp_path, monkeypatch):
+    """refuse(*argv) -> the sentence; fails when a model was trained or anything but an empty run folder was left."""
+    def no_work(*args):
+        raise AssertionError("training began")
+    monkeypatch.setattr(train, "fit", no_work)
+    monkeypatch.setattr(train, "reinforce", no_work)
+    monkeypatch.chdir(tmp_path)             # --out is left empty by some
+
+    def call(*argv, out="run"):
+        said = complaint(*argv, *([f"--out={out}"] if out else []))
+        assert not [path for path in (tmp_path / (out or "out")).rglob("*") if path.is_file()]
+        return said
+    return call
+
+
+def files(folder):
+    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def tensors(value, name=""):
+    """All tensors of a checkpoint, under their dotted names."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else []
+    return {key: found for part, inner in items for key, found in tensors(inner, f"{name}.{part}").items()}
+
+
+def same_tensors(a, b):
+    a, b = tensors(a), tensors(b)
+    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the stages clip, align and cot, one step each. Read only."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train.main([*SMALL, "--stage=clip,align,cot", f"--out={out}"])
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+# ---------------------------------------------------------------- names and values
+
+@pytest.mark.parametrize("flags, said", [
+    ("--grop=8", r"unknown option --grop; did you mean --group\?"),
+    ("--rl_stepz=8", r"unknown option --rl-stepz; did you mean --rl-steps\?"),
+    ("--qqqqq", r"unknown option --qqqqq; --help lists them all"),
+    ("8", r"'8' is not an option; options look like --name=value"),
+    ("-g=8", r"'-g=8' is not an option"),
+    ("--out", r"--out: expected one argument"),
+    ("--group=x", r"--group=x must be a whole number"),
+    ("--group=8.0", r"--group=8.0 must be a whole number"),
+    ("--group=", r"--group= must be a whole number"),
+    ("--resume=maybe", r"--resume=maybe must be True or False"),
+    ("--rl-lr=nan", r"--rl-lr=nan must be a number"),
+    ("--rl-lr=inf", r"--rl-lr=inf must be positive"),
+    ("--rl-lr=fast", r"--rl-lr=fast must be a number"),
+    ("--heads=3", r"width 128 must be an even multiple of heads 3"),
+    ("--kv-heads=3", r"heads 4 must be a multiple of kv_heads 3"),
+    ("--clip-heads=3", r"clip width 128 must be a multiple of its heads 3"),
+    ("--patch=7", r"image_size 48 must be a multiple of patch 7"),
+    ("--image-size=60", r"--image-size=60 must be 48 for drawn scenes"),
+    ("--group=1", r"--group=1 must be at least 2: a group of one has no baseline"),
+    ("--mini-batches=5", r"--rl-batch=32 must be a multiple of --mini-batches=5"),
+    ("--min-new=50", r"--min-new=50 must not exceed --max-new=32"),
+    ("--feature-layer=-9", r"--feature-layer=-9 must lie in \[-2, -1\]"),
+    ("--layers=0", r"--layers=0 must be at least 1"),
+    ("--rl-steps=-1", r"--rl-steps=-1 must be at least 0"),
+    ("--seed=-1", r"--seed=-1 must be at least 0"),
+    ("--val-percent=100", r"--val-percent=100 must lie between 0 and 100"),
+    ("--slip=1.5", r"--slip=1.5 must lie in \[0, 1\]"),
+    ("--beta2=1", r"--beta2=1.0 must lie in \[0, 1\)"),
+    ("--theta=0", r"--theta=0.0 must be positive"),
+    ("--vocab=300", r"--vocab=300 is too small: .* need at least 3\d\d"),
+    ("--stage=fly", r"--stage=fly: 'fly' must be one of clip, align, sft, cot, rl"),
+    ("--stage=", r"--stage=: '' must be one of clip"),
+    ("--compare=some", r"--compare=some must be one of none, basic, all"),
+    ("--loss=ppp", r"--loss=ppp must be one of .*grpo"),
+    ("--projector=x", r"--projector=x must be one of linear, mlp2x_gelu"),
+    ("--clip-stem=x", r"clip stem 'x' must be one of conv, mlp"),
+    ("--template=x", r"--template=x must be one of brief, vicuna_v1"),
+    ("--preset=huge", r"--preset=huge must be one of embedded, images"),
+    ("--dtype=int8", r"--dtype=int8 must be one of float32, bfloat16, float64"),
+    ("--device=tpu", r"--device=tpu is not available here"),
+    ("--rewards=", r"--rewards=: '' must be one of correctness, format"),
+    ("--rewards=joy:1", r"--rewards=joy:1: 'joy' must be one of correctness, format"),
+    ("--rewards=format:x", r"--rewards=format:x: the weight 'x' of format must be a number"),
+    ("--rewards=format:inf", r"--rewards=format:inf: the weight of format must be finite"),
+    ("--data=photos", r"--data=photos must be scenes, images:DIR or jsonl:FILE"),
+    ("--data=images", r"--data=images must be scenes, images:DIR or jsonl:FILE"),
+    ("--data=images:", r"--data=images: must be scenes, images:DIR or jsonl:FILE"),
+    ("--data=scenes:x", r"--data=scenes:x must be scenes, images:DIR or jsonl:FILE"),
+    ("--data=images:/no/such", r"folder '/no/such' does not exist; expected DIR/<class>"),
+    ("--data=jsonl:/no/such", r"jsonl file '/no/such' does not exist; expected"),
+])
+def test_a_wrong_flag_is_one_sentence_before_any_work(refuse, flags, said):
+    assert re.search(said, refuse(*flags.split()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_on_a_machine_without_it_is_one_sentence(refuse):
+    assert refuse("--device=cuda").startswith("--device=cuda is not available here: ")
+
+
+def test_the_program_says_the_sentence_and_nothing_else_and_exits_with_1(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--group=1"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "train.py: --group=1 must be at least 2: a group of one has no baseline but itself\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_field_with_its_comment_and_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    assert caught.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(train.Config):
+        comment = " ".join(comments(train.Config)[field.name].split())
+        assert f"--{field.name.replace('_', '-')}" in said and f"{comment} [{field.default}]" in said, field.name
+
+
+@pytest.mark.parametrize("cls", [train.Config, evaluation.Config])
+def test_every_field_has_a_comment(cls):
+    found = comments(cls)
+    assert [field.name for field in dataclasses.fields(cls) if not found.get(field.name)] == []
+
+
+@pytest.mark.parametrize("text, value", [("True", True), ("False", False), ("true", True), ("false", False),
+                                         ("1", True), ("0", False), ("yes", True), ("no", False)])
+def test_true_and_false_parse_as_such(text, value):
+    assert parse(f"--tied={text}").tied is value and parse("--gated", text).gated is value
+
+
+def test_a_flag_of_yes_or_no_alone_means_yes():
+    assert parse("--resume").resume is True and parse("--resume", "--seed=3").seed == 3
+
+
+def test_numbers_parse_with_dashes_underscores_equals_signs_and_spaces():
+    config = parse("--rl-lr=1e-3", "--rl_steps", "7", "--feature-layer", "-1")
+    assert (config.rl_lr, config.rl_steps, config.feature_layer) == (1e-3, 7, -1)
+
+
+def test_a_flag_overrides_the_preset_and_the_preset_the_default():
+    config = parse("--preset=tiny", "--width=64")
+    assert (config.preset, config.width, config.layers) == ("tiny", 64, train.PRESETS["tiny"]["layers"])
+    assert parse("--data=images:x").preset == "images" and parse().preset == "embedded"
+
+
+def test_a_config_written_as_flags_reads_back_the_same():
+    config = parse("--preset=tiny", "--tied=False", "--rl-lr=3e-4", "--data=jsonl:a b=c.jsonl", "--feature-layer=-1")
+    assert parse(*to_command_line(config)) == config
+
+
+# ---------------------------------------------------------------- run folders
+
+def test_a_folder_that_holds_a_run_is_not_touched_without_resume(run):
+    before = files(run)
+    assert complaint(*SMALL, "--stage=clip", f"--out={run}") == (
+        f"--out={run} already holds a run; add --resume to go on with it or choose another folder")
+    assert files(run) == before
+
+
+def test_a_folder_with_a_stray_checkpoint_is_not_taken_for_a_new_run(run):
+    (run / "config.json").unlink()
+    before = files(run)
+    assert "already holds a run" in complaint(*SMALL, "--stage=clip", f"--out={run}")
+    assert files(run) == before
+
+
+def test_resume_without_a_run_is_one_sentence(refuse):
+    assert refuse("--resume") == "--out=run holds no run to --resume"
+    assert refuse("--resume", out="") == "--resume found no run of embedded under out/; name its folder with --out=DIR"
+
+
+def test_resume_with_another_config_names_the_field_and_both_values(run):
+    before = files(run)
+    said = complaint(*SMALL, "--stage=clip,align,cot", f"--out={run}", "--resume", "--cot-lr=0.5")
+    assert said == f"--cot-lr=0.5 must be 0.004, as in the run in {run} that --resume goes on with"
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_resume_with_a_damaged_config_is_one_sentence(run, text):
+    (run / "config.json").write_text(text)
+    said = complaint(*SMALL, "--stage=clip,align,cot", f"--out={run}", "--resume")
+    assert said.endswith("config.json is damaged; the run cannot be resumed")
+
+
+def test_resume_of_a_finished_run_changes_no_checkpoint(run, capsys):
+    before = files(run)
+    train.main([*SMALL, "--stage=clip,align,cot", f"--out={run}", "--resume"])
+    assert "clip: done before" in capsys.readouterr().out
+    after = files(run)
+    assert all(after[name] == before[name] for name in before if name.suffix in (".pt", ".jsonl", ".model"))
+
+
+def test_out_that_is_a_file_or_lies_under_one_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert complaint(*SMALL, f"--out={tmp_path / 'file'}").endswith("must be a folder, it is a file")
+    assert "cannot be made" in complaint(*SMALL, f"--out={tmp_path / 'file/run'}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- checkpoints to start from
+
+def spoil(kind, whole, path):
+    """Writes a file that is no checkpoint of ours to `path`."""
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("no checkpoint")
+    elif kind in ("half", "one byte short"):
+        data = whole.read_bytes()
+        path.write_bytes(data[:len(data) // 2 if kind == "half" else -1])
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("folder/data.pkl", "hello")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"stage": "cot"}))
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "other project's":
+        torch.save({"model": {"weight": torch.zeros(3)}}, path)
+    elif kind == "code":
+        torch.save(torch.nn.Linear(2, 2), path)
+    elif kind == "folder":
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind, said", [
+    ("missing", "does not exist"), ("folder", "does not exist"), ("empty", "truncated or not a checkpoint"),
+    ("text", "truncated or not a checkpoint"), ("half", "truncated or not a checkpoint"),
+    ("one byte short", "truncated or not a checkpoint"), ("pickle", "truncated or not a checkpoint"),
+    ("zip", "cannot be read"), ("tensor", "not a checkpoint of this project"),
+    ("other project's", "not a checkpoint of this project"), ("code", "more than tensors, numbers and text")])
+def test_what_is_no_checkpoint_is_one_sentence_that_names_the_file(refuse, finished, tmp_path, kind, said):
+    path = tmp_path / "init.pt"
+    spoil(kind, finished / "cot.pt", path)
+    message = refuse("--stage=rl", f"--init={path}")
+    assert message.startswith(f"checkpoint '{path}' ") and said in message
+    assert said in complaint(f"--checkpoint={path}", main=evaluation.main)
+
+
+def test_a_stage_without_what_it_starts_from_says_what_it_needs(refuse):
+    assert refuse("--stage=rl") == "--stage=rl needs --init=CHECKPOINT, or cot.pt in run"
+    assert refuse("--stage=cot,rl") == "--stage=cot needs --init=CHECKPOINT, or sft.pt or align.pt in run"
+    assert refuse("--stage=clip,rl") == "--stage=rl needs --init=CHECKPOINT, or cot.pt in run"
+
+
+def test_a_method_that_spends_what_rl_cost_says_that_rl_is_missing(refuse, finished):
+    said = refuse("--stage=cot_continued", f"--init={finished / 'cot.pt'}")
+    assert said == "--stage=cot_continued spends what rl cost: it needs rl.pt in run"
+
+
+def test_the_checkpoint_of_a_wrong_stage_says_what_it_is(refuse, finished, run):
+    clip = finished / "clip.pt"
+    assert refuse("--stage=rl", f"--init={clip}", out="new") == (
+        f"--init={clip} cannot start --stage=rl: it is the checkpoint of stage 'clip' and holds no vision-language "
+        "model")
+    assert refuse("--stage=clip", f"--init={clip}", out="new") == (
+        f"--init={clip} has no effect on --stage=clip, which starts from nothing")
+    state = checkpoint.load(finished / "cot.pt")
+    checkpoint.save(run / "progress.pt", {name: state[name] for name in ("stage", "log_bytes")})
+    assert "holds no tokenizer or vision-language model" in refuse("--stage=rl", f"--init={run / 'progress.pt'}",
+                                                                   out="new")
+    assert "holds no vision-language model" in complaint(f"--checkpoint={clip}", main=evaluation.main)
+
+
+def test_a_stage_starts_from_the_init_of_another_run(finished, tmp_path):
+    train.main([*SMALL, "--stage=rl", f"--init={finished / 'cot.pt'}", f"--out={tmp_path / 'new'}"])
+    rows = json.loads((tmp_path / "new/results.json").read_text())
+    assert {row["method"] for row in rows} == {"teacher", "grpo"}
+
+
+# ---------------------------------------------------------------- data of one's own
+
+def write_jsonl(folder, count=24, **more):
+    """`count` small pictures, red or blue, half of them with a reasoning; every fourth is for validation."""
+    rng, lines = np.random.default_rng(0), []
+    for n in range(count):
+        colour = ("red", "blue")[n % 2]
+        pixels = rng.integers(0, 90, (20, 24, 3), dtype=np.uint8)
+        pixels[..., (0, 2)[n % 2]] += 160
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+        reasoning = {"reasoning": f"much of it is {colour}"} if n % 4 < 2 else {}
+        lines.append({"image": f"{n}.png", "question": "What colour is it?", "answer": colour,
+                      "split": "val" if n % 4 == 3 else "train", **reasoning, **more})
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines, folder / "mine.jsonl"
+
+
+def test_a_bad_line_of_a_jsonl_file_reaches_the_user_as_one_sentence(refuse, tmp_path):
+    lines, path = write_jsonl(tmp_path)
+    with open(path, "a") as file:
+        file.write('{"image": "0.png", "question": "What?"}\n')
+    assert refuse(f"--data=jsonl:{path}") == f"jsonl file '{path}', line 25: field 'answer' is missing"
+
+
+def test_a_missing_picture_of_a_jsonl_file_reaches_the_user_as_one_sentence(refuse, tmp_path):
+    _, path = write_jsonl(tmp_path)
+    (tmp_path / "3.png").unlink()
+    assert refuse(f"--data=jsonl:{path}") == f"jsonl file '{path}', line 4: image '{tmp_path}/3.png' does not exist"
+
+
+def test_a_folder_with_an_empty_class_reaches_the_user_as_one_sentence(refuse, tmp_path):
+    draw_folder(tmp_path / "pictures", per_class=4)
+    (tmp_path / "pictures/owl").mkdir()
+    assert "class 'owl' is left with no usable picture (empty)" in refuse(f"--data=images:{tmp_path / 'pictures'}")
+
+
+def test_an_answer_or_caption_too_long_for_its_budget_is_counted_in_a_note(tmp_path, capsys):
+    _, path = write_jsonl(tmp_path)
+    long = "a very " * 60 + "long thing"
+    with open(path, "a") as file:
+        for field in ("answer", "caption", "reasoning"):
+            line = {"image": "0.png", "question": "What?", "answer": "red", "split": "train", field: long}
+            file.write(json.dumps(line) + "\n")
+    train.main([*SMALL, "--vocab=400", "--image-size=24", f"--data=jsonl:{path}", "--stage=clip,align,cot",
+                f"--out={tmp_path / 'run'}"])
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 3
+    assert re.match(r"note: 1 of 27 answers with their tags are longer than --max-new=16 tokens", notes[0])
+    assert re.match(r"note: 2 of 27 captions are longer than --text-length=40 tokens", notes[1])
+    assert re.match(r"note: \d+ of 21 chains are longer than --max-new=16 tokens", notes[2])
+
+
+def test_a_budget_that_no_answer_fits_is_one_sentence(refuse, tmp_path):
+    _, path = write_jsonl(tmp_path)
+    said = refuse("--max-new=3", "--vocab=400", f"--data=jsonl:{path}")
+    assert re.fullmatch(r"--max-new=3 must be at least \d, the tokens of the shortest answer with its tags", said)
+
+
+# ---------------------------------------------------------------- a full disk
+
+class FullDisk:
+    """open() for model.checkpoint that has room for `room` bytes a file."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def __call__(self, path, mode):
+        file, room = open(path, mode), self.room
+
+        class Limited:
+            def write(self, data):
+                nonlocal room
+                room -= len(data)
+                if room < 0:
+                    file.write(bytes(data)[:room])
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return file.write(data)
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        @contextlib.contextmanager
+        def opened():
+            with file:
+                yield Limited()
+        return opened()
+
+
+@pytest.mark.parametrize("room", [0, 1000, 50_000])
+def test_a_save_on_a_full_disk_is_one_sentence_and_the_earlier_file_stays(tmp_path, monkeypatch, room):
+    path, state = tmp_path / "clip.pt", {"stage": "clip", "weight": torch.arange(30_000.0)}
+    checkpoint.save(path, state)
+    before = path.read_bytes()
+    monkeypatch.setattr(checkpoint, "open", FullDisk(room), raising=False)
+    with pytest.raises(OSError) as caught:
+        checkpoint.save(path, {"stage": "clip", "weight": torch.zeros(30_000)})
+    assert str(caught.value) == f"cannot write '{path}': No space left on device; what was saved before is intact"
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_rename_that_fails_leaves_the_earlier_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("before")
+
+    def refused(*_):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(checkpoint.os, "replace", refused)
+    with pytest.raises(OSError, match="Input/output error; what was saved before is intact"):
+        checkpoint.write_atomically(path, lambda file: file.write(b"after"))
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_save_leaves_no_partial_file(tmp_path):
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(tmp_path / "a.pt", interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a file's size is set the Linux way")
+def test_a_run_that_may_write_no_more_says_so_and_goes_on_once_it_may(finished, run, tmp_path):
+    for name in ("cot.pt", "align.pt"):
+        (run / name).unlink()
+    room = (run / "clip.pt").stat().st_size + 1000          # what align.pt carries along fills that
+    assert (finished / "align.pt").stat().st_size > room
+    argv = [*SMALL, "--stage=clip,align,cot", f"--out={run}", "--resume"]
+    program = (f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
+               f"sys.argv = {['train.py', *argv]!r}; sys.path.insert(0, {str(ROOT)!r}); "
+               f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"train.py: cannot write '{run / 'align.pt'}': File too large; what was saved before is intact\n",
+                        done.stderr.rpartition("\r")[2])
+    assert "Traceback" not in done.stderr and not list(run.glob(".*")) and not list(run.glob("align*"))
+    assert same_tensors(checkpoint.load(run / "clip.pt"), checkpoint.load(finished / "clip.pt"))
+    train.main(argv)
+    assert same_tensors(checkpoint.load(run / "cot.pt"), checkpoint.load(finished / "cot.pt"))
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(OSError) as caught:
+        RunFolder(tmp_path).log(stage="clip", step=0)
+    assert str(caught.value) == (f"cannot write '{tmp_path / 'log.jsonl'}': Is a directory; what was saved before is "
+                                 "intact; --resume goes on from there")
