@@ -2,6 +2,7 @@
 
 Absent means empty: a Sample without a picture has `images == ()`, a Batch without targets has an all-False `target`.
 """
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -100,15 +101,31 @@ def read_image(source):
         raise ValueError(f"image {str(source)!r} cannot be read as a picture: {error}") from None
 
 
+# (path, size, time of change) -> array. Decoding a photograph takes longer than training on it, and every epoch asks
+# for it again. Nothing is thrown out: epochs visit all pictures alike, so those that do not fit would be read anyway.
+CACHE, CACHE_BYTES = {}, 2 ** 29
+
+
 def to_array(source, size):
     """Path or array -> (size, size, 3) uint8: short edge resized (bicubic), centre crop, as CLIP preprocesses."""
-    if isinstance(source, np.ndarray) and source.shape == (size, size, 3):
-        return source
+    if isinstance(source, np.ndarray):
+        return source if source.shape == (size, size, 3) else _shrink(source, size)
+    key = (source, size, os.stat(source).st_mtime_ns) if os.path.exists(source) else None
+    if key not in CACHE:
+        array = _shrink(source, size)
+        array.flags.writeable = False
+        if (len(CACHE) + 1) * array.nbytes > CACHE_BYTES:
+            return array
+        CACHE[key] = array
+    return CACHE[key]
+
+
+def _shrink(source, size):
     image = read_image(source)
     scale = size / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def to_pixels(images, size):

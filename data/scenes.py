@@ -233,8 +233,9 @@ def _seeing_question(scene, rng):
 def load(split, count, seed, teacher=None):
     """`count` samples of a split, made from `seed`.
 
-    split: "clip" (partial captions), "align" (captions in reading order and shuffled), "sft" (questions about looking), on 1-5, 1-8 and 1-8
-    objects; "train", "val" or one of SPLITS. `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields.
+    split: "clip" (partial captions), "align" (captions in reading order and shuffled), "sft" (questions about looking),
+    on 1-5, 1-8 and 1-8 objects; "train", "val" or one of SPLITS. `teacher(scene, rng) -> (reasoning, conclusion)` fills
+    those two fields.
     """
     rng = random.Random(f"{split} {seed}")
     noise = np.random.default_rng([seed, *split.encode()])

@@ -49,7 +49,8 @@ def from_command_line(cls, presets, argv, doc):
     """
     help_text = comments(cls)
     flag = {field.name.replace("_", "-"): field for field in fields(cls)}
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(usage="%(prog)s [--name=value ...]", description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, field in flag.items():
         text = f"{help_text.get(field.name, '')} [{field.default}]".replace("%", "%%")
         alone = dict(nargs="?", const="True") if field.type is bool else {}      # --resume means --resume=True

@@ -12,7 +12,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={name} is not available here: {str(error).splitlines()[0].split('. ')[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device={name} is not available here: {reason}") from None
     return device
 
 

@@ -93,12 +93,13 @@ class RunFolder:
                     raise ValueError(f"--init={init} has no effect on --stage={stage}, which starts from nothing")
                 wanted = ("vlm", "clip") if origins[stage] == ("clip",) else ("vlm",)
                 if "tokenizer" not in state or not any(name in state for name in wanted):
+                    lacks = ["" if "tokenizer" in state else "tokenizer or ",
+                             "CLIP" if "clip" in wanted else "vision-language"]
                     raise ValueError(f"--init={init} cannot start --stage={stage}: it is the checkpoint of stage "
-                                     f"{state['stage']!r} and holds no {'' if 'tokenizer' in state else 'tokenizer or '}"
-                                     f"{'CLIP' if 'clip' in wanted else 'vision-language'} model")
+                                     f"{state['stage']!r} and holds no {''.join(lacks)} model")
             elif origins[stage] and not ready & set(origins[stage]):
-                raise ValueError(f"--stage={stage} needs --init=CHECKPOINT, or {' or '.join(f'{other}.pt' for other in origins[stage])} in "
-                                 f"{self.folder}")
+                files = " or ".join(f"{other}.pt" for other in origins[stage])
+                raise ValueError(f"--stage={stage} needs --init=CHECKPOINT, or {files} in {self.folder}")
             if missing := [other for other in budgets[stage] if other not in ready]:
                 raise ValueError(f"--stage={stage} spends what {missing[0]} cost: it needs {missing[0]}.pt in "
                                  f"{self.folder}")

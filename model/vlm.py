@@ -51,7 +51,7 @@ class VLM(nn.Module):
                                            nn.Linear(c.llm.width, c.llm.width))
         if c.image_positions:
             # As large as a projected patch: much smaller, and finding a cell takes hundreds of steps to get going.
-            self.image_position = nn.Parameter(0.5 * torch.randn(c.clip.patches, c.llm.width))
+            self.image_position = nn.Parameter(torch.randn(c.clip.patches, c.llm.width))
         self.llm = Llama(c.llm)
 
     @classmethod

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # train.py and its packages, from wherever pytest runs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # train.py and its packages
 
 
 def pytest_addoption(parser):

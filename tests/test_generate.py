@@ -129,7 +129,11 @@ def test_holes_of_rows_that_sat_out_are_seen_by_nothing():
     vlm = model()
     alive = torch.rand(P, G, generator=torch.Generator().manual_seed(1)) < 0.5
     sampler = Sampler(vlm).prefill(to_batch(ROWS), G, 6)
-    sampler.extend(IDS[..., :1], alive).extend(IDS[..., 1:3], ~alive).extend(IDS[..., 3:6])
+    sampler.extend(IDS[..., :1], alive)
+    for p in range(P):
+        for g in range(G):
+            assert difference(sampler.state[p, g], last_state(vlm, p, IDS[p, g, :int(alive[p, g])])) < 1e-12
+    sampler.extend(IDS[..., 1:3], ~alive).extend(IDS[..., 3:6])
     for p in range(P):
         for g in range(G):
             mine = torch.cat([IDS[p, g, :1] if alive[p, g] else IDS[p, g, 1:3], IDS[p, g, 3:6]])

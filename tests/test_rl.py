@@ -231,6 +231,11 @@ def test_a_cheat_without_one_answer_is_malformed_too(text):
     assert format(gold("two"), text) == 0
 
 
+def test_an_answer_with_tags_in_it_is_no_answer():
+    for text in ("<answer>two<think>so</think></answer>", "<answer></think>two</answer>", "<answer>two<think></answer>"):
+        assert chat.parse(text).answer == "" and chat.parse(text).fault == "no single <answer>..</answer>"
+
+
 def test_r1v_the_thought_is_not_the_answer():
     text = "<think>The count is 3.</think><answer>7</answer>"
     assert correctness(gold("3"), text) == 0 and correctness(gold("7"), text) == 1
