@@ -141,8 +141,8 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
 def compare(folder, cfg, checkpoints, tests, teacher):
     """Evaluates every method on every split; writes results.json, scores.json, differences.json and the report.
 
-    checkpoints: method -> path; tests: split -> samples; teacher: whether the samples carry a teacher's chains. A method
-    that scores.json already holds is not evaluated again. Returns the rows of results.json.
+    checkpoints: method -> path; tests: split -> samples; teacher: whether the samples carry a teacher's chains. A
+    method that scores.json already holds is not evaluated again. Returns the rows of results.json.
     """
     saved = Path(folder) / "scores.json"
     scores = json.loads(saved.read_text()) if saved.exists() else {}

@@ -16,6 +16,7 @@ import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -141,48 +142,41 @@ class Config:
 
     def check(self):
         """Raises ValueError in one sentence about the first value that cannot work; returns notes on idle ones."""
-        for name, low in dict(seeds=0, jobs=1, batch=1, group=1, rl_batch=1, max_new=1, epochs=1, mini_batches=1,
-                              save_every=1, eval_greedy=1, eval_sampled=1, eval_samples=1, eval_batch=1, patch=1,
-                              clip_layers=1, layers=1, traces=1, pictures=1, rl_prompts=1, candidates=2, vocab=1,
-                              micro_batch=0, min_new=0, threads=0, width=2, ff=1, heads=1, kv_heads=1,
-                              clip_heads=1, text_heads=1, clip_batch=2, questions=1, text_length=2, image_size=1,
-                              seed=0, clip_width=1, text_width=1, text_layers=1, embed=1, clip_steps=0, align_steps=0,
-                              sft_steps=0, cot_steps=0, rl_steps=0, eps=0, weight_decay=0, clip_low=0,
-                              clip_high=0).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be at least {low}")
+        def need(ok, name, expected):
+            if not ok:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must {expected}")
+
+        at_least = {
+            0: "seed seeds threads micro_batch min_new clip_steps align_steps sft_steps cot_steps rl_steps eps "
+               "weight_decay clip_low clip_high",
+            1: "jobs batch rl_batch max_new epochs mini_batches save_every eval_greedy eval_sampled eval_samples "
+               "eval_batch image_size patch clip_width clip_layers clip_heads text_width text_layers text_heads embed "
+               "layers heads kv_heads ff vocab pictures questions traces rl_prompts",
+            2: "clip_batch candidates text_length width"}
+        for low, names in at_least.items():
+            for name in names.split():
+                need(getattr(self, name) >= low, name, f"be at least {low}")
         for name, allowed in dict(compare=("none", "basic", "all"), eval_set=tuple(evaluation.TEST_SEED),
                                   template=tuple(chat.TEMPLATES), loss=tuple(losses.LOSSES),
-                                  projector=("linear", "mlp2x_gelu"),
-                                  bench=("", "step", "prefix")).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be one of "
-                                 f"{', '.join(a for a in allowed if a)}")
+                                  projector=("linear", "mlp2x_gelu"), bench=("", "step", "prefix")).items():
+            need(getattr(self, name) in allowed, name, f"be one of {', '.join(a for a in allowed if a)}")
         for name in ("slip", "confuse", "drop_hop", "forget_close", "teacher_error", "warmup", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must lie in [0, 1]")
+            need(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]")
         for name in ("clip_lr", "align_lr", "sft_lr", "cot_lr", "rl_lr", "temperature", "grad_clip", "theta"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"--beta2={self.beta2} must lie in [0, 1)")
-        if not 0 < self.val_percent < 100:
-            raise ValueError(f"--val-percent={self.val_percent} must lie between 0 and 100")
-        if self.group < 2:
-            raise ValueError(f"--group={self.group} must be at least 2: a group of one has no baseline but itself")
-        if self.rl_batch % self.mini_batches:
-            raise ValueError(f"--rl-batch={self.rl_batch} must be a multiple of --mini-batches={self.mini_batches}")
-        if self.min_new > self.max_new:
-            raise ValueError(f"--min-new={self.min_new} must not exceed --max-new={self.max_new}")
-        if not -self.clip_layers <= self.feature_layer < 0:
-            raise ValueError(f"--feature-layer={self.feature_layer} must lie in [-{self.clip_layers}, -1]")
+            need(0 < getattr(self, name) < math.inf, name, "be positive")
+        need(0 <= self.beta2 < 1, "beta2", "lie in [0, 1)")
+        need(0 < self.val_percent < 100, "val_percent", "lie between 0 and 100")
+        need(self.group >= 2, "group", "be at least 2: a group of one has no baseline but itself")
+        need(self.rl_batch % self.mini_batches == 0, "rl_batch", f"be a multiple of --mini-batches={self.mini_batches}")
+        need(self.min_new <= self.max_new, "min_new", f"not exceed --max-new={self.max_new}")
+        need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
         rewards.parse_weights(self.rewards)
         pick_dtype(self.dtype)
         source, _, where = self.data.partition(":")
-        if source not in ("scenes", "images", "jsonl") or (source != "scenes") != bool(where):
-            raise ValueError(f"--data={self.data} must be scenes, images:DIR or jsonl:FILE")
-        if source == "scenes" and self.image_size != scenes.SIZE and not self.bench:
-            raise ValueError(f"--image-size={self.image_size} must be {scenes.SIZE} for drawn scenes")
+        need(source in ("scenes", "images", "jsonl") and (source != "scenes") == bool(where), "data",
+             "be scenes, images:DIR or jsonl:FILE")
+        need(source != "scenes" or self.image_size == scenes.SIZE or self.bench, "image_size",
+             f"be {scenes.SIZE} for drawn scenes")
         self.clip_config(1), self.llm_config(1)
         for name in self.stages():
             if name not in STAGES:
@@ -217,8 +211,8 @@ class Config:
 PRESETS = {
     "": lambda given: "embedded" if given.get("data", "scenes") == "scenes" else "images",
     "embedded": {},
-    "images": dict(image_size=64, patch=8, clip_stem="conv", clip_steps=300, clip_batch=64, align_steps=80, sft_steps=60,
-                   cot_steps=150, batch=48, rl_steps=40, rl_batch=16, max_new=48, vocab=1024, save_every=50),
+    "images": dict(image_size=64, patch=8, clip_stem="conv", clip_steps=300, clip_batch=64, align_steps=80,
+                   sft_steps=60, cot_steps=150, batch=48, rl_steps=40, rl_batch=16, max_new=48, vocab=1024, save_every=50),
     # the shape of the step that is timed against other trainers
     "bench": dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", width=192,
                   heads=6, kv_heads=6, ff=512, tied=False, image_positions=False, rl_batch=8, max_new=48),
@@ -377,7 +371,7 @@ def update(run, vlm, optimizer, experience, loss_of, lr):
     so that the first mini-batch's ratio is exactly 1.
     """
     cfg = run.cfg
-    minis = [[trim(micro) for micro in mini.split(cfg.micro_batch)]
+    minis = [[micro.trim() for micro in mini.split(cfg.micro_batch)]
              for mini in experience.split(-(-len(experience.ids) // cfg.mini_batches))]
     several = cfg.epochs * len(minis) > 1
     sums, tokens, norms, drift = {}, 0, [], 0.0
@@ -409,22 +403,15 @@ def update(run, vlm, optimizer, experience, loss_of, lr):
                     "advantage_abs": experience.advantage.abs().mean().item()}
 
 
-def trim(experience):
-    """Cuts completions to the longest of this part: padding costs as much as tokens do."""
-    longest = int(experience.mask.sum(-1).max())
-    cut = {name: getattr(experience, name)[..., :longest] for name in ("ids", "mask", "old_logp")}
-    return replace(experience, **cut)
-
-
 # ---------------------------------------------------------------- the stages
 
-def clip(run):
+def clip(run, stage, like):
     """Contrastive pre-training of both towers on pictures and captions; frozen from here on."""
     cfg, tok = run.cfg, run.tokenizer
-    run.start("clip")
+    run.start(stage)
     config = cfg.clip_config(len(tok))
     model = Clip(config).to(run.device, run.dtype)
-    show_trained("clip", model)
+    show_trained(stage, model)
     samples = run.samples("clip", cfg.pictures, part=1)
 
     def losses_of(indices):
@@ -438,8 +425,12 @@ def clip(run):
         image = model.encode_image(batch.pixels.to(run.dtype))
         yield contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
 
-    seconds = fit(run, "clip", model, len(samples), losses_of, cfg.clip_steps, cfg.clip_batch, cfg.clip_lr)
-    run.finish_stage("clip", "", clip=model)
+    seconds = fit(run, stage, model, len(samples), losses_of, cfg.clip_steps, cfg.clip_batch, cfg.clip_lr)
+    if not run.real and cfg.image_size // cfg.patch == scenes.CELLS:
+        found = evaluation.shape_probe(model.visual, cfg.feature_layer)
+        write_json(run.folder / "probe.json", found)
+        print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
+    run.finish_stage(stage, "", clip=model)
     return seconds
 
 
@@ -468,10 +459,10 @@ def supervise(run, stage, vlm, records, steps, peak, method):
     return seconds
 
 
-def align(run):
+def align(run, stage, like):
     """Projector and, from nothing, decoder on captions. The first stage with a vision-language model."""
     cfg = run.cfg
-    vlm = run.start("align")
+    vlm = run.start(stage)
     if vlm is None:
         vision = ClipConfig(**run.state["clip_config"])
         vlm = VLM(VlmConfig(vision, cfg.llm_config(len(run.tokenizer)), cfg.projector, cfg.feature_layer,
@@ -479,17 +470,16 @@ def align(run):
         vlm.visual.load_state_dict({name.removeprefix("visual."): value for name, value in run.state["clip"].items()
                                     if name.startswith("visual.")})
     records = [(sample, None) for sample in run.samples("align", cfg.pictures, part=2)]
-    return supervise(run, "align", vlm, records, cfg.align_steps, cfg.align_lr, "direct")
+    return supervise(run, stage, vlm, records, cfg.align_steps, cfg.align_lr, "direct")
 
 
-def sft(run):
+def sft(run, stage, like):
     """Question to answer, without a chain: looking alone, for drawn scenes."""
-    cfg = run.cfg
-    records = [(s, chat.target_text(s.answer)) for s in run.samples("sft", cfg.questions, part=3)]
-    return supervise(run, "sft", run.start("sft"), records, cfg.sft_steps, cfg.sft_lr, "direct")
+    records = [(s, chat.target_text(s.answer)) for s in run.samples("sft", run.cfg.questions, part=3)]
+    return supervise(run, stage, run.start(stage), records, run.cfg.sft_steps, run.cfg.sft_lr, "direct")
 
 
-def chains(run, part, teacher=None, flawless=False):
+def chains(run, part, flawless=False):
     """Training records with a teacher's chain as target: the biased teacher's, or flawless ones."""
     cfg = run.cfg
     if run.real:
@@ -525,23 +515,14 @@ def nearest_answers(run):
     return [[answers[j] for j in row] for row in found]
 
 
-def cot_stage(run):
+def cot_stage(run, stage, like):
     """Fine-tuning on the teacher's chains of thought."""
-    vlm = run.start("cot")
-    return supervise(run, "cot", vlm, chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
+    vlm = run.start(stage)
+    return supervise(run, stage, vlm, chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
 
 
-def rl(run):
-    """GRPO from the chain-of-thought model: correctness and format rewards."""
-    return rl_stage(run, "rl", "think")
-
-
-def grpo_zero(run):
-    """The same without any chain to imitate: the prompt alone asks for the tags."""
-    return rl_stage(run, "grpo_zero", "asked")
-
-
-def rl_stage(run, stage, method):
+def rl(run, stage, like, method="think"):
+    """GRPO on correctness and format; as `grpo_zero` without chains to imitate, the prompt alone asks for the tags."""
     vlm = run.start(stage)
     vlm.visual.requires_grad_(False)
     show_trained(stage, vlm)
@@ -553,52 +534,46 @@ def rl_stage(run, stage, method):
 
 # ---------------------------------------------------------------- what reinforcement learning is compared with
 
-def spent(run, *stages):
-    """Measured matmul FLOPs of finished stages."""
-    return sum(checkpoint.load(run.path(stage))["flops"] for stage in stages)
-
-
-def matched(run, stage, vlm, records, method, budget):
-    """Supervised training for `budget` FLOPs, at the chain-of-thought stage's learning rate."""
-    cfg = run.cfg
+def steps_for(run, vlm, records, method, budget):
+    """Supervised steps that bring the stage's FLOPs to `budget`, by the cost of eight random batches."""
+    cfg, cost = run.cfg, []
     rng = np.random.default_rng([cfg.seed, 11])
-    cost = []
     for _ in range(8):
         some = [records[i] for i in rng.integers(len(records), size=cfg.batch)]
-        batch = collate([chat.encode(sample, run.tokenizer, vlm.config.clip.patches, method, cfg.template, target)
-                         for sample, target in some], run.tokenizer.pad_id, vlm.config.clip.image_size)
-        cost.append(flops.encode(vlm, len(batch.pixels)) + flops.update(vlm, batch))
-    steps = max(1, round((budget - run.flops) / np.mean(cost)))
-    return supervise(run, stage, vlm, records, steps, cfg.cot_lr, method)
+        rows = [chat.encode(sample, run.tokenizer, vlm.config.clip.patches, method, cfg.template, target)
+                for sample, target in some]
+        batch = collate(sorted(rows, key=lambda row: len(row[0])), run.tokenizer.pad_id, vlm.config.clip.image_size)
+        cost.append(sum(flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
+                        for micro in batch.micro_batches(cfg.micro_batch)))
+    return max(1, round((budget - run.flops) / np.mean(cost)))
 
 
-def cot_continued(run):
-    """More of the teacher's chains, on fresh prompts, for the FLOPs that RL took."""
-    vlm = run.start("cot_continued")
-    return matched(run, "cot_continued", vlm, chains(run, part=5), "think", spent(run, "rl"))
+def matched(run, stage, records_of, method, like):
+    """Supervised training on `records_of(run)` for the FLOPs that the stages `like` took."""
+    vlm, records = run.start(stage), records_of(run)
+    steps = steps_for(run, vlm, records, method, run.spent(like))
+    return supervise(run, stage, vlm, records, steps, run.cfg.cot_lr, method)
 
 
-def filtered(run):
-    """The same chains, those alone that the checker finds right and well-formed; the same FLOPs."""
-    vlm = run.start("filtered")
+def checked_chains(run):
+    """Fresh chains of the teacher, those alone that the checker finds right and well-formed."""
     records = [(s, text) for s, text in chains(run, part=5) if rewards.correctness(s, text) and rewards.format(s, text)]
     print(f"  filtered: {len(records)} chains are right and well-formed")
-    return matched(run, "filtered", vlm, records, "think", spent(run, "rl"))
+    if not records:
+        raise ValueError("--stage=filtered: not one of the teacher's chains is right and well-formed")
+    return records
 
 
-def rejection_first(run):
-    return rejection_round(run, "rejection_first", part=6)
+def gold_answers(run):
+    """Question to gold answer, without a chain."""
+    return [(s, chat.target_text(s.answer)) for s in run.samples("train", run.cfg.traces, part=4)]
 
 
-def rejection(run):
-    return rejection_round(run, "rejection", part=7)
-
-
-def rejection_round(run, stage, part):
-    """Learning from the model's own correct samples, half of RL's FLOPs a round, sampling counted."""
+def rejection(run, stage, like, part):
+    """One of two rounds of learning from the model's own correct samples, half of RL's FLOPs each, sampling counted."""
     cfg, tok = run.cfg, run.tokenizer
     vlm = run.start(stage)
-    samples, budget, records = run.samples("train", cfg.rl_prompts, part), spent(run, "rl") / 2, []
+    samples, budget, records = run.samples("train", cfg.rl_prompts, part), run.spent(like) / 2, []
     generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
     at = 0
     while run.flops < budget / 2:
@@ -614,39 +589,32 @@ def rejection_round(run, stage, part):
     if not records:
         run.finish_stage(stage, "think", vlm)      # nothing to learn from: the model stays as it is
         return 0.0
-    return matched(run, stage, vlm, records, "think", budget)
-
-
-def sft_direct(run):
-    """Gold answers without a chain, for the FLOPs of chain of thought and RL together."""
-    vlm = run.start("sft_direct")
-    records = [(s, chat.target_text(s.answer)) for s in run.samples("train", run.cfg.traces, part=4)]
-    return matched(run, "sft_direct", vlm, records, "direct", spent(run, "cot", "rl"))
-
-
-def perfect(run):
-    """Flawless chains, for the FLOPs of chain of thought and RL together: the upper bound."""
-    vlm = run.start("perfect")
-    return matched(run, "perfect", vlm, chains(run, part=4, flawless=True), "think", spent(run, "cot", "rl"))
+    steps = steps_for(run, vlm, records, "think", budget)
+    return supervise(run, stage, vlm, records, steps, cfg.cot_lr, "think")
 
 
 # name -> (function, stages it may start from, first choice first; stages whose FLOPs it is given)
 STAGES = {
-    "clip": (clip, (), ()), "align": (align, ("clip",), ()), "sft": (sft, ("align",), ()),
-    "cot": (cot_stage, ("sft", "align"), ()), "rl": (rl, ("cot",), ()),
-    "cot_continued": (cot_continued, ("cot",), ("rl",)), "filtered": (filtered, ("cot",), ("rl",)),
-    "rejection_first": (rejection_first, ("cot",), ("rl",)), "rejection": (rejection, ("rejection_first",), ("rl",)),
-    "sft_direct": (sft_direct, ("sft", "align"), ("cot", "rl")), "perfect": (perfect, ("sft", "align"), ("cot", "rl")),
-    "grpo_zero": (grpo_zero, ("sft", "align"), ()),
+    "clip": (clip, (), ()),
+    "align": (align, ("clip",), ()),
+    "sft": (sft, ("align",), ()),
+    "cot": (cot_stage, ("sft", "align"), ()),
+    "rl": (rl, ("cot",), ()),
+    # more of the teacher's chains, on fresh prompts; the same chains filtered; the model's own right answers, twice
+    "cot_continued": (partial(matched, records_of=partial(chains, part=5), method="think"), ("cot",), ("rl",)),
+    "filtered": (partial(matched, records_of=checked_chains, method="think"), ("cot",), ("rl",)),
+    "rejection_first": (partial(rejection, part=6), ("cot",), ("rl",)),
+    "rejection": (partial(rejection, part=7), ("rejection_first",), ("rl",)),
+    # instead of chains and RL together: gold answers without a chain; flawless chains, the upper bound
+    "sft_direct": (partial(matched, records_of=gold_answers, method="direct"), ("sft", "align"), ("cot", "rl")),
+    "perfect": (partial(matched, records_of=partial(chains, part=4, flawless=True), method="think"), ("sft", "align"),
+                ("cot", "rl")),
+    # the tags only asked for, nothing to imitate
+    "grpo_zero": (partial(rl, method="asked"), ("sft", "align"), ()),
 }
 
 
 # ---------------------------------------------------------------- what a person sees
-
-# Methods of the comparison, in the table's order -> the stage whose checkpoint they are.
-METHODS = {"cot": "cot", "cot_continued": "cot_continued", "filtered": "filtered", "grpo": "rl",
-           "rejection": "rejection", "sft_direct": "sft_direct", "perfect": "perfect", "grpo_zero": "grpo_zero"}
-
 
 def open_run(cfg):
     """A new run folder, or the interrupted one. Whatever cannot work is said before the folder is made."""
@@ -674,39 +642,34 @@ def run_bench(cfg, steps=6):
     with tempfile.TemporaryDirectory() as folder:
         run = Run(replace(cfg, rewards="bench:1", gated=False, save_every=steps + 1, min_new=cfg.max_new), folder)
         words = [f"w{n}" for n in range(64)]
-        run.tokenizer = train_tokenizer([" ".join(words)] * 2, [*chat.TAGS, *(f"▁{word}" for word in words)], cfg.vocab)
+        pieces = [*chat.TAGS, *(f"▁{word}" for word in words)]
+        run.tokenizer = train_tokenizer([" ".join(words)] * 2, pieces, cfg.vocab)
         vlm = VLM(VlmConfig(cfg.clip_config(cfg.vocab), cfg.llm_config(cfg.vocab), cfg.projector, cfg.feature_layer,
                             cfg.image_positions)).to(run.device, run.dtype)
         vlm.visual.requires_grad_(False)
         show_trained("bench", vlm)
         samples = [Sample(images=(rng.integers(0, 255, (cfg.image_size, cfg.image_size, 3), dtype=np.uint8),),
                           question=" ".join(rng.choice(words, 12)), answer="w1") for _ in range(cfg.rl_batch * steps)]
-        what = (f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {vlm.config.clip.patches} image tokens, "
-                f"{run.device}, {torch.get_num_threads()} threads")
+        what = (f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {vlm.config.clip.patches} image "
+                f"tokens, {run.device}, {torch.get_num_threads()} threads")
         if cfg.bench == "prefix":
             batch = evaluation.prompts(vlm, run.tokenizer, samples[:cfg.rl_batch], "direct", cfg.template)
             completions = torch.randint(3, cfg.vocab, (cfg.rl_batch, cfg.group, cfg.max_new), device=run.device)
-            found = bench.shared_prefix(vlm, batch, completions)
-            print(f"update, {what}\n  {found['tokens']:.2f} times fewer tokens, {found['faster']:.2f} times faster "
-                  f"({found['seconds_unshared']:.3f} -> {found['seconds']:.3f} s): {100 * found['reached']:.0f} %")
+            print(bench.prefix_text(what, bench.shared_prefix(vlm, batch, completions)))
             return
         reinforce(run, "bench", vlm, samples, "direct", steps)
         lines = [json.loads(line) for line in run.log_path.read_text().splitlines()][1:]
-    seconds, parts = bench.step_table(lines)
-    print(f"{what}: {seconds:.3f} s a step, median of {len(lines)}\n{parts}")
+    print(bench.step_text(what, lines))
 
 
 def main(argv):
     cfg = from_command_line(Config, PRESETS, argv, __doc__)
     notes = cfg.check()
     if cfg.seeds:
-        evaluation.many_seeds(__file__, cfg)
-        return
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+        return evaluation.many_seeds(__file__, cfg)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     if cfg.bench:
-        run_bench(cfg)
-        return
+        return run_bench(cfg)
     began = time.perf_counter()
     run = open_run(cfg)
     print(describe(cfg))
@@ -717,15 +680,10 @@ def main(argv):
         if run.path(stage).exists():
             print(f"{stage}: done before")
             continue
-        seconds = STAGES[stage][0](run)
+        seconds = STAGES[stage][0](run, stage=stage, like=STAGES[stage][2])
         print(f"{stage:<16}{seconds:7.1f} s training, {run.flops / 1e12:8.2f} TFLOP")
-        if stage == "clip" and not run.real and cfg.image_size // cfg.patch == scenes.CELLS:
-            state = checkpoint.load(run.path("clip"))
-            tower = Clip.from_config(state["clip_config"], state["clip"]).visual
-            found = evaluation.shape_probe(tower, cfg.feature_layer)
-            write_json(run.folder / "probe.json", found)
-            print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
-    methods = {method: run.path(stage) for method, stage in METHODS.items() if stage in cfg.stages()}
+    methods = {"grpo" if stage == "rl" else stage: run.path(stage) for stage in cfg.stages()
+               if stage not in ("clip", "align", "sft", "rejection_first")}
     if methods:
         tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.teacher)
                  for split in (("val",) if run.real else scenes.SPLITS)}

@@ -70,7 +70,6 @@ class Sampler:
         alive = torch.ones_like(ids[..., 0], dtype=torch.bool) if alive is None else alive
         self.valid[..., new] = alive[..., None]
         self.used += n
-        c = self.llm.config
         steps = torch.arange(n, device=ids.device)
         y = self.llm.embed_tokens(ids)
         rope = self.llm.rope(self.position[..., None] + steps, y.dtype)

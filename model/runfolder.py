@@ -105,6 +105,10 @@ class RunFolder:
                                  f"{self.folder}")
             ready.add(stage)
 
+    def spent(self, stages):
+        """Measured matmul FLOPs of finished stages."""
+        return sum(checkpoint.load(self.path(stage))["flops"] for stage in stages)
+
     @property
     def log_path(self):
         return self.folder / "log.jsonl"

@@ -6,13 +6,14 @@ import torch
 from data.sample import Batch
 
 
-def step_table(lines):
-    """Log lines of RL steps -> (seconds of a step, text): the median of every part."""
+def step_text(what, lines):
+    """Log lines of RL steps -> what a person reads: the median of a step and of every part."""
     names = [name for name in lines[0] if name.startswith("seconds_")]
     parts = {name: float(torch.tensor([line[name] for line in lines]).median()) for name in names}
     total = sum(parts.values())
-    return total, "\n".join(f"  {name.removeprefix('seconds_'):<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %"
-                            for name, seconds in parts.items())
+    return "\n".join([f"{what}: {total:.3f} s a step, median of {len(lines)}",
+                      *(f"  {name.removeprefix('seconds_'):<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %"
+                        for name, seconds in parts.items())])
 
 
 def unshared(batch, completions):
@@ -52,3 +53,9 @@ def shared_prefix(vlm, batch, completions, repeats=5):
     tokens = G * (T + C) / (T + G * C)
     return dict(tokens=tokens, seconds=together, seconds_unshared=alone, faster=alone / together,
                 reached=alone / together / tokens)
+
+
+def prefix_text(what, found):
+    """The result of `shared_prefix` as a person reads it."""
+    return (f"update, {what}\n  {found['tokens']:.2f} times fewer tokens, {found['faster']:.2f} times faster "
+            f"({found['seconds_unshared']:.3f} -> {found['seconds']:.3f} s): {100 * found['reached']:.0f} %")

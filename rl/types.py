@@ -2,7 +2,7 @@
 
 Absent means empty: a run without a reference policy has `ref_logp` of zero elements, never None.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -54,3 +54,9 @@ class Experience:
         """Consecutive parts of `size` prompts (0: one part)."""
         return [self.rows(part) for part in torch.arange(len(self.ids), device=self.ids.device).split(
             size or max(1, len(self.ids)))]
+
+    def trim(self):
+        """Completions cut to the longest of them: padding costs as much as tokens do."""
+        longest = int(self.mask.sum(-1).max())
+        cut = {name: getattr(self, name)[..., :longest] for name in ("ids", "mask", "old_logp")}
+        return replace(self, **cut)

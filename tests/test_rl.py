@@ -158,7 +158,7 @@ def test_gradient_of_a_three_row_policy_by_hand():
 def test_a_three_row_policy_learns_what_is_rewarded():
     policy, generator = Table([[0.0] * 4] * 3), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD([policy.logits], lr=1.0)
-    for _ in range(200):
+    for _ in range(80):
         tokens = torch.multinomial(policy.logits.detach().softmax(-1), 8, replacement=True,
                                    generator=generator)[..., None]
         reward = (tokens[..., 0] == torch.tensor([[1], [2], [3]])).float()
@@ -232,7 +232,7 @@ def test_a_cheat_without_one_answer_is_malformed_too(text):
 
 
 def test_an_answer_with_tags_in_it_is_no_answer():
-    for text in ("<answer>two<think>so</think></answer>", "<answer></think>two</answer>", "<answer>two<think></answer>"):
+    for text in ("<answer>two<think>so</think></answer>", "<answer></think>two</answer>", "<answer>2<think></answer>"):
         assert chat.parse(text).answer == "" and chat.parse(text).fault == "no single <answer>..</answer>"
 
 
@@ -261,10 +261,10 @@ def test_aliases_count_as_right():
 @pytest.mark.parametrize("unit", ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "a", " ",
                                   "<think></think>", "99**98**97 "])
 def test_a_hundred_thousand_characters_are_parsed_at_once(unit):
-    began = time.perf_counter()
+    began = time.process_time()
     for text in (unit * (100_000 // len(unit)), f"<think>{unit * 10_000}</think><answer>{unit * 10_000}</answer>"):
         assert correctness(gold("two"), text) == 0
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_what_data_generation_writes_is_well_formed_and_right():

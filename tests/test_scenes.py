@@ -238,7 +238,7 @@ def test_candidate_chains_are_wrong_at_the_given_rate_and_keep_given_reasoning()
 def test_words_of_the_task_cover_every_question_answer_and_chain(drawn):
     known = {piece.removeprefix("▁") for piece in scenes.pieces()}
     for split in TRAINS + scenes.SPLITS:
-        for sample in drawn(split, teacher=cot.SceneTeacher())[0]:
+        for sample in drawn(split, 300, teacher=cot.SceneTeacher())[0]:
             text = " ".join((sample.question, sample.answer, sample.caption, sample.reasoning, sample.conclusion))
             assert set(text.split()) <= known
             assert normalise(sample.answer) == sample.answer
