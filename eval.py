@@ -114,9 +114,8 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
         raise ValueError("the shape probe needs one patch for each cell of the drawn scenes")
 
     def objects(samples, held_out_only):
-        device = tower.proj.device
-        tokens = torch.cat([tower.features(to_pixels([s.images[0] for s in samples[i:i + 256]], scenes.SIZE).to(device),
-                                           feature_layer) for i in range(0, len(samples), 256)]).float().cpu()
+        pixels = to_pixels([sample.images[0] for sample in samples], scenes.SIZE).to(tower.proj)
+        tokens = torch.cat([tower.features(part, feature_layer) for part in pixels.split(256)]).float().cpu()
         x, y = [], []
         for row, sample in enumerate(samples):
             for entry in sample.caption.split(" , "):

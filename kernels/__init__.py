@@ -1,4 +1,4 @@
 """Fused operations: formula, reference and kernel side by side, one file each. Imports torch (and Triton) only."""
-from kernels.linear_logp import linear_logp, linear_logp_reference
+from kernels.linear_logp import fp32_logits, linear_logp, linear_logp_reference
 
-__all__ = ["linear_logp", "linear_logp_reference"]
+__all__ = ["fp32_logits", "linear_logp", "linear_logp_reference"]

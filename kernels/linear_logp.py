@@ -33,10 +33,20 @@ def _rows_per_chunk(h, weight, chunk):
     return max(1, CPU_CHUNK_BYTES // (4 * weight.shape[0]))
 
 
+def fp32_logits(h, weight):
+    """h (.., D) @ weight (V, D)^T -> (.., V) in fp32 even for bf16 inputs: bf16 logits put a log-prob off by up to 0.09.
+
+    fp64 stays fp64, for tests.
+    """
+    if h.dtype in (torch.float32, torch.float64):
+        return h @ weight.T
+    if h.is_cuda:
+        return torch.mm(h.flatten(0, -2), weight.T, out_dtype=torch.float32).view(*h.shape[:-1], -1)
+    return h.float() @ weight.float().T
+
+
 def _logits(h, weight, temperature):
-    # fp32 even for bf16 inputs: bf16 logits put the log-prob off by up to 0.09. fp64 stays fp64, for tests.
-    logits = h @ weight.T
-    return (logits if logits.dtype == torch.float64 else logits.float()).div_(temperature)
+    return fp32_logits(h, weight).div_(temperature)
 
 
 class _LinearLogp(torch.autograd.Function):

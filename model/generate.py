@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 
+from kernels import fp32_logits
 from model import flops
 
 
@@ -111,12 +112,12 @@ class Sampler:
         device = self.position.device
         ids = torch.full((P * G, max_new), pad_id, dtype=torch.long, device=device)
         mask = torch.zeros(P * G, max_new, dtype=torch.bool, device=device)
-        logp = torch.zeros(P * G, max_new, dtype=torch.float32, device=device)
+        logp = torch.zeros(P * G, max_new, dtype=torch.promote_types(self.state.dtype, torch.float32), device=device)
         slot = torch.arange(P * G, device=device).view(P, G)      # where each live row's output goes
         alive = torch.ones(P, G, dtype=torch.bool, device=device)
         for t in range(max_new):
             forbidden = [*banned, eos_id] if t < min_new else list(banned)
-            token, chosen = sample(self.state @ self.llm.head.T, temperature, forbidden, generator)
+            token, chosen = sample(fp32_logits(self.state, self.llm.head), temperature, forbidden, generator)
             self.flops += flops.head(self.llm, alive.numel())
             token = torch.where(alive, token, pad_id)
             at = slot[alive]
@@ -175,7 +176,6 @@ def sample(logits, temperature, banned=(), generator=None):
 
     Gumbel-max: argmax of logp + g with g ~ Gumbel is distributed as p, without a host sync. temperature 0: argmax.
     """
-    logits = logits.float()
     logp = (logits / temperature if temperature else logits).log_softmax(-1)
     score = logp.clone()
     score[..., list(banned)] = float("-inf")

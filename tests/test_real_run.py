@@ -1,0 +1,165 @@
+"""Whole runs on pictures from outside: what is learned, what is never looked at, what the files say."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eval as evaluation
+import train
+from data import images, sample
+from draw_folder import CLASSES, draw_folder
+from model import checkpoint
+from rl import report
+
+ROOT = Path(train.__file__).parent
+TINY = ["--preset=tiny", "--image-size=24", "--patch=12", "--vocab=400", "--clip-steps=2", "--align-steps=2",
+        "--sft-steps=2", "--cot-steps=2", "--rl-steps=2", "--clip-batch=8", "--batch=8", "--micro-batch=4",
+        "--save-every=1"]
+
+
+class Witness:
+    """Records which pictures are read while a stage trains, and while the run evaluates."""
+
+    def __init__(self, patch):
+        self.now, self.read = "loading", {}
+        to_array, compare, start = sample.to_array, evaluation.compare, train.Run.start
+
+        def my_to_array(source, size):
+            self.read.setdefault(self.now, set()).add(source if isinstance(source, str) else "not a file")
+            return to_array(source, size)
+
+        def my_compare(*args, **options):
+            self.now = "evaluation"
+            return compare(*args, **options)
+
+        def my_start(run, stage):
+            self.now = stage
+            return start(run, stage)
+
+        patch.setattr(sample, "to_array", my_to_array)
+        patch.setattr(evaluation, "compare", my_compare)
+        patch.setattr(train.Run, "start", my_start)
+        patch.setattr(report, "curves", lambda *_: True)        # takes longer than a short run
+
+
+def paths(samples):
+    return {picture for one in samples for picture in one.images}
+
+
+def rows(out, name="results.json"):
+    return json.loads((out / name).read_text())
+
+
+def value(found, method, decoding, metric="accuracy"):
+    [row] = [r for r in found if (r["method"], r["decoding"], r["metric"]) == (method, decoding, metric)]
+    return row
+
+
+def colours(folder, count=24, reasoning=False):
+    """`count` small pictures, red or blue; every fourth is for validation. -> the jsonl file about them."""
+    rng, lines = np.random.default_rng(0), []
+    for n in range(count):
+        colour = ("red", "blue")[n % 2]
+        pixels = rng.integers(0, 90, (20, 30, 3), dtype=np.uint8)
+        pixels[..., (0, 2)[n % 2]] += 160
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+        lines.append({"image": f"{n}.png", "question": "What colour is it?", "answer": colour, "aliases": [f"{colour}ish"],
+                      "split": "val" if n % 4 == 3 or n % 8 == 2 else "train"})
+        if reasoning:
+            lines[-1]["reasoning"] = f"most of it looks {colour}"
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "mine.jsonl"
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_a_jsonl_file_goes_through_every_stage_with_and_without_reasoning(tmp_path, capsys, monkeypatch, reasoning):
+    witness, path, out = Witness(monkeypatch), colours(tmp_path, reasoning=reasoning), tmp_path / "run"
+    train.main([*TINY, f"--data=jsonl:{path}", f"--out={out}"])
+    said = capsys.readouterr().out
+    assert "jsonl: 24 lines about 24 pictures; 15 train, 9 val" in said
+    assert ("15 with reasoning" in said or "24 with reasoning" in said) == reasoning
+
+    stages = ("clip", "align", "sft", "cot", "rl", "cot_continued", "filtered")
+    assert all((out / f"{stage}.pt").exists() for stage in stages)
+    text = checkpoint.load(out / "cot.pt")["tokenizer"]
+    assert (b"most" in text) == reasoning and (b"like" in text)         # the tokenizer knows the words of the chains
+    found = rows(out)
+    assert {(r["method"], r["split"]) for r in found} == {
+        (method, "val") for method in ("cot", "cot_continued", "filtered", "grpo")}
+    assert {r["n"] for r in found if r["decoding"] == "greedy"} == {8}
+
+    train_paths, val_paths = ({str(tmp_path / f"{n}.png") for n in range(24) if (n % 4 == 3 or n % 8 == 2) == is_val}
+                              for is_val in (False, True))
+    assert all(witness.read[stage] and witness.read[stage] <= train_paths for stage in stages)
+    assert witness.read["evaluation"] and witness.read["evaluation"] <= val_paths
+
+
+def test_eval_asks_about_the_validation_pictures_of_the_data_a_checkpoint_was_trained_on(tmp_path, capsys):
+    path, out = colours(tmp_path), tmp_path / "run"
+    train.main([*TINY, f"--data=jsonl:{path}", "--stage=clip,align,cot", f"--out={out}"])
+    capsys.readouterr()
+    evaluation.main([f"--checkpoint={out / 'cot.pt'}", "--eval-greedy=8", "--eval-sampled=4", "--eval-samples=2"])
+    part = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert part[1].split() == ["val"] and part[2].split()[:2] == [
+        "cot", f"{value(rows(out), 'cot', 'greedy')['value']:.3f}"]
+
+
+def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_trained_on(tmp_path, monkeypatch):
+    witness, out = Witness(monkeypatch), tmp_path / "run"
+    draw_folder(tmp_path / "pictures", per_class=10, seed=1)
+    train.main([*TINY, f"--data=images:{tmp_path / 'pictures'}", "--max-new=24", "--compare=all", f"--out={out}"])
+    splits, _ = images.load(tmp_path / "pictures")
+    for stage in train.Config(compare="all").stages():
+        assert (out / f"{stage}.pt").exists() and witness.read[stage] <= paths(splits["train"])
+    assert witness.read["clip"] == paths(splits["train"]) or len(witness.read["clip"]) == 16
+    assert witness.read["evaluation"] <= paths(splits["val"])
+    assert {r["method"] for r in rows(out)} == set(train.METHODS)
+
+
+def test_the_test_above_would_see_a_validation_picture_in_training(tmp_path, monkeypatch):
+    witness, path = Witness(monkeypatch), colours(tmp_path)
+    samples = train.Run.samples
+
+    def leaky(self, what, *rest, **options):
+        return self.real["val"] if what == "sft" else samples(self, what, *rest, **options)
+    monkeypatch.setattr(train.Run, "samples", leaky)
+    train.main([*TINY, f"--data=jsonl:{path}", "--stage=clip,align,sft", f"--out={tmp_path / 'run'}"])
+    assert str(tmp_path / "3.png") in witness.read["sft"] and str(tmp_path / "3.png") not in witness.read["align"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_is_learned_with_the_default_settings_and_rl_loses_nothing(tmp_path):
+    pictures, out = draw_folder(tmp_path / "pictures", per_class=80), tmp_path / "run"
+    # As a person runs it, but for the record of what is read.
+    program = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import pytest, train
+from test_real_run import Witness
+with pytest.MonkeyPatch.context() as patch:
+    witness = Witness(patch)
+    train.main(["--data=images:{pictures}", "--threads=1", "--out={out}"])
+    json.dump({{stage: sorted(read) for stage, read in witness.read.items()}}, open({str(tmp_path / 'read.json')!r}, "w"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"images: 480 pictures, 6 classes; \d+ train, \d+ val", done.stdout)
+
+    splits, _ = images.load(pictures)
+    read = json.loads((tmp_path / "read.json").read_text())
+    assert set(read) >= {"clip", "align", "sft", "cot", "rl", "cot_continued", "filtered", "evaluation"}
+    for stage, found in read.items():
+        assert set(found) <= paths(splits["val" if stage == "evaluation" else "train"]), stage
+    assert set(read["clip"]) == paths(splits["train"]) and set(read["evaluation"]) == paths(splits["val"])
+
+    found, guess = rows(out), 1 / len(CLASSES)
+    for method in ("cot", "grpo"):
+        assert value(found, method, "t1")["low"] > 1.5 * guess and value(found, method, "greedy")["low"] > 1.5 * guess
+    assert value(rows(out, "differences.json"), "cot", "t1", "accuracy - grpo")["high"] < 0.05
+    log = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["stage"] == "rl"]
+    assert np.mean([line["flat"] for line in log]) < 0.9
