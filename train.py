@@ -212,7 +212,8 @@ PRESETS = {
     "": lambda given: "embedded" if given.get("data", "scenes") == "scenes" else "images",
     "embedded": {},
     "images": dict(image_size=64, patch=8, clip_stem="conv", clip_steps=300, clip_batch=64, align_steps=80,
-                   sft_steps=60, cot_steps=150, batch=48, rl_steps=40, rl_batch=16, max_new=48, vocab=1024, save_every=50),
+                   sft_steps=60, cot_steps=150, batch=48, rl_steps=40, rl_batch=16, max_new=48, vocab=1024,
+                   save_every=50),
     # the shape of the step that is timed against other trainers
     "bench": dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", width=192,
                   heads=6, kv_heads=6, ff=512, tied=False, image_positions=False, rl_batch=8, max_new=48),
@@ -237,10 +238,7 @@ class Run(RunFolder):
         self.teacher = cot.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
 
     def samples(self, what, count=0, part=0, teacher=None):
-        """Samples of a purpose (clip, align, sft, train) or of an evaluation split.
-
-        Drawn scenes are made anew from the seed and `part`; real data has one training and one validation split.
-        """
+        """Samples of a purpose (clip, align, sft, train) or a split; scenes are drawn anew from the seed and `part`."""
         if self.real:
             return self.real["val" if what == "val" else "train"]
         if what in scenes.SPLITS:
@@ -461,8 +459,7 @@ def supervise(run, stage, vlm, records, steps, peak, method):
 
 def align(run, stage, like):
     """Projector and, from nothing, decoder on captions. The first stage with a vision-language model."""
-    cfg = run.cfg
-    vlm = run.start(stage)
+    cfg, vlm = run.cfg, run.start(stage)
     if vlm is None:
         vision = ClipConfig(**run.state["clip_config"])
         vlm = VLM(VlmConfig(vision, cfg.llm_config(len(run.tokenizer)), cfg.projector, cfg.feature_layer,

@@ -34,9 +34,9 @@ def _rows_per_chunk(h, weight, chunk):
 
 
 def fp32_logits(h, weight):
-    """h (.., D) @ weight (V, D)^T -> (.., V) in fp32 even for bf16 inputs: bf16 logits put a log-prob off by up to 0.09.
+    """h (.., D) @ weight (V, D)^T -> (.., V), in fp32 even for bf16 inputs; fp64 stays fp64, for tests.
 
-    fp64 stays fp64, for tests.
+    Logits rounded to bf16 put a log-prob off by up to 0.09.
     """
     if h.dtype in (torch.float32, torch.float64):
         return h @ weight.T

@@ -68,8 +68,8 @@ def colours(folder, count=24, reasoning=False):
         pixels = rng.integers(0, 90, (20, 30, 3), dtype=np.uint8)
         pixels[..., (0, 2)[n % 2]] += 160
         Image.fromarray(pixels).save(folder / f"{n}.png")
-        lines.append({"image": f"{n}.png", "question": "What colour is it?", "answer": colour, "aliases": [f"{colour}ish"],
-                      "split": "val" if n % 4 == 3 or n % 8 == 2 else "train"})
+        lines.append({"image": f"{n}.png", "question": "What colour is it?", "answer": colour,
+                      "aliases": [f"{colour}ish"], "split": "val" if n % 4 == 3 or n % 8 == 2 else "train"})
         if reasoning:
             lines[-1]["reasoning"] = f"most of it looks {colour}"
     (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -116,9 +116,9 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
     splits, _ = images.load(tmp_path / "pictures")
     for stage in train.Config(compare="all").stages():
         assert (out / f"{stage}.pt").exists() and witness.read[stage] <= paths(splits["train"])
-    assert witness.read["clip"] == paths(splits["train"]) or len(witness.read["clip"]) == 16
-    assert witness.read["evaluation"] <= paths(splits["val"])
-    assert {r["method"] for r in rows(out)} == set(train.METHODS)
+    assert len(witness.read["clip"]) == 16 and witness.read["evaluation"] <= paths(splits["val"])
+    assert {r["method"] for r in rows(out)} == {"cot", "grpo", "cot_continued", "filtered", "rejection", "sft_direct",
+                                                "perfect", "grpo_zero"}
 
 
 def test_the_test_above_would_see_a_validation_picture_in_training(tmp_path, monkeypatch):
@@ -144,7 +144,8 @@ from test_real_run import Witness
 with pytest.MonkeyPatch.context() as patch:
     witness = Witness(patch)
     train.main(["--data=images:{pictures}", "--threads=1", "--out={out}"])
-    json.dump({{stage: sorted(read) for stage, read in witness.read.items()}}, open({str(tmp_path / 'read.json')!r}, "w"))
+    with open({str(tmp_path / 'read.json')!r}, "w") as file:
+        json.dump({{stage: sorted(read) for stage, read in witness.read.items()}}, file)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -173,11 +173,13 @@ def test_a_run_killed_at_seeded_moments_and_resumed_equals_one_that_was_not(tmp_
     assert not (broken / "progress.pt").exists()
 
 
+SHORT = ["--preset=tiny", "--patch=24", "--compare=none", "--clip-steps=2", "--align-steps=2", "--sft-steps=0",
+         "--cot-steps=2", "--rl-steps=2", "--pictures=64", "--traces=32", "--rl-prompts=16", "--eval-greedy=2",
+         "--eval-sampled=2", "--max-new=6", "--threads=1"]
+
+
 def short_run(out, seed):
-    train.main(["--preset=tiny", "--patch=24", "--compare=none", "--clip-steps=2", "--align-steps=2", "--sft-steps=0",
-                "--cot-steps=2", "--rl-steps=2", "--pictures=64", "--traces=32", "--rl-prompts=16", "--eval-greedy=2",
-                "--eval-sampled=2", "--max-new=6", "--rewards=spelling", "--gated=False", f"--seed={seed}",
-                f"--out={out}"])
+    train.main([*SHORT, "--rewards=spelling", "--gated=False", f"--seed={seed}", f"--out={out}"])
     states = {stage: checkpoint.load(out / f"{stage}.pt") for stage in ("clip", "align", "cot", "rl")}
     rows = json.loads((out / "scores.json").read_text())
     return states, rows, log_of(out)
@@ -198,3 +200,23 @@ def test_the_seed_decides_a_run_bit_by_bit(tmp_path, monkeypatch):
         assert [name for name in same if flat(one[stage][model])[name].dim() > 1] == []
     assert scores == scores_two and log == log_two
     assert log != log_other
+
+
+@pytest.mark.slow
+def test_seeds_side_by_side_equal_runs_of_their_own_and_resume_repeats_no_finished_stage(tmp_path):
+    root, alone = tmp_path / "seeds", tmp_path / "alone"
+    said = command_line(*SHORT, "--seeds=2", "--seed=3", "--jobs=2", f"--out={root}")
+    assert "mean over 2 seeds [95 % t-interval] sd" in said
+    command_line(*SHORT, "--seed=4", f"--out={alone}")
+    for stage in ("clip", "align", "cot", "rl"):
+        states = [checkpoint.load(folder / f"{stage}.pt") for folder in (alone, root / "seed-4")]
+        assert [name for name in differences(*states) if name != ".config.jobs"] == []
+    results = json.loads((root / "results.json").read_text())
+    assert [row for row in results if row["seed"] == 4] == json.loads((alone / "results.json").read_text())
+    assert {row["seed"] for row in results} == {3, 4}
+
+    (root / "seed-3/rl.pt").unlink()
+    before = (root / "seed-3/cot.pt").read_bytes()
+    command_line(*SHORT, "--seeds=2", "--seed=3", "--jobs=2", f"--out={root}", "--resume")
+    assert json.loads((root / "results.json").read_text()) == results
+    assert (root / "seed-3/cot.pt").read_bytes() == before and (root / "seed-3/rl.pt").exists()
