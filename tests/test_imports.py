@@ -80,5 +80,5 @@ def test_everything_imports_without_triton_and_without_extras():
     modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in SOURCES]
     program = (f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
                f"import importlib\nfor name in {modules}: importlib.import_module(name)\n")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
