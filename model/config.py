@@ -11,8 +11,10 @@ import difflib
 import inspect
 import re
 from dataclasses import fields, replace
+from functools import cache
 
 
+@cache
 def comments(cls):
     """Field name -> the comment on its line."""
     found = re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(cls), flags=re.M)

@@ -109,6 +109,7 @@ def test_eval_asks_about_the_validation_pictures_of_the_data_a_checkpoint_was_tr
         "cot", f"{value(rows(out), 'cot', 'greedy')['value']:.3f}"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_trained_on(tmp_path, monkeypatch):
     witness, out = Witness(monkeypatch), tmp_path / "run"
     draw_folder(tmp_path / "pictures", per_class=10, seed=1)
