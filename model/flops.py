@@ -48,10 +48,10 @@ def completions(vlm, P, G, C, T):
     return _blocks(vlm.llm, P * G * C) + c.layers * 4 * P * G * C * (T + C) * c.heads * c.head_width
 
 
-def cached(llm, tokens, n, prompt_length, used):
-    """Sampler.extend: `tokens` = P G n new ones, each looking at the prompt and the `used` slots of its row."""
+def cached(llm, tokens, slots):
+    """Sampler.extend: `tokens` new ones, each multiplied with the `slots` of its group, those hidden from it too."""
     c = llm.config
-    return _blocks(llm, tokens) + c.layers * 4 * tokens * (prompt_length + used) * c.heads * c.head_width
+    return _blocks(llm, tokens) + c.layers * 4 * tokens * slots * c.heads * c.head_width
 
 
 def _attention(vlm, batch, shape):

@@ -1,13 +1,17 @@
 """Batched sampling of G completions for each of P prompts, the prompt computed and kept once per group.
 
 The verbs: `prefill` a batch, `extend` every row by given tokens (staged prompting appends text), `decode` until EOS or
-the budget, `select` the rows to go on with. Keys and values of the prompt are (P, Hk, T, K), read once for all G rows;
-those of the completions (P, G, Hk, C, K). Rows that have ended may be extended again: `valid` marks the slots of the
-cache that belong to a row, so a row's unused slots are holes that nothing attends to.
+the budget, `select` the rows to go on with.
+
+Keys and values lie in one sequence for each prompt, (P, Hk, T + capacity G, K): the prompt's T slots, then G slots, one
+a row, for every step. The G rows are G queries on that sequence, and a mask hides from each what the others wrote. So a
+step reads every key once, the prompt's too, in one plain attention call; that each query also meets keys it may not
+look at costs less than handling the two parts apart. A row that sits out leaves a hole, which nothing attends to.
 """
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from kernels import fp32_logits
@@ -43,70 +47,86 @@ class Sampler:
         x = self.vlm.embed(batch)
         self.flops += flops.prompt(self.vlm, batch)
         rope = self.llm.rope(torch.arange(T, device=device), x.dtype)
-        self.prefix = []
+        room = x.new_zeros(P, c.kv_heads, capacity * group, c.head_width)
+        self.cache = []
         for layer in self.llm.layers:
             attended, k, v = layer.self_attn.prompt(layer.input_layernorm(x), rope)
             x = x + attended
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            self.prefix.append((k, v))
+            self.cache.append((torch.cat([k, room], dim=2), torch.cat([v, room], dim=2)))
         last = self.llm.norm(x)[torch.arange(P, device=device), batch.length - 1]
         self.state = last[:, None].expand(-1, group, -1)
         self.position = batch.length[:, None].repeat(1, group)
-        sees = torch.arange(T, device=device) < batch.length[:, None]
-        self.prompt_mask = torch.zeros(P, 1, 1, T, dtype=x.dtype, device=device)
-        self.prompt_mask.masked_fill_(~sees[:, None, None], float("-inf"))
-        shape = (P, group, c.kv_heads, capacity, c.head_width)
-        self.own = [(x.new_zeros(shape), x.new_zeros(shape)) for _ in self.llm.layers]
-        self.valid = torch.zeros(P, group, capacity, dtype=torch.bool, device=device)
-        self.used = 0
+        self.taken = torch.zeros(P, T + capacity * group, dtype=torch.bool, device=device)     # slots that hold a token
+        self.taken[:, :T] = torch.arange(T, device=device) < batch.length[:, None]
+        self.prompt_slots, self.capacity, self.used = T, capacity, 0
         return self
+
+    def _mask(self, n):
+        """Additive (P, 1, n G, S): what the queries of the last n steps see of the S slots used so far."""
+        P, G = self.position.shape
+        slot = torch.arange(self.prompt_slots + self.used * G, device=self.taken.device) - self.prompt_slots
+        step = torch.arange(self.used - n, self.used, device=slot.device)
+        prompt, mine = slot < 0, slot % G == torch.arange(G, device=slot.device)[:, None]
+        past = slot // G <= step[:, None, None]
+        sees = self.taken[:, None, None, :len(slot)] & (prompt | mine) & past                  # (P, n, G, S)
+        mask = torch.zeros(sees.shape, dtype=self.state.dtype, device=slot.device).masked_fill_(~sees, float("-inf"))
+        return rearrange(mask, "p n g s -> p 1 (n g) s")
 
     @torch.no_grad()
     def extend(self, ids, alive=None):
         """Appends tokens ids (P, G, n) to every row; rows with alive (P, G) False get a hole instead."""
-        n = ids.shape[-1]
-        if self.used + n > self.valid.shape[-1]:
-            raise ValueError(f"{n} tokens do not fit: {self.used} of {self.valid.shape[-1]} slots are taken")
-        new = slice(self.used, self.used + n)
+        P, G, n = ids.shape
+        if self.used + n > self.capacity:
+            raise ValueError(f"{n} tokens do not fit: {self.used} of {self.capacity} slots are taken")
         alive = torch.ones_like(ids[..., 0], dtype=torch.bool) if alive is None else alive
-        self.valid[..., new] = alive[..., None]
+        start = self.prompt_slots + self.used * G
         self.used += n
-        steps = torch.arange(n, device=ids.device)
-        y = self.llm.embed_tokens(ids)
-        rope = self.llm.rope(self.position[..., None] + steps, y.dtype)
-        sees = self.valid[:, :, None, :self.used].expand(-1, -1, n, -1)
-        if n > 1:
-            order = torch.arange(self.used, device=ids.device)
-            sees = sees & (order <= (self.used - n + steps)[:, None])
-        own_mask = torch.zeros(sees.shape, dtype=y.dtype, device=y.device).masked_fill_(~sees, float("-inf"))
+        end = start + n * G
+        self.taken[:, start:end] = alive.repeat(1, n)
+        # Tokens in the order of their slots: step by step, the rows side by side.
+        y = self.llm.embed_tokens(rearrange(ids, "p g n -> p (n g)"))
+        position = self.position[:, None] + torch.arange(n, device=ids.device)[:, None]
+        rope = self.llm.rope(position.flatten(1), y.dtype)
         # A hole's own query must see something, or its softmax is NaN; the prompt is always visible, so it does.
-        for layer, (kx, vx), (ky, vy) in zip(self.llm.layers, self.prefix, self.own):
+        heads_per_key = self.llm.config.heads // self.llm.config.kv_heads
+        mask = self._mask(n).repeat(1, 1, heads_per_key, 1)
+        for layer, (keys, values) in zip(self.llm.layers, self.cache):
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(y), rope)
-            ky[..., new, :], vy[..., new, :] = k, v
-            attended = attend_in_two_parts(q, kx, vx, ky[..., :self.used, :], vy[..., :self.used, :],
-                                           self.prompt_mask, own_mask)
-            y = y + layer.self_attn.out(attended)
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+            # Query heads that share a key head become more queries of it, so that grouped keys are not repeated.
+            q = rearrange(q, "p (h r) l k -> p h (r l) k", r=heads_per_key)
+            attended = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+            y = y + layer.self_attn.out(rearrange(attended, "p h (r l) k -> p (h r) l k", r=heads_per_key))
             y = y + layer.mlp(layer.post_attention_layernorm(y))
-        self.state = torch.where(alive[..., None], self.llm.norm(y)[..., -1, :], self.state)
+        self.state = torch.where(alive[..., None], self.llm.norm(y[:, -G:]), self.state)
         self.position = self.position + n * alive
-        self.flops += flops.cached(self.llm, ids.numel(), n, self.prompt_mask.shape[-1], self.used)
+        self.flops += flops.cached(self.llm, ids.numel(), end)
         return self
 
     def select(self, prompts, rows):
         """Keeps rows (P', G') of the prompts (P',); an index may repeat. Both are int64 tensors."""
+        T, G = self.prompt_slots, self.position.shape[1]
+
+        def chosen(slots):
+            """(P, slots, ..) -> (P', slots', ..)"""
+            own = slots[prompts, T:].unflatten(1, (self.capacity, G))
+            index = rows[:, None].view(len(rows), 1, -1, *[1] * (slots.ndim - 2))
+            return torch.cat([slots[prompts, :T], own.take_along_dim(index, dim=2).flatten(1, 2)], dim=1)
+
+        self.cache = [tuple(chosen(kv.transpose(1, 2)).transpose(1, 2) for kv in layer) for layer in self.cache]
+        self.taken = chosen(self.taken)
         at = (prompts[:, None], rows)
-        self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
-        self.own = [(k[at], v[at]) for k, v in self.own]
-        self.prompt_mask, self.valid = self.prompt_mask[prompts], self.valid[at]
         self.position, self.state = self.position[at], self.state[at]
         return self
 
     @torch.no_grad()
-    def decode(self, max_new, eos_id, temperature=1.0, banned=(), generator=None, min_new=0, pad_id=0):
+    def decode(self, max_new, eos_id, temperature=1.0, banned=(), generator=None, min_new=0, pad_id=0,
+               drop=True):
         """Samples until EOS or `max_new` tokens. temperature 0 is greedy; no EOS before `min_new` tokens.
 
-        Rows that have ended are dropped from the batch from time to time; afterwards the sampler holds only the rows
-        that were still alive at the last drop, so what follows a decode must start from `select` or a new prefill.
+        drop: rows that have ended leave the batch from time to time, so that the rest go faster; to `extend` all rows
+        afterwards, keep them. A row's cache then holds all of its tokens but the last.
         """
         P, G = self.position.shape
         device = self.position.device
@@ -125,7 +145,7 @@ class Sampler:
             alive = alive & (token != eos_id)
             if t + 1 == max_new or not alive.any():
                 break
-            if t % 4 == 3:
+            if drop and t % 4 == 3:
                 keep = _worth_dropping(alive)
                 if keep is not None:
                     self.select(*keep)
@@ -149,26 +169,6 @@ def _worth_dropping(alive):
     prompts = (count > 0).nonzero()[:, 0]
     rows = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[prompts, :width]
     return prompts, rows
-
-
-def attend_in_two_parts(q, kx, vx, ky, vy, prompt_mask, own_mask):
-    """Softmax attention over prompt and own tokens, the prompt's keys read once for the whole group.
-
-    q (P, G, H, n, K); kx, vx (P, Hk, T, K); ky, vy (P, G, Hk, L, K); prompt_mask (P, 1, 1, T), own_mask (P, G, n, L),
-    additive. Returns (P, G, H, n, K).
-    """
-    P, G, H, n, K = q.shape
-    Hk, T = kx.shape[1:3]
-    q = q * K ** -0.5
-    shared = rearrange(q, "p g (h r) n k -> p h (g r n) k", h=Hk)
-    single = rearrange(q, "p g (h r) n k -> p g h (r n) k", h=Hk)
-    on_prompt = rearrange(shared @ kx.mT + prompt_mask, "p h (g x) t -> p g h x t", g=G)
-    on_own = single @ ky.mT
-    on_own = (on_own.view(P, G, Hk, H // Hk, n, -1) + own_mask[:, :, None, None]).flatten(3, 4)
-    weight = torch.cat([on_prompt, on_own], dim=-1).softmax(-1)
-    from_prompt = rearrange(weight[..., :T], "p g h x t -> p h (g x) t") @ vx
-    out = rearrange(from_prompt, "p h (g x) k -> p g h x k", g=G) + weight[..., T:] @ vy
-    return out.reshape(P, G, H, n, K)
 
 
 def sample(logits, temperature, banned=(), generator=None):

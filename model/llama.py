@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+from kernels import rms_norm
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -48,22 +50,21 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(position, head_width, theta, dtype):
-    """cos and sin (..., K) of integer positions (...); the angles are computed in fp64, exact at any position."""
+    """cos and signed sin (..., K) of integer positions (...), for `rotate`; angles in fp64, exact at any position."""
     frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=position.device) / head_width)
     angle = position[..., None].double() * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, rope):
-    """Turns each pair (x_i, x_{i + K/2}) by its angle. x (..., H, L, K); rope: cos, sin (..., 1, L, K)."""
+    """Turns each pair (x_i, x_{i + K/2}) by its angle. x (..., H, L, K); rope: cos, signed sin (..., 1, L, K)."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)    # rolled, each entry's partner is in its place
 
 
 class Attention(nn.Module):

@@ -1,11 +1,9 @@
 """Cached, batched sampling on a shared prefix against plain re-computation of each row from the start."""
-import math
-
 import pytest
 import torch
 
 from model import generate as module
-from model.generate import Sampler, attend_in_two_parts, generate, sample
+from model.generate import Sampler, generate, sample
 from tiny import BOS, EOS, PAD, VOCAB, difference, make_vlm, prompts, random_completions, stream, to_batch
 
 ROWS = prompts()
@@ -44,11 +42,6 @@ def last_state(vlm, p, tokens):
         return stream(vlm, ROWS, p, torch.as_tensor(tokens, dtype=torch.long))[-1]
 
 
-@pytest.fixture
-def never_drop(monkeypatch):
-    monkeypatch.setattr(module, "_worth_dropping", lambda alive: None)
-
-
 # ---------------------------------------------------------------- against uncached computation
 
 @torch.no_grad()
@@ -80,14 +73,13 @@ def test_log_probs_of_sampling_equal_those_of_the_update(temperature, dtype, tol
 
 
 @torch.no_grad()
-def test_dropping_ended_rows_changes_no_token(monkeypatch):
+def test_dropping_ended_rows_changes_no_token():
     vlm, batch = model(often=2.0), to_batch(ROWS * 2)
     options = dict(temperature=0, banned=BANNED)
     sampler = Sampler(vlm).prefill(batch, G, 21)
     dropping = sampler.decode(21, EOS, **options)
     assert sampler.position.numel() < 2 * P * G             # some were dropped
-    monkeypatch.setattr(module, "_worth_dropping", lambda alive: None)
-    keeping = generate(vlm, batch, G, 21, EOS, **options)[0]
+    keeping = generate(vlm, batch, G, 21, EOS, drop=False, **options)[0]
     assert torch.equal(dropping.ids, keeping.ids) and torch.equal(dropping.mask, keeping.mask)
     assert difference(dropping.logp, keeping.logp) < 1e-6
 
@@ -142,11 +134,12 @@ def test_holes_of_rows_that_sat_out_are_seen_by_nothing():
 
 
 @torch.no_grad()
-def test_extending_after_rows_ended_at_different_lengths_equals_uncached(never_drop):
+def test_extending_after_rows_ended_at_different_lengths_equals_uncached():
     # What a decode leaves of a row: all of it but its last token, EOS or the one that used up the budget.
     vlm = model(often=1.0)
     sampler = Sampler(vlm).prefill(to_batch(ROWS), G, 9 + 4)
-    first = sampler.decode(9, EOS, temperature=1.0, banned=BANNED, generator=torch.Generator().manual_seed(2))
+    first = sampler.decode(9, EOS, temperature=1.0, banned=BANNED, drop=False,
+                           generator=torch.Generator().manual_seed(2))
     assert len(first.mask.sum(-1).unique()) > 3
     before = [[row[:-1] + IDS[p, g, :2].tolist() for g, row in enumerate(group)] for p, group in enumerate(kept(first))]
     sampler.extend(IDS[..., :2])
@@ -169,35 +162,13 @@ def test_select_goes_on_with_the_chosen_rows():
             assert difference(sampler.state[i, j], last_state(vlm, p, mine)) < 1e-12
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("n", [1, 4])
-def test_attention_in_two_parts_equals_softmax_over_both(n):
-    torch.manual_seed(0)
-    P, G, H, Hk, T, L, K = 2, 3, 6, 2, 5, 7, 4
-    q, kx, vx = torch.randn(P, G, H, n, K), torch.randn(P, Hk, T, K), torch.randn(P, Hk, T, K)
-    ky, vy = torch.randn(P, G, Hk, L, K), torch.randn(P, G, Hk, L, K)
-    prompt_mask = torch.zeros(P, 1, 1, T).masked_fill(torch.arange(T) >= torch.tensor([5, 3])[:, None, None, None],
-                                                      -math.inf)
-    own_mask = torch.zeros(P, G, n, L).masked_fill(torch.rand(P, G, n, L) < 0.4, -math.inf)
-    given = attend_in_two_parts(*(t.double() for t in (q, kx, vx, ky, vy, prompt_mask, own_mask)))
-    for p in range(P):
-        for g in range(G):
-            for h in range(H):
-                of = h // (H // Hk)
-                k, v = torch.cat([kx[p, of], ky[p, g, of]]).double(), torch.cat([vx[p, of], vy[p, g, of]]).double()
-                mask = torch.cat([prompt_mask[p, 0].expand(n, T), own_mask[p, g]], dim=-1)
-                weight = (q[p, g, h].double() @ k.T / K ** 0.5 + mask).softmax(-1)
-                assert difference(given[p, g, h], weight @ v) < 1e-12
-
-
 # ---------------------------------------------------------------- the cache
 
 @torch.no_grad()
-def test_completions_share_one_prefix_whatever_the_group():
+def test_the_prompt_is_cached_once_whatever_the_group():
     for group in (1, 5):
         sampler = Sampler(model()).prefill(to_batch(ROWS), group, 7)
-        assert {tuple(t.shape) for layer in sampler.prefix for t in layer} == {(P, 2, 26, 4)}      # (P, Hk, T, K)
-        assert {tuple(t.shape) for layer in sampler.own for t in layer} == {(P, group, 2, 7, 4)}
+        assert {tuple(t.shape) for layer in sampler.cache for t in layer} == {(P, 2, 26 + 7 * group, 4)}   # Hk, T, K
 
 
 @torch.no_grad()
