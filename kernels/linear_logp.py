@@ -2,10 +2,10 @@
 
     z = h W^T / temperature                        (N, V), only ever a chunk of rows at a time
     logp_n    = z[n, target_n] - log sum_v exp z[n, v]
-    entropy_n = log s - sum_v e^(z - m) (z - m) / s,    m = max_v z,  s = sum_v e^(z - m)
+    entropy_n = - sum_v p log p,      p = softmax z
 
-(The textbook form of the entropy, logsumexp - sum p z, loses its digits when |z| is large.) Gradients for upstream g of
-logp and e of entropy, with p = softmax z:
+(The other form of the entropy, logsumexp - sum p z, loses its digits when |z| is large.) Gradients for upstream g of
+logp and e of entropy:
 
     dz = g (onehot(target) - p) - e p (log p + entropy),      dh = dz W / temperature,      dW = dz^T h / temperature
 """
@@ -59,15 +59,12 @@ class _LinearLogp(torch.autograd.Function):
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
             keep = target[part] != ignore_index
-            z = _logits(h[part], weight, temperature)
-            z -= z.max(-1, keepdim=True).values
-            chosen = z.gather(-1, target[part].clamp(min=0)[:, None])[:, 0]
-            e = z.exp()
-            total = e.sum(-1)
-            logp[part] = (chosen - total.log()) * keep
-            entropy[part] = (total.log() - (e * z).sum(-1) / total) * keep
+            every = _logits(h[part], weight, temperature).log_softmax(-1)
+            logp[part] = every.gather(-1, target[part].clamp(min=0)[:, None])[:, 0] * keep
+            entropy[part] = -every.exp().mul_(every).sum(-1) * keep
         ctx.save_for_backward(h, weight, target, entropy)
         ctx.temperature, ctx.ignore_index, ctx.rows = temperature, ignore_index, rows
+        ctx.set_materialize_grads(False)        # a loss without entropy pays nothing for its gradient
         return logp, entropy
 
     @staticmethod
@@ -76,14 +73,17 @@ class _LinearLogp(torch.autograd.Function):
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         # Accumulated over chunks, so in fp32 even for a bf16 head; a frozen head computes and holds none.
         dw = torch.zeros(weight.shape, dtype=entropy.dtype, device=h.device) if ctx.needs_input_grad[1] else None
+        keep = target != ctx.ignore_index
+        g, e = (None if grad is None else (grad * keep / ctx.temperature)[:, None]
+                for grad in (grad_logp, grad_entropy))
         for start in range(0, len(h), ctx.rows):
             part = slice(start, start + ctx.rows)
-            keep = (target[part] != ctx.ignore_index)[:, None]
             logp = _logits(h[part], weight, ctx.temperature).log_softmax(-1)
             p = logp.exp()
-            dz = -grad_entropy[part, None] * p * (logp + entropy[part, None]) - grad_logp[part, None] * p
-            dz.scatter_add_(-1, target[part].clamp(min=0)[:, None], grad_logp[part, None])
-            dz = (dz * keep / ctx.temperature).to(h.dtype)
+            dz = torch.zeros_like(p) if e is None else -e[part] * p * (logp + entropy[part, None])
+            if g is not None:
+                dz.addcmul_(p, g[part], value=-1).scatter_add_(-1, target[part].clamp(min=0)[:, None], g[part])
+            dz = dz.to(h.dtype)
             if dh is not None:
                 dh[part] = dz @ weight
             if dw is not None:

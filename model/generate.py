@@ -46,11 +46,11 @@ class Sampler:
             self.flops += flops.encode(self.vlm, len(batch.pixels))
         x = self.vlm.embed(batch)
         self.flops += flops.prompt(self.vlm, batch)
-        rope = self.llm.rope(torch.arange(T, device=device), x.dtype)
+        self.rope = self.llm.rope(torch.arange(T + capacity, device=device), x.dtype)      # (1, T + capacity, K) each
         room = x.new_zeros(P, c.kv_heads, capacity * group, c.head_width)
         self.cache = []
         for layer in self.llm.layers:
-            attended, k, v = layer.self_attn.prompt(layer.input_layernorm(x), rope)
+            attended, k, v = layer.self_attn.prompt(layer.input_layernorm(x), [table[:, :T] for table in self.rope])
             x = x + attended
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             self.cache.append((torch.cat([k, room], dim=2), torch.cat([v, room], dim=2)))
@@ -87,7 +87,7 @@ class Sampler:
         # Tokens in the order of their slots: step by step, the rows side by side.
         y = self.llm.embed_tokens(rearrange(ids, "p g n -> p (n g)"))
         position = self.position[:, None] + torch.arange(n, device=ids.device)[:, None]
-        rope = self.llm.rope(position.flatten(1), y.dtype)
+        rope = [table[:, position.flatten(1)].transpose(0, 1) for table in self.rope]          # (P, 1, n G, K)
         # A hole's own query must see something, or its softmax is NaN; the prompt is always visible, so it does.
         heads_per_key = self.llm.config.heads // self.llm.config.kv_heads
         mask = self._mask(n).repeat(1, 1, heads_per_key, 1)
@@ -174,17 +174,20 @@ def _worth_dropping(alive):
 def sample(logits, temperature, banned=(), generator=None):
     """logits (..., V) -> token (...) and its log-prob (...) under the full softmax(logits / temperature).
 
-    Gumbel-max: argmax of logp + g with g ~ Gumbel is distributed as p, without a host sync. temperature 0: argmax.
+    Inverse transform: the first token at which the cumulated probability passes u ~ U(0, 1) of the total, without a
+    host sync. Cumulated in fp64, so that u cannot round up to the total nor a rare token be lost; a banned one, of
+    width 0, is never the first to pass. temperature 0: argmax.
     """
-    logp = (logits / temperature if temperature else logits).log_softmax(-1)
-    score = logp.clone()
-    score[..., list(banned)] = float("-inf")
+    logits = logits / (temperature or 1)
+    allowed = logits.clone()
+    allowed[..., list(banned)] = float("-inf")
     if temperature:
-        # From uniforms, because on a CPU torch draws these ten times faster than exponentials.
-        uniform = torch.empty_like(logp).uniform_(generator=generator).clamp_min_(1e-10)
-        score -= uniform.log_().neg_().log_()
-    token = score.argmax(-1)
-    return token, logp.gather(-1, token[..., None])[..., 0]
+        cumulated = allowed.softmax(-1).cumsum(-1, dtype=torch.float64)
+        u = torch.rand(*logits.shape[:-1], 1, dtype=torch.float64, device=logits.device, generator=generator)
+        token = torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True)
+    else:
+        token = allowed.argmax(-1, keepdim=True)
+    return token[..., 0], logits.log_softmax(-1).gather(-1, token)[..., 0]
 
 
 def generate(vlm, batch, group, max_new, eos_id, **options):
