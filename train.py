@@ -58,6 +58,7 @@ class Config:
     # the machine
     device: str = "auto"            # auto: CUDA when present | cpu | cuda:N
     dtype: str = "float32"          # of weights and activations: float32 | bfloat16 | float64
+    compile: bool = False           # torch.compile the decoder's blocks: a minute of compiling, then faster steps
     threads: int = 0                # CPU threads; 0: torch's choice. Another number rounds differently
     save_every: int = 100           # steps between checkpoints inside a stage
     # CLIP (OpenAI's architecture but for the options stem and pool)
@@ -281,6 +282,12 @@ class Run(RunFolder):
             return None
         vlm = VLM.from_config(self.state["vlm_config"])
         vlm.load_state_dict(self.state["vlm"])
+        return self.ready(vlm)
+
+    def ready(self, vlm):
+        """The model where and as --device, --dtype and --compile want it."""
+        if self.cfg.compile:
+            vlm.llm.compile_blocks()
         return vlm.to(self.device, self.dtype)
 
     def finish_stage(self, stage, method, vlm=None, clip=None):
@@ -462,8 +469,8 @@ def align(run, stage, like):
     cfg, vlm = run.cfg, run.start(stage)
     if vlm is None:
         vision = ClipConfig(**run.state["clip_config"])
-        vlm = VLM(VlmConfig(vision, cfg.llm_config(len(run.tokenizer)), cfg.projector, cfg.feature_layer,
-                            cfg.image_positions)).to(run.device, run.dtype)
+        vlm = run.ready(VLM(VlmConfig(vision, cfg.llm_config(len(run.tokenizer)), cfg.projector, cfg.feature_layer,
+                                      cfg.image_positions)))
         vlm.visual.load_state_dict({name.removeprefix("visual."): value for name, value in run.state["clip"].items()
                                     if name.startswith("visual.")})
     records = [(sample, None) for sample in run.samples("align", cfg.pictures, part=2)]
@@ -641,8 +648,8 @@ def run_bench(cfg, steps=6):
         words = [f"w{n}" for n in range(64)]
         pieces = [*chat.TAGS, *(f"▁{word}" for word in words)]
         run.tokenizer = train_tokenizer([" ".join(words)] * 2, pieces, cfg.vocab)
-        vlm = VLM(VlmConfig(cfg.clip_config(cfg.vocab), cfg.llm_config(cfg.vocab), cfg.projector, cfg.feature_layer,
-                            cfg.image_positions)).to(run.device, run.dtype)
+        vlm = run.ready(VLM(VlmConfig(cfg.clip_config(cfg.vocab), cfg.llm_config(cfg.vocab), cfg.projector,
+                                      cfg.feature_layer, cfg.image_positions)))
         vlm.visual.requires_grad_(False)
         show_trained("bench", vlm)
         samples = [Sample(images=(rng.integers(0, 255, (cfg.image_size, cfg.image_size, 3), dtype=np.uint8),),

@@ -47,12 +47,11 @@ class Sampler:
         x = self.vlm.embed(batch)
         self.flops += flops.prompt(self.vlm, batch)
         self.rope = self.llm.rope(torch.arange(T + capacity, device=device), x.dtype)      # (1, T + capacity, K) each
+        rope = [table[:, :T] for table in self.rope]
         room = x.new_zeros(P, c.kv_heads, capacity * group, c.head_width)
         self.cache = []
         for layer in self.llm.layers:
-            attended, k, v = layer.self_attn.prompt(layer.input_layernorm(x), [table[:, :T] for table in self.rope])
-            x = x + attended
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x, k, v = layer.prompt(x, rope)
             self.cache.append((torch.cat([k, room], dim=2), torch.cat([v, room], dim=2)))
         last = self.llm.norm(x)[torch.arange(P, device=device), batch.length - 1]
         self.state = last[:, None].expand(-1, group, -1)
@@ -92,13 +91,12 @@ class Sampler:
         heads_per_key = self.llm.config.heads // self.llm.config.kv_heads
         mask = self._mask(n).repeat(1, 1, heads_per_key, 1)
         for layer, (keys, values) in zip(self.llm.layers, self.cache):
-            q, k, v = layer.self_attn.qkv(layer.input_layernorm(y), rope)
+            q, k, v = layer.before(y, rope)
             keys[:, :, start:end], values[:, :, start:end] = k, v
             # Query heads that share a key head become more queries of it, so that grouped keys are not repeated.
             q = rearrange(q, "p (h r) l k -> p h (r l) k", r=heads_per_key)
             attended = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
-            y = y + layer.self_attn.out(rearrange(attended, "p h (r l) k -> p (h r) l k", r=heads_per_key))
-            y = y + layer.mlp(layer.post_attention_layernorm(y))
+            y = layer.after(y, rearrange(attended, "p h (r l) k -> p (h r) l k", r=heads_per_key))
         self.state = torch.where(alive[..., None], self.llm.norm(y[:, -G:]), self.state)
         self.position = self.position + n * alive
         self.flops += flops.cached(self.llm, ids.numel(), end)

@@ -86,29 +86,24 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(attended, "... h l k -> ... l (h k)"))
 
     def attend(self, q, k, v, mask=None, causal=False):
+        """q (b, H, L, K) on k, v (b, Hk, S, K) -> (b, H, L, K); query heads that share a key head get a copy of it."""
         repeats = self.c.heads // self.c.kv_heads
         if repeats > 1:
             k, v = (repeat(t, "b h l k -> b (h r) l k", r=repeats) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
-    def prompt(self, x, rope):
-        """The prompt attends to itself. Returns (out, k, v); right padding needs no mask, nothing real looks at it."""
-        q, k, v = self.qkv(x, rope)
-        return self.out(self.attend(q, k, v, causal=True)), k, v
-
-    def completion(self, y, kx, vx, rope, mask):
+    def completions(self, q, ky, vy, kx, vx, mask):
         """Completions attend to their prompt's keys and values, handed to all G of them, and to themselves.
 
-        y (P, G, C, D); kx, vx (P, Hk, T, K); mask (P, G, 1, C, T + C), 0 where a query may look, else -inf.
-        Only the keys are repeated for the group, the tokens are not: on a CPU this is faster, and under a flash kernel
-        smaller, than softmax over two separate score matrices.
+        q (P, G, H, C, K); ky, vy (P, G, Hk, C, K); kx, vx (P, Hk, T, K); mask (P, G, 1, C, T + C), 0 where a query may
+        look, else -inf. Only the keys are repeated for the group, the tokens are not: on a CPU this is faster, and
+        under a flash kernel smaller, than softmax over two separate score matrices.
         """
-        P, G = y.shape[:2]
-        q, ky, vy = self.qkv(y, rope)
+        P, G = q.shape[:2]
         k, v = (torch.cat([repeat(prefix, "p h t k -> p g h t k", g=G), own], dim=-2)
                 for prefix, own in ((kx, ky), (vx, vy)))
         q, k, v, mask = (t.flatten(0, 1) for t in (q, k, v, mask))
-        return self.out(self.attend(q, k, v, mask=mask).unflatten(0, (P, G)))
+        return self.attend(q, k, v, mask=mask).unflatten(0, (P, G))
 
 
 class MLP(nn.Module):
@@ -132,14 +127,28 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = MLP(c)
 
+    # A block is all but attention in two halves, which training and cached sampling share (and --compile fuses).
+
+    def before(self, x, rope):
+        """x (..., L, D) -> what attention needs: q (..., H, L, K), k and v (..., Hk, L, K)."""
+        return self.self_attn.qkv(self.input_layernorm(x), rope)
+
+    def after(self, x, attended):
+        """x and what its queries gathered, (..., H, L, K) -> the block's output (..., L, D)."""
+        x = x + self.self_attn.out(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def prompt(self, x, rope):
+        """The prompts attend to themselves -> (x, k, v); right padding needs no mask, nothing real looks at it."""
+        q, k, v = self.before(x, rope)
+        return self.after(x, self.self_attn.attend(q, k, v, causal=True)), k, v
+
     def forward(self, x, y, rope_x, rope_y, mask):
         """One block over both streams; y may be None. Returns (x, y)."""
-        attended, kx, vx = self.self_attn.prompt(self.input_layernorm(x), rope_x)
-        x = x + attended
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x, kx, vx = self.prompt(x, rope_x)
         if y is not None:
-            y = y + self.self_attn.completion(self.input_layernorm(y), kx, vx, rope_y, mask)
-            y = y + self.mlp(self.post_attention_layernorm(y))
+            q, ky, vy = self.before(y, rope_y)
+            y = self.after(y, self.self_attn.completions(q, ky, vy, kx, vx, mask))
         return x, y
 
 
@@ -164,6 +173,11 @@ class Llama(nn.Module):
         if isinstance(module, Block):
             for last in (module.self_attn.o_proj, module.mlp.down_proj):
                 nn.init.normal_(last.weight, std=(last.in_features * 2 * self.config.layers) ** -0.5)
+
+    def compile_blocks(self):
+        """torch.compile fuses what a block does around attention, sampling and training alike; needs a compiler."""
+        for layer in self.layers:
+            layer.before, layer.after = torch.compile(layer.before), torch.compile(layer.after)
 
     @property
     def head(self):

@@ -1,4 +1,6 @@
 """Cached, batched sampling on a shared prefix against plain re-computation of each row from the start."""
+import shutil
+
 import pytest
 import torch
 
@@ -183,13 +185,13 @@ def test_pictures_are_encoded_once_and_prompts_once():
     vlm = model()
     ran = {"picture": 0, "prompt": 0}
     vlm.visual.ln_pre.register_forward_pre_hook(lambda _, x: ran.update(picture=ran["picture"] + len(x[0])))
-    prompt = type(vlm.llm.layers[0].self_attn).prompt
+    prompt = type(vlm.llm.layers[0]).prompt
 
     def counted(self, x, rope):
         ran["prompt"] += len(x)
         return prompt(self, x, rope)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(vlm.llm.layers[0].self_attn), "prompt", counted)
+        patch.setattr(type(vlm.llm.layers[0]), "prompt", counted)
         generate(vlm, to_batch(ROWS), 7, 5, EOS, banned=BANNED)
     assert ran == {"picture": 4, "prompt": P * len(vlm.llm.layers)}
 
@@ -266,3 +268,20 @@ def test_greedy_takes_the_largest_and_reports_temperature_one():
     logits = torch.tensor([[2.0, 1.0, 3.0], [0.0, 5.0, -1.0]])
     token, logp = sample(logits, 0.0, [2])
     assert token.tolist() == [0, 1] and difference(logp, logits.log_softmax(-1)[[0, 1], [0, 1]]) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_sample_and_train_as_plain_ones_do():
+    vlm, found = model(torch.float32), []
+    for compiled in (False, True):
+        if compiled:
+            vlm.llm.compile_blocks()
+        vlm.zero_grad()
+        out = vlm(to_batch(ROWS), IDS)
+        out.logp.sum().backward()
+        grads = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
+        done, _ = generate(vlm, to_batch(ROWS), G, 9, EOS, temperature=0, banned=BANNED)
+        found.append((kept(done), {"logp": out.logp.detach(), **grads}))
+    assert found[0][0] == found[1][0] and difference(found[1][1], found[0][1]) < 1e-5
+    assert vlm.state_dict().keys() == model().state_dict().keys()

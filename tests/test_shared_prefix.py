@@ -103,9 +103,9 @@ def test_completions_of_a_group_do_not_see_each_other_nor_their_own_future():
 # ---------------------------------------------------------------- planted mistakes, each of which must be seen
 
 def detached_prefix(monkeypatch):
-    original = Attention.completion
-    monkeypatch.setattr(Attention, "completion", lambda self, y, kx, vx, rope, mask: original(
-        self, y, kx.detach(), vx.detach(), rope, mask))
+    original = Attention.completions
+    monkeypatch.setattr(Attention, "completions", lambda self, q, ky, vy, kx, vx, mask: original(
+        self, q, ky, vy, kx.detach(), vx.detach(), mask))
 
 
 def positions_from_zero(monkeypatch):
@@ -149,10 +149,10 @@ def first_state_from_padding(monkeypatch):
 
 
 def padding_seen(monkeypatch):
-    original = Attention.completion
-    monkeypatch.setattr(Attention, "completion", lambda self, y, kx, vx, rope, mask: original(
-        self, y, kx, vx, rope, torch.cat([mask[..., :kx.shape[-2]] * 0, mask[..., kx.shape[-2]:]], dim=-1).nan_to_num(
-            0, neginf=-1e9)))
+    original = Attention.completions
+    monkeypatch.setattr(Attention, "completions", lambda self, q, ky, vy, kx, vx, mask: original(
+        self, q, ky, vy, kx, vx, torch.cat([mask[..., :kx.shape[-2]] * 0, mask[..., kx.shape[-2]:]],
+                                           dim=-1).nan_to_num(0, neginf=-1e9)))
 
 
 @pytest.mark.parametrize("plant, value_too", [
