@@ -264,6 +264,14 @@ def test_a_ban_leaves_the_other_frequencies_in_proportion_and_the_log_prob_that_
     assert difference(logp, logits.log_softmax(-1)[token]) < 1e-6
 
 
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_uniform_still_sample_an_allowed_token(u, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kind: torch.full(shape, u, dtype=torch.float64))
+    logits = torch.randn(200, 700, generator=torch.Generator().manual_seed(0))
+    token, logp = sample(logits, 1.0, [0, 1, 699])      # sums of fp32 probabilities lie on both sides of 1
+    assert (token == (2 if u == 0 else 698)).all() and logp.isfinite().all()
+
+
 def test_greedy_takes_the_largest_and_reports_temperature_one():
     logits = torch.tensor([[2.0, 1.0, 3.0], [0.0, 5.0, -1.0]])
     token, logp = sample(logits, 0.0, [2])
