@@ -164,6 +164,10 @@ def compare(folder, cfg, checkpoints, tests, teacher):
     if not report.curves(report.read_log(Path(folder) / "log.jsonl"), results, Path(folder) / "curves.png"):
         print('no curves.png: pip install -e ".[report]" brings matplotlib')
     print("\n" + statistics.table(results, scores))
+    for split, samples in tests.items():
+        walks = [scenes.guess(sample) for sample in samples[:cfg.eval_sampled] if "/walk" in sample.source]
+        if walks:
+            print(f"walks of {split}: naming another thing of the picture at random is right with {np.mean(walks):.3f}")
     return results
 
 

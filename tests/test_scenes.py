@@ -8,6 +8,7 @@ import pytest
 
 from data import cot, scenes
 from data.chat import normalise
+from data.sample import Sample
 
 TRAINS = ("clip", "align", "sft", "train")
 ORDINARY = TRAINS + ("val", "id", "crowded", "walk3", "walk4")
@@ -174,6 +175,14 @@ def test_the_perfect_teacher_is_always_right(drawn, split):
     for sample in drawn(split, teacher=cot.PERFECT)[0]:
         assert cot.is_conclusion_right(sample) and sample.conclusion == sample.answer
         assert sample.reasoning.endswith(sample.answer)
+
+
+def test_a_guess_names_some_thing_of_the_picture_other_than_the_start():
+    def walk(answer, caption):
+        return scenes.guess(Sample(question="from the red circle go up ?", answer=answer, caption=caption))
+    caption = "a1 red circle , b2 blue cross , c3 green square"
+    assert [walk(answer, caption) for answer in ("blue cross", "red circle", "nothing")] == [0.5, 0, 0]
+    assert walk("nothing", "a1 red circle") == 1 and walk("blue cross", "a1 red circle") == 0
 
 
 def test_the_perfect_teacher_names_every_cell_of_a_walk(drawn):
