@@ -27,6 +27,7 @@ from data import chat, cot, images, jsonl, scenes
 from data.sample import Sample, batch_indices, collate, to_pixels
 from data.tokenizer import Tokenizer
 from data.tokenizer import train as train_tokenizer
+from kernels import group_advantage, is_flat
 from model import checkpoint, flops
 from model.clip import Clip, ClipConfig, contrastive_loss
 from model.config import describe, from_command_line
@@ -36,7 +37,7 @@ from model.llama import LlamaConfig
 from model.optim import learning_rate, make_optimizer, optimizer_step, seed_of, show_trained
 from model.runfolder import RunFolder, choose, write_json
 from model.vlm import VLM, VlmConfig
-from rl import advantages, bench, losses, metrics, rewards
+from rl import bench, losses, metrics, rewards
 from rl.rollout import collect, read
 from rl.types import Experience
 
@@ -351,10 +352,10 @@ def reinforce(run, stage, vlm, samples, method, steps):
         run.flops += sampler.flops
         clock.lap("decode")
         rollout = collect(rollout, asked, tok, weights, cfg.gated)
-        advantage = advantages.group_relative(rollout.reward, cfg.advantage_std)
+        advantage = group_advantage(rollout.reward, "group" if cfg.advantage_std else "none")
         line = metrics.of_rollout(rollout, tok.eos_id)
         clock.lap("score")
-        kept = (~advantages.is_flat(rollout.reward)).nonzero()[:, 0]
+        kept = (~is_flat(rollout.reward)).nonzero()[:, 0]
         experience = Experience(batch, rollout.ids, rollout.mask, advantage, rollout.logp).rows(kept)
         line |= update(run, vlm, optimizer, experience, loss_of, lr) if len(kept) else {}
         clock.lap("update")
@@ -397,15 +398,14 @@ def update(run, vlm, optimizer, experience, loss_of, lr):
                                       cfg.clip_high)
                 loss.backward()
                 stats |= {"loss": loss.detach() * denominator, "entropy": (out.entropy.detach() * micro.mask).sum()}
-                sums = {name: sums.get(name, 0) + value for name, value in stats.items()}
+                metrics.add(sums, stats)
                 if not norms:
                     off = (old - micro.old_logp).exp() - 1      # against the log-prob at sampling time
                     drift = max(drift, (off.abs() * micro.mask).max().item())
             tokens += denominator
             norms.append(optimizer_step(vlm, optimizer, lr, cfg.grad_clip))
-    means = {name: (value / tokens).item() for name, value in sums.items()}
-    return means | {"drift": drift, "grad_norm": sum(norms) / len(norms),
-                    "advantage_abs": experience.advantage.abs().mean().item()}
+    return metrics.means(sums, tokens) | {"drift": drift, "grad_norm": sum(norms) / len(norms),
+                                          "advantage_abs": experience.advantage.abs().mean().item()}
 
 
 # ---------------------------------------------------------------- the stages

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from kernels import fp32_logits
+from kernels import fp32_logits, sample
 from model import flops
 
 
@@ -133,9 +133,12 @@ class Sampler:
         logp = torch.zeros(P * G, max_new, dtype=torch.promote_types(self.state.dtype, torch.float32), device=device)
         slot = torch.arange(P * G, device=device).view(P, G)      # where each live row's output goes
         alive = torch.ones(P, G, dtype=torch.bool, device=device)
+        never = torch.zeros(self.llm.config.vocab, dtype=torch.bool, device=device)
+        never[list(banned)] = True
+        not_yet = never.index_fill(0, torch.tensor([eos_id], device=device), True)
         for t in range(max_new):
-            forbidden = [*banned, eos_id] if t < min_new else list(banned)
-            token, chosen = sample(fp32_logits(self.state, self.llm.head), temperature, forbidden, generator)
+            logits = fp32_logits(self.state, self.llm.head)
+            token, chosen, _ = sample(logits, generator, temperature, banned=not_yet if t < min_new else never)
             self.flops += flops.head(self.llm, alive.numel())
             token = torch.where(alive, token, pad_id)
             at = slot[alive]
@@ -167,25 +170,6 @@ def _worth_dropping(alive):
     prompts = (count > 0).nonzero()[:, 0]
     rows = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[prompts, :width]
     return prompts, rows
-
-
-def sample(logits, temperature, banned=(), generator=None):
-    """logits (..., V) -> token (...) and its log-prob (...) under the full softmax(logits / temperature).
-
-    Inverse transform: the first token at which the cumulated probability passes u ~ U(0, 1) of the total, without a
-    host sync. Cumulated in fp64, so that u cannot round up to the total nor a rare token be lost; a banned one, of
-    width 0, is never the first to pass. temperature 0: argmax.
-    """
-    logits = logits / (temperature or 1)
-    allowed = logits.clone()
-    allowed[..., list(banned)] = float("-inf")
-    if temperature:
-        cumulated = allowed.softmax(-1).cumsum(-1, dtype=torch.float64)
-        u = torch.rand(*logits.shape[:-1], 1, dtype=torch.float64, device=logits.device, generator=generator)
-        token = torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True)
-    else:
-        token = allowed.argmax(-1, keepdim=True)
-    return token[..., 0], logits.log_softmax(-1).gather(-1, token)[..., 0]
 
 
 def generate(vlm, batch, group, max_new, eos_id, **options):

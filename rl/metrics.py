@@ -3,7 +3,7 @@ import time
 
 import torch
 
-from rl.advantages import is_flat
+from kernels import is_flat
 
 DEFINITIONS = {
     "reward": "mean over all completions of the weighted reward, in reward units",
@@ -20,6 +20,7 @@ DEFINITIONS = {
     "clip_low": "share of tokens whose ratio is under the lower clip with a negative advantage",
     "clip_high": "share of tokens whose ratio is over the upper clip with a positive advantage",
     "ratio_off": "mean |ratio - 1| over the tokens of all updates of the step",
+    "ratio_off_max": "max |ratio - 1| over the tokens of all updates of the step",
     "kl": "k3 estimate of KL(old policy || policy), mean over tokens, in nats",
     "loss": "the policy loss, summed over micro-batches; near zero by construction, since advantages average to zero",
     "grad_norm": "global L2 norm of the gradient before clipping, mean over the step's updates",
@@ -46,6 +47,18 @@ def of_rollout(rollout, eos_id):
         "flat": mean(is_flat(rollout.reward)), "length": mean(length), "length_right": mean(length[right]),
         "length_wrong": mean(length[~right]), "truncated": mean(~ended),
     }
+
+
+def add(sums, statistics):
+    """The statistics of a micro-batch join those before: sums add up, of a name ending in _max the largest stays."""
+    for name, value in statistics.items():
+        before = sums.get(name, torch.zeros_like(value))
+        sums[name] = torch.maximum(before, value) if name.endswith("_max") else before + value
+
+
+def means(sums, tokens):
+    """Sums over tokens -> means; what ends in _max as it is."""
+    return {name: (value if name.endswith("_max") else value / tokens).item() for name, value in sums.items()}
 
 
 class Clock:

@@ -1,169 +1,132 @@
-"""kernels.linear_logp against the textbook in fp64, at odd shapes."""
-import importlib
-
+"""kernels.linear_logp against the definition in fp64, at odd shapes."""
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernel_tools import DEVICES, IGNORE, PLAIN, assert_equals
 from kernels import linear_logp, linear_logp_reference
+from kernels.bench import peak_bytes
 from tiny import difference
 
-module = importlib.import_module("kernels.linear_logp")     # the package's attribute of that name is the function
-IGNORE = -100
+pytestmark = pytest.mark.usefixtures("blocks")
 
 
-def problem(N, D, V, dtype=torch.float64, seed=0):
-    """h, weight, target with the last column and ignored rows in it, and an upstream gradient for each output."""
+def problem(N, D, V, seed=0):
+    """h, weight, target with the last column and ignored rows in it."""
     torch.manual_seed(seed)
     target = torch.randint(V, (N,))
     target[::5] = V - 1
     target[3::4] = IGNORE
-    h, weight = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
-    return h.requires_grad_(), weight.requires_grad_(), target, torch.randn(N, dtype=dtype), torch.randn(N, dtype=dtype)
+    return dict(h=torch.randn(N, D, dtype=torch.float64), weight=torch.randn(V, D, dtype=torch.float64), target=target)
 
 
-def textbook(h, weight, target, temperature=1.0):
-    """In fp64: (logp, entropy), each (N,)."""
-    logp = (h.double() @ weight.double().T / temperature).log_softmax(-1)
-    rows = [(row[t], -(row.exp() * row).sum()) if t != IGNORE else (row[0] * 0, row[0] * 0)
-            for row, t in zip(logp, target)]
-    return tuple(torch.stack(column) for column in zip(*rows))
+def reference(chunk=None, **rest):
+    return linear_logp_reference(**rest)
 
 
-def all_of(op, h, weight, target, g, e, *options):
-    """Both outputs and both gradients, under the loss sum(g logp + e entropy)."""
-    logp, entropy = op(h, weight, target, *options)
-    grads = torch.autograd.grad((g * logp).sum() + (e * entropy).sum(), (h, weight))
-    return dict(logp=logp.detach(), entropy=entropy.detach(), dh=grads[0], dw=grads[1])
+@DEVICES
+@pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.6, 7.0)])
+@pytest.mark.parametrize("N, D, V, chunk", [(1, 3, 2, None), (7, 5, 11, 3), (13, 8, 601, 4), (5, 32, 123, 2),
+                                            (9, 1, 3, 9), (4, 3, 1, 1), (6, 5, 7, 100), (0, 3, 5, None)])
+def test_values_and_gradients(N, D, V, chunk, temperature, softcap, device):
+    assert_equals(linear_logp, reference, problem(N, D, V), ("h", "weight"), device, temperature=temperature,
+                  softcap=softcap, chunk=chunk)
 
 
-class Shapes(TorchDispatchMode):
-    """Shapes of every tensor that is made while it is on."""
-
-    def __enter__(self):
-        self.seen = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.seen += [tuple(t.shape) for t in (out if isinstance(out, (tuple, list)) else [out])
-                      if isinstance(t, torch.Tensor)]
-        return out
+def test_the_reference_is_the_definition():
+    h, weight, target = problem(7, 5, 11).values()
+    p = (h @ weight.T / 0.6).softmax(-1)
+    logp, entropy = linear_logp_reference(h, weight, target, 0.6)
+    for row in range(7):
+        keep = target[row] != IGNORE
+        assert logp[row].item() == pytest.approx(p[row, target[row]].log().item() if keep else 0)
+        assert entropy[row].item() == pytest.approx(-(p[row] * p[row].log()).sum().item() if keep else 0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("N, D, V, chunk", [(1, 3, 2, None), (7, 5, 11, 3), (13, 8, 101, 4), (5, 123, 123, 2),
-                                            (9, 1, 3, 9), (4, 3, 1, 1), (6, 5, 7, 100)])
-def test_value_and_gradients_equal_the_textbook(N, D, V, chunk, temperature):
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        h, weight, target, g, e = problem(N, D, V, dtype)
-        given = all_of(linear_logp, h, weight, target, g, e, temperature, IGNORE, chunk)
-        assert difference(given, all_of(textbook, h, weight, target, g, e, temperature)) < tolerance
-        assert given["logp"].dtype == given["entropy"].dtype == dtype
-
-
-def test_the_reference_equals_the_textbook():
-    h, weight, target, g, e = problem(7, 5, 11, torch.float32)
-    assert difference(all_of(linear_logp_reference, h, weight, target, g, e, 0.6),
-                      all_of(textbook, h, weight, target, g, e, 0.6)) < 1e-5
-
-
-def test_ignored_rows_give_zero_and_move_nothing():
-    h, weight, target, g, e = problem(7, 5, 11)
-    given = all_of(linear_logp, h, weight, target, g, e)
+@DEVICES
+def test_ignored_rows_give_zero_and_move_nothing(device):
+    h, weight, target = (t.to(device, torch.float32) if t.is_floating_point() else t.to(device)
+                         for t in problem(7, 5, 11).values())
     ignored = target == IGNORE
     assert ignored.sum() == 1
-    for name in ("logp", "entropy", "dh"):
-        assert not given[name][ignored].any()
-    kept = [tensor[~ignored] for tensor in (h, target, g, e)]
-    assert difference(all_of(linear_logp, kept[0], weight, *kept[1:])["dw"], given["dw"]) < 1e-12
-
-
-def test_the_chunk_size_changes_nothing():
-    h, weight, target, g, e = problem(7, 5, 11)
-    whole = all_of(linear_logp, h, weight, target, g, e, 1.0, IGNORE, 7)
-    for chunk in (1, 2, 3, 6):
-        assert difference(all_of(linear_logp, h, weight, target, g, e, 1.0, IGNORE, chunk), whole) < 1e-14
-
-
-def test_bfloat16_states_give_fp32_log_probs():
-    h, weight, target, _, _ = problem(7, 64, 11, torch.float32)
-    h, weight = h.detach().bfloat16(), weight.detach().bfloat16()
+    h[ignored] = 1e4                # logits whose exp overflows
+    h.requires_grad_(), weight.requires_grad_()
     logp, entropy = linear_logp(h, weight, target)
-    # Products of bf16 numbers, added up in fp32: logits rounded to bf16 would be off by 2e-3 here.
-    z = h.double() @ weight.double().T
-    kept = target != IGNORE
-    wanted = z.log_softmax(-1)[kept, target[kept]]
-    assert logp.dtype == entropy.dtype == torch.float32 and difference(logp[kept], wanted) < 1e-6
+    dh, dw = torch.autograd.grad((logp * 2 + entropy).sum(), (h, weight))
+    assert not logp[ignored].any() and not entropy[ignored].any() and not dh[ignored].any()
+    logp, entropy = linear_logp(h[~ignored], weight, target[~ignored])
+    assert difference(torch.autograd.grad((logp * 2 + entropy).sum(), weight)[0], dw) < 1e-6
 
 
-def test_no_rows_give_no_rows():
-    h, weight = torch.zeros(0, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    logp, entropy = linear_logp(h, weight, torch.zeros(0, dtype=torch.long))
-    (logp.sum() + entropy.sum()).backward()
-    assert logp.shape == entropy.shape == (0,) and h.grad.shape == (0, 3) and not weight.grad.any()
+def test_either_output_alone_has_its_gradient():
+    tensors = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in problem(7, 5, 11).items()}
+    for n in (0, 1):
+        given, wanted = (torch.autograd.grad(op(**tensors)[n].sum(), (tensors["h"], tensors["weight"]))
+                         for op in (linear_logp, linear_logp_reference))
+        assert all(difference(*pair) < 1e-12 for pair in zip(given, wanted))
 
 
-def test_entropy_keeps_its_digits_at_large_logits():
-    # z = k/4 + 200 or k/4 - 200: exact in fp32, so whatever error is left is the formula's.
-    V = 9
-    weight = torch.stack([torch.arange(V) / 4, torch.full((V,), 200.0)], dim=1)
-    h = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])
-    logp, entropy = linear_logp(h, weight, torch.tensor([0, V - 1, 4]))
-    true_logp, true_entropy = textbook(h, weight, torch.tensor([0, V - 1, 4]))
-    assert difference(entropy, true_entropy) < 3e-7 and difference(logp, true_logp) < 3e-7
-    z = h @ weight.T
-    loses_digits = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)
-    assert difference(loses_digits, true_entropy) > 3e-6
+@DEVICES
+def test_states_that_are_not_contiguous(device):
+    h, weight, target = problem(9, 5, 601).values()
+    across = (h.T.contiguous().T.float().to(device), weight.repeat(1, 2)[:, 5:].float().to(device))
+    found = linear_logp(*across, target.repeat_interleave(2)[::2].to(device))
+    assert difference(torch.stack(found).cpu(), torch.stack(linear_logp_reference(h, weight, target))) < 1e-5
 
 
-def test_a_nearly_certain_target_keeps_its_gradient():
-    # With the identity as head, h are the logits and dh is dz = onehot - p. p = 0.99: two digits cancel in fp32.
-    V, p = 5, 0.99
-    h = torch.zeros(1, V)
-    h[0, V - 1] = torch.tensor(p * (V - 1) / (1 - p)).log()
-    h.requires_grad_()
-    linear_logp(h, torch.eye(V), torch.tensor([V - 1]))[0].sum().backward()
-    wanted = torch.tensor([[-(1 - p) / (V - 1)] * (V - 1) + [1 - p]])
-    assert ((h.grad - wanted) / wanted).abs().max() < 2e-5
+@DEVICES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_states_give_fp32_log_probs(dtype, device):
+    h, weight, target = problem(9, 64, 301).values()
+    h, weight = ((t / 4).to(dtype).to(device).requires_grad_() for t in (h, weight))
+    target = target.to(device)
+    logp, entropy = linear_logp(h, weight, target, chunk=4)
+    wide = [t.detach().double().requires_grad_() for t in (h, weight)]
+    # Products of halves, added up in fp32: logits rounded to bf16 would be off by 2e-3 here.
+    true_logp, true_entropy = linear_logp_reference(*wide, target)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert difference(logp, true_logp) < 2e-6 and difference(entropy, true_entropy) < 2e-6
+    given = torch.autograd.grad((logp + entropy).sum(), (h, weight))
+    wanted = torch.autograd.grad((true_logp + true_entropy).sum(), wide)
+    # The gradients come back in the inputs' dtype; on a GPU the d-logits are rounded to it as well.
+    assert all(a.dtype == dtype and difference(a, b) < 3 * torch.finfo(dtype).eps for a, b in zip(given, wanted))
 
 
-def test_a_certain_target_gives_zero_gradient_and_no_nan():
-    h = torch.tensor([[0.0, 0.0, 200.0]], requires_grad=True)
-    logp, entropy = linear_logp(h, torch.eye(3), torch.tensor([2]))
-    (logp + entropy).sum().backward()
-    assert logp.item() == entropy.item() == 0 and not h.grad.any()
+@PLAIN
+@pytest.mark.parametrize("frozen", [True, False])
+def test_one_chunk_of_logits_is_held_and_the_gradient_of_a_head_that_trains(frozen):
+    N, D, V, chunk = 256, 16, 5003, 16
+    h, weight, target = (t.float() if t.is_floating_point() else t for t in problem(N, D, V).values())
+    h.requires_grad_(), weight.requires_grad_(not frozen)
+
+    def step():
+        logp, entropy = linear_logp(h, weight, target, chunk=chunk)
+        (logp.sum() + entropy.sum()).backward()
+        h.grad = weight.grad = None
+
+    logits, head = 4 * chunk * V, 0 if frozen else 4 * V * D
+    # And what the row kernel holds of it at a time, at most 1 MiB in each of four steps here: all of the chunk.
+    assert logits + head < peak_bytes(step) < 5.5 * logits + head < 4 * N * V
+    assert (weight.grad is None) and h.grad is None
 
 
-@pytest.mark.parametrize("chunk", [4, None])
-def test_never_more_than_a_chunk_of_logits(chunk, monkeypatch):
-    N, D, V = 13, 3, 101
-    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 4 * V * 4 + 5)       # four rows of fp32
-    h, weight, target, g, e = problem(N, D, V, torch.float32)
-    with Shapes() as shapes:
-        all_of(linear_logp, h, weight, target, g, e, 1.0, IGNORE, chunk)
-    rows = [shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] == V]
-    assert max(rows) == 4
-
-
-def test_a_frozen_head_holds_no_gradient_buffer():
-    for frozen in (True, False):
-        h, weight, target, g, e = problem(13, 3, 101)
-        logp, entropy = linear_logp(h, weight.requires_grad_(not frozen), target)
-        with Shapes() as shapes:
-            ((g * logp).sum() + (e * entropy).sum()).backward()
-        assert ((101, 3) in shapes.seen) == (not frozen)
-        assert (weight.grad is None) == frozen and h.grad is not None
-
-
-@pytest.mark.parametrize("h, weight, target, temperature, names", [
-    ((2, 3), (5, 4), (2,), 1.0, r"\(2, 3\).*\(5, 4\)"),
-    ((2, 3, 3), (5, 3), (2,), 1.0, r"\(N, D\)"),
-    ((2, 3), (5, 3), (3,), 1.0, r"\(3,\).*\(2,\)"),
-    ((2, 3), (5, 3), (2, 1), 1.0, r"\(2, 1\)"),
-    ((2, 3), (5, 3), (2,), 0.0, "temperature 0.0"),
-    ((2, 3), (5, 3), (2,), float("nan"), "temperature nan"),
+@pytest.mark.parametrize("change, names", [
+    (dict(weight=torch.zeros(5, 4)), r"\(2, 3\).*\(5, 4\)"),
+    (dict(h=torch.zeros(2, 3, 3)), r"h \(2, 3, 3\) must have 2"),
+    (dict(h=torch.zeros(2, 3, dtype=torch.long)), "h must hold floating"),
+    (dict(h=torch.zeros(2, 3).double()), "h torch.float64 and weight torch.float32"),
+    (dict(weight=torch.zeros(5, 3, device="meta")), "weight on meta must be on cpu"),
+    (dict(target=torch.zeros(3, dtype=torch.long)), r"\(3,\).*\(2,\)"),
+    (dict(target=torch.zeros(2, 1, dtype=torch.long)), r"\(2, 1\)"),
+    (dict(target=torch.zeros(2)), "float32.*int64"),
+    (dict(target=torch.tensor([4, 5])), r"target 5 must lie in \[0, 5\)"),
+    (dict(target=torch.tensor([-1, 5])), "target -1 must lie"),
+    (dict(temperature=0.0), "temperature 0.0"),
+    (dict(temperature=float("nan")), "temperature nan"),
+    (dict(temperature=float("inf")), "temperature inf"),
+    (dict(softcap=0.0), "softcap 0.0"),
+    (dict(chunk=0), "chunk 0"),
 ])
-def test_shapes_that_do_not_fit_are_named(h, weight, target, temperature, names):
+def test_what_does_not_fit_is_named(change, names):
+    good = dict(h=torch.zeros(2, 3), weight=torch.zeros(5, 3), target=torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=names):
-        linear_logp(torch.zeros(h), torch.zeros(weight), torch.zeros(target, dtype=torch.long), temperature)
+        linear_logp(**good | change)

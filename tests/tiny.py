@@ -74,6 +74,8 @@ def difference(given, wanted):
         assert given.keys() == wanted.keys()
         return max(difference(given[name], wanted[name]) for name in wanted)
     assert given.shape == wanted.shape
+    if not wanted.numel():
+        return 0.0
     return ((given.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30)).item()
 
 

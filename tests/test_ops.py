@@ -1,0 +1,114 @@
+"""Every op as torch sees it: schema, fake, autograd and compilation; FLOPs; and all of them in Triton's interpreter."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernel_tools import PLAIN
+
+ROOT = Path(__file__).resolve().parents[1]
+IN_INTERPRETER = ["test_row_logp.py", "test_linear_logp.py", "test_linear_kl.py", "test_policy_loss.py",
+                  "test_group_advantage.py", "test_gae.py", "test_sample.py"]
+op = torch.ops.seethink
+
+
+def tensors(grad=True):
+    torch.manual_seed(0)
+    h, weight = torch.randn(7, 4, requires_grad=grad), torch.randn(11, 4, requires_grad=grad)
+    return h, weight, torch.tensor([0, 10, -100, 3, 4, 5, 6])
+
+
+def calls():
+    """name -> (op, arguments); outputs of one are inputs of its backward."""
+    h, weight, target = tensors()
+    logits = (h @ weight.T).detach()
+    row, mask, denominator = torch.randn(7), target >= 0, torch.tensor(5.0)
+    statistics = [t.detach() for t in op.row_logp(logits, target, 0.7, 5.0, -100)[1:]]
+    loss = (0.2, 0.2, 2.0, "k3", 0.1, 0.1)
+    return {
+        "row_logp": (op.row_logp, (logits.clone().requires_grad_(), target, 0.7, 5.0, -100)),
+        "row_dlogits_": (op.row_dlogits_, (logits.clone(), target, row, None, *statistics, 0.7, 5.0, -100)),
+        "linear_logp": (op.linear_logp, (h, weight, target, 0.7, None, -100, 3)),
+        "linear_logp_backward": (op.linear_logp_backward, (row, None, h.detach(), weight.detach(), target, *statistics,
+                                                           0.7, None, -100, 3, True, False)),
+        "linear_kl": (op.linear_kl, (h, weight, h.detach() + 1, weight.detach(), mask, 1.0, None, None)),
+        "linear_kl_backward": (op.linear_kl_backward, (row, row, h.detach(), weight.detach(), h.detach() + 1,
+                                                       weight.detach(), mask, 1.0, None, None, True, True)),
+        "policy_loss": (op.policy_loss, (row.clone().requires_grad_(), row - 0.1, None, row.exp().requires_grad_(), row,
+                                         mask, denominator, *loss)),
+        "linear_policy_loss": (op.linear_policy_loss, (h, weight, target, None, row - 3, row, mask, denominator, 1.0,
+                                                       None, *loss, 3, True, True)),
+        "group_advantage": (op.group_advantage, (torch.rand(3, 4), "batch", "leave_one_out", 1e-6)),
+        "gae": (op.gae, (torch.rand(3, 4), torch.rand(3, 4), torch.rand(3, 4) > 0.3, None, 0.9, 0.8)),
+        "sample": (op.sample, (logits, torch.rand(7, dtype=torch.float64), torch.zeros(11).bool(), 1.0, 3, 0.9)),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(name):
+    torch.library.opcheck(*calls()[name])
+
+
+def test_every_op_is_checked():
+    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("seethink::")}
+    assert registered == calls().keys()
+
+
+@PLAIN
+def test_a_step_compiles_as_one_graph():
+    def step(h, weight, target, old, reward):
+        logp, entropy = kernels.linear_logp(h, weight, target)
+        advantage = kernels.group_advantage(reward).flatten()
+        mask = target >= 0
+        loss, statistics = kernels.policy_loss(logp, old, None, advantage, mask, 5, entropy=entropy, entropy_coef=0.1)
+        fused, *_ = kernels.linear_policy_loss(h, weight, target.clamp(min=0), old, None, advantage, mask, 5)
+        kl = kernels.linear_kl(h, weight, h.detach() * 1.1, weight)
+        values = kernels.row_logp(h, target.clamp(0, 3))[0]
+        token = kernels.sample(h.detach(), temperature=0).token
+        return loss + fused + kl.mean() + values.mean(), statistics["kl"], token, kernels.gae(
+            reward, reward, reward > 0, 0.9, 0.9)[0]
+
+    h, weight, target = tensors()
+    h, target = h[:6].detach().requires_grad_(), target[:6]
+    inputs = (h, weight, target, torch.randn(6), torch.rand(2, 3))
+    plain, compiled = step(*inputs), torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
+    for one, other in zip(plain, compiled):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(*(torch.autograd.grad(out[0], (h, weight)) for out in (plain, compiled))):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_of_the_heads(frozen):
+    h, weight, target = tensors()
+    weight.requires_grad_(not frozen)
+    product = 2 * 7 * 4 * 11
+
+    def counted(step):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return counter.get_total_flops() / product
+
+    assert counted(lambda: kernels.linear_logp(h, weight, target)) == 1
+    assert counted(lambda: kernels.linear_logp(h, weight, target)[0].sum().backward()) == (3 if frozen else 4)
+    assert counted(lambda: kernels.linear_kl(h, weight, h.detach(), weight).sum().backward()) == (5 if frozen else 6)
+    row = torch.randn(7)
+    assert counted(lambda: kernels.linear_policy_loss(h, weight, target.clamp(min=0), row, None, row, target >= 0,
+                                                      5)[0].backward()) == (2 if frozen else 3)
+
+
+@PLAIN
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+def test_the_triton_kernels_in_its_interpreter():
+    # In a process of its own: the variable counts when Triton is imported.
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *IN_INTERPRETER],
+                          cwd=ROOT / "tests", env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True,
+                          text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:]
