@@ -13,8 +13,8 @@ setup(
     packages=["model", "rl", "data", "kernels"],
     py_modules=["train", "eval"],
     install_requires=[
-        "torch>=2.6", "torchvision", "open_clip_torch", "sentencepiece", "numpy", "einops",
-        "triton; platform_system == 'Linux'",   # not published for macOS; everything runs without it
+        "torch>=2.11", "torchvision", "open_clip_torch", "sentencepiece", "numpy", "einops",
+        "triton>=3.6; platform_system == 'Linux'",  # not published for macOS; everything runs without it
     ],
     extras_require={
         "report": report,

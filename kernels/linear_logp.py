@@ -68,7 +68,7 @@ class Gradients:
             if self.dw.dtype == self.h.dtype:
                 self.dw.addmm_(dlogits.T, self.h[part])
             else:
-                self.dw += torch.mm(dlogits.T, self.h[part], out_dtype=self.dw.dtype)
+                torch.addmm(self.dw, dlogits.T, self.h[part], out_dtype=self.dw.dtype, out=self.dw)
 
 
 # ---------------------------------------------------------------- the op

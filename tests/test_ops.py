@@ -1,4 +1,5 @@
 """Every op as torch sees it: schema, fake, autograd and compilation; FLOPs; and all of them in Triton's interpreter."""
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -104,8 +105,43 @@ def test_flops_of_the_heads(frozen):
                                                       5)[0].backward()) == (2 if frozen else 3)
 
 
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+F = "*fp32"
+ROW = dict(V=152064, BLOCK=4096)
+# file, kernel, types of its runtime arguments in order, its constants
+COMPILED = [
+    ("row_logp", "_forward_kernel", ["*bf16", "i64", "*i64", *[F] * 4, "fp32", "fp32", "i32"], dict(ROW, CAPPED=True)),
+    ("row_logp", "_backward_kernel", [F, "i64", "*bf16", "i64", "*i64", *[F] * 5, "fp32", "fp32", "i32"],
+     dict(ROW, CAPPED=True)),
+    *(("linear_kl", "_kernel", [F, "i64", F, "i64", "*u8", *[F] * 6, "fp32", "fp32"],
+       dict(ROW, CAPPED=True, BACKWARD=backward)) for backward in (False, True)),
+    *(("policy_loss", "_kernel", [*[F] * 5, "*u8", *[F] * 3, "i32", *["fp32"] * 5],
+       dict(KL=kl, ENTROPY=True, BLOCK=1024)) for kl in ("", "k1", "k2", "k3")),
+    *(("group_advantage", "_kernel", [F, F, F, "fp32", "fp32"], dict(G=6, WIDTH=8, STD=std))
+      for std in ("group", "batch", "none")),
+    ("gae", "_kernel", [F, F, "*u8", F, F, F, "fp32", "fp32", "i32"], dict(BLOCKS=2, BLOCK=1024)),
+    *(("sample", "_kernel", [F, "i64", "*fp64", F, "*u8", "*i64", F, F, "fp32"], dict(ROW, FLOOR=floor, GREEDY=greedy))
+      for floor, greedy in ((True, False), (False, True))),
+]
+
+
 @PLAIN
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+@TRITON
+@pytest.mark.parametrize("file, name, types, constants", COMPILED)
+def test_the_triton_kernels_compile_for_a_gpu(file, name, types, constants):
+    # To a Hopper's machine code, which takes no GPU: the interpreter accepts more than the compiler does.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kernel, rest = getattr(importlib.import_module(f"kernels.{file}"), name), iter(types)
+    signature = {arg: "constexpr" if arg in constants else next(rest) for arg in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert compiled.asm["cubin"] and list(rest) == []
+
+
+@PLAIN
+@TRITON
 def test_the_triton_kernels_in_its_interpreter():
     # In a process of its own: the variable counts when Triton is imported.
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *IN_INTERPRETER],
