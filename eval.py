@@ -5,6 +5,7 @@
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import chat, images, jsonl, scenes
+from data import chat, cot, images, jsonl, scenes
 from data.sample import Sample, collate, read_image, to_pixels
+from data.splits import mixed
 from data.tokenizer import Tokenizer
 from model import checkpoint
 from model.config import from_command_line, to_command_line
@@ -28,6 +30,23 @@ from rl import report, rewards, statistics
 from rl.rollout import read
 
 TEST_SEED = {"test": 1_000_001, "val": 2_000_002}     # the same prompts for every method and every training seed
+
+
+def real_data(data, val_percent):
+    """--data -> ({"train": samples, "val": samples}, what was found); (None, "") for drawn scenes."""
+    source, _, where = data.partition(":")
+    if source == "scenes":
+        return None, ""
+    splits, found = {"images": images, "jsonl": jsonl}[source].load(where, val_percent)
+    answers = {sample.answer for sample in splits["train"]}
+    if len(answers) == 1:
+        raise ValueError(f"--data={data}: all training answers are {answers.pop()!r}; there is nothing to tell apart")
+    return {**splits, "val": mixed(splits["val"])}, found
+
+
+def scene_teacher(cfg):
+    """The teacher of drawn scenes. Scenes are drawn together with its chains: another teacher, other scenes."""
+    return cot.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
 
 
 def load_vlm(path, device="cpu"):
@@ -158,11 +177,16 @@ def compare(folder, cfg, checkpoints, tests, teacher):
             print(f"evaluated {method:<16}{time.perf_counter() - began:7.1f} s", flush=True)
     results = [row for method, of in scores.items() for split, raw in of.items()
                for row in statistics.rows(method, split, raw, cfg.seed)]
-    write_json(Path(folder) / "results.json", results)
-    write_json(Path(folder) / "differences.json", statistics.differences(scores))
-    show_samples(Path(folder), tests, scores, rewards.parse_weights(cfg.rewards))
-    if not report.curves(report.read_log(Path(folder) / "log.jsonl"), results, Path(folder) / "curves.png"):
+    write_json(Path(folder) / "kinds.json", statistics.kind_rows(scores, cfg.seed))
+    write_json(Path(folder) / "differences.json",
+               [dict(row, seed=cfg.seed) for row in statistics.differences(scores)])
+    page = samples_page(f"Samples of {Path(folder).name}, T = 1", tests, scores, cfg)
+    checkpoint.write_atomically(Path(folder) / "samples.html", lambda file: file.write(page))
+    if curves := report.curves(report.read_log(Path(folder) / "log.jsonl"), results):
+        checkpoint.write_atomically(Path(folder) / "curves.png", lambda file: file.write(curves))
+    else:
         print('no curves.png: pip install -e ".[report]" brings matplotlib')
+    write_json(Path(folder) / "results.json", results)      # last: a run that has it is finished
     print("\n" + statistics.table(results, scores))
     for split, samples in tests.items():
         walks = [scenes.guess(sample) for sample in samples[:cfg.eval_sampled] if "/walk" in sample.source]
@@ -171,55 +195,75 @@ def compare(folder, cfg, checkpoints, tests, teacher):
     return results
 
 
-def show_samples(folder, tests, scores, weights, each=8):
-    """samples.html: the first prompts of every split with each method's first completion at T = 1."""
-    entries = []
+def samples_page(title, tests, scores, cfg, each=8):
+    """HTML: the first prompts of every split with each method's first completion at T = 1, and what it earned."""
+    entries, weights = [], rewards.parse_weights(cfg.rewards)
     for split, samples in tests.items():
-        for n, sample in enumerate(samples[:each]):
+        for n, sample in enumerate(samples[:min(each, cfg.eval_sampled)]):
             texts = {method: of[split]["t1"]["text"][n] for method, of in scores.items()
                      if n < len(of[split]["t1"].get("text", ()))}
             entries.append(dict(
                 image=sample.images[0], prompt=sample.question, answer=sample.answer, kind=f"{split}, {sample.source}",
-                completions=[dict(method=method, text=text, why=rewards.why(sample, text),
+                completions=[dict(method=method, text=text, why=rewards.why(sample, text, weights, cfg.gated),
                                   reward={name: rewards.REWARDS[name](sample, text) for name in weights})
                              for method, text in texts.items()]))
-    report.samples(entries, folder / "samples.html", f"Samples of {folder.name}, T = 1")
+    return report.samples(entries, title)
 
 
 def many_seeds(script, cfg):
     """Runs `script`, train.py, for each seed in a process of its own, --jobs at a time.
 
-    Prints mean, spread and 95 % t-intervals over the seeds; results.json holds the rows of all.
+    Prints mean, spread and 95 % t-intervals over the seeds; results.json, differences.json and kinds.json hold the
+    rows of all. What no seed could start with is said before the folder is made.
     """
+    real, _ = real_data(cfg.data, cfg.val_percent)
+    samples = [sample for split in (real or {}).values() for sample in split]
+    if cfg.init:
+        checkpoint.load(cfg.init)
     root = choose(cfg.out, cfg.preset, cfg.resume)
     if cfg.resume:
         # Without --threads the number of jobs decides the threads of each, and with them the rounding.
-        RunFolder(root).reopen(asdict(cfg), ("resume", "out", *(["jobs"] if cfg.threads else [])), ())
+        RunFolder(root).reopen(asdict(cfg), ("resume", "out", *(["jobs"] if cfg.threads else [])), (), samples)
     else:
-        RunFolder(root).create(asdict(cfg))
+        RunFolder(root).create(asdict(cfg), samples)
     threads = cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
     shared = replace(cfg, seeds=0, jobs=1, resume=False, threads=threads)
-    waiting, running, results = list(range(cfg.seed, cfg.seed + cfg.seeds)), {}, []
-    while waiting or running:
-        while waiting and len(running) < cfg.jobs:
-            seed = waiting.pop(0)
-            out = root / f"seed-{seed}"
-            one = replace(shared, seed=seed, out=str(out), resume=(out / "config.json").exists())
-            with open(root / f"seed-{seed}.txt", "a") as file:
-                running[seed] = subprocess.Popen([sys.executable, script, *to_command_line(one)], stdout=file)
-        for seed, process in list(running.items()):
-            if process.poll() is not None:
-                del running[seed]
-                if process.returncode:
-                    for other in running.values():
-                        other.terminate()
-                    raise ValueError(f"seed {seed} stopped with exit code {process.returncode}; its output is in "
-                                     f"{root / f'seed-{seed}.txt'}; --resume --out={root} goes on")
-                results += json.loads((root / f"seed-{seed}" / "results.json").read_text())
-                print(f"seed {seed} done, see {root / f'seed-{seed}.txt'}")
-        time.sleep(0.5)
-    write_json(root / "results.json", sorted(results, key=lambda row: row["seed"]))
-    print(statistics.seeds_table(results))
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+    waiting, running = list(seeds), {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that the seeds below end, too
+    try:
+        while waiting or running:
+            while waiting and len(running) < cfg.jobs:
+                seed = waiting.pop(0)
+                out = root / f"seed-{seed}"
+                one = replace(shared, seed=seed, out=str(out), resume=(out / "config.json").exists())
+                with open(root / f"seed-{seed}.txt", "a") as file:
+                    running[seed] = subprocess.Popen([sys.executable, script, *to_command_line(one)], stdout=file,
+                                                     stderr=subprocess.STDOUT)
+            for seed, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[seed]
+                    said = root / f"seed-{seed}.txt"
+                    if process.returncode:
+                        last = (said.read_text(errors="replace").splitlines() or ["nothing"])[-1]
+                        raise ValueError(f"seed {seed} stopped with exit code {process.returncode}, saying {last!r} "
+                                         f"(all of it in {said}); --resume --out={root} goes on")
+                    print(f"seed {seed} done, see {said}")
+            time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.terminate()
+    of_all = {name: [row for seed in seeds for row in json.loads((root / f"seed-{seed}" / f"{name}.json").read_text())]
+              for name in ("results", "differences", "kinds") if (root / f"seed-{cfg.seed}" / f"{name}.json").exists()}
+    for name, rows in sorted(of_all.items()):                       # results.json last
+        write_json(root / f"{name}.json", rows)
+    probes = [root / f"seed-{seed}" / "probe.json" for seed in seeds]
+    if all(probe.exists() for probe in probes):
+        print("shape probe, seed by seed: " + "; ".join(
+            ", ".join(f"{split} {share:.3f}" for split, share in json.loads(probe.read_text()).items())
+            for probe in probes))
+    print(statistics.seeds_table([row for rows in of_all.values() for row in rows if "greedy" not in row["decoding"]
+                                  or not row["metric"].startswith("accuracy on")]))
 
 
 @dataclass(frozen=True)
@@ -237,8 +281,8 @@ class Config:
     template: str = ""              # chat template; empty: the checkpoint's own
     ask: str = ""                   # ask this question ...
     image: str = ""                 # ... about this picture, and stop
+    data: str = ""                  # images:DIR or jsonl:FILE; empty: what the checkpoint was trained on
     device: str = "auto"            # auto | cpu | cuda
-    seed: int = 0                   # stands in the rows' seed column
 
 
 def main(argv):
@@ -254,6 +298,8 @@ def main(argv):
     for split in cfg.splits.split(","):
         if split not in scenes.SPLITS:
             raise ValueError(f"--splits={cfg.splits}: {split!r} must be one of {', '.join(scenes.SPLITS)}")
+    if cfg.image and not cfg.ask:
+        raise ValueError(f"--image={cfg.image} has no effect without --ask=, a question about it")
     vlm, tokenizer, state = load_vlm(cfg.checkpoint, pick_device(cfg.device))
     vlm.eval()
     trained = state["config"]
@@ -266,15 +312,13 @@ def main(argv):
         texts, _ = complete(vlm, tokenizer, [Sample(images=pictures, question=cfg.ask)], settings)
         print(texts[0][0])
         return
-    source, _, where = trained["data"].partition(":")
-    own = {} if source == "scenes" else dict(
-        val={"images": images, "jsonl": jsonl}[source].load(where, trained["val_percent"])[0]["val"])
-    results, scores = [], {state["stage"]: {}}
-    for split in own or cfg.splits.split(","):
+    real, _ = real_data(cfg.data or trained["data"], trained["val_percent"])
+    results, scores, teacher = [], {state["stage"]: {}}, scene_teacher(SimpleNamespace(**trained))
+    for split in ["val"] if real else cfg.splits.split(","):
         count = max(cfg.eval_greedy, cfg.eval_sampled)
-        samples = own[split] if own else scenes.load(split, count, TEST_SEED[cfg.set])
+        samples = real["val"] if real else scenes.load(split, count, TEST_SEED[cfg.set], teacher)
         scores[state["stage"]][split] = evaluate(vlm, tokenizer, samples, settings)
-        results += statistics.rows(state["stage"], split, scores[state["stage"]][split], cfg.seed)
+        results += statistics.rows(state["stage"], split, scores[state["stage"]][split], trained["seed"])
     print(statistics.table(results, scores))
 
 

@@ -22,19 +22,19 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import chat, cot, images, jsonl, scenes
+from data import chat, cot, scenes
 from data.sample import batch_indices, collate, to_pixels
 from data.tokenizer import Tokenizer
 from data.tokenizer import train as train_tokenizer
 from kernels import group_advantage, is_flat
 from model import checkpoint, flops
 from model.clip import Clip, ClipConfig, contrastive_loss
-from model.config import describe, from_command_line
+from model.config import adopt, describe, from_command_line
 from model.device import pick_device, pick_dtype
 from model.generate import Sampler
 from model.llama import LlamaConfig
 from model.optim import learning_rate, make_optimizer, optimizer_step, seed_of, show_trained
-from model.runfolder import RunFolder, choose, write_json
+from model.runfolder import RunFolder, choose, resumed, write_json
 from model.vlm import VLM, VlmConfig
 from rl import bench, losses, metrics, rewards
 from rl.rollout import collect, read
@@ -44,7 +44,7 @@ from rl.types import Experience
 @dataclass(frozen=True)
 class Config:
     # what to run
-    preset: str = ""                # embedded | images | tiny; empty: by --data
+    preset: str = ""                # embedded | images | tiny | bench; empty: by --data and --bench
     data: str = "scenes"            # scenes | images:DIR | jsonl:FILE
     stage: str = "all"              # all, or some of clip,align,sft,cot,rl and the comparison's methods, in order
     init: str = ""                  # checkpoint the first stage starts from
@@ -210,7 +210,8 @@ class Config:
 
 
 PRESETS = {
-    "": lambda given: "embedded" if given.get("data", "scenes") == "scenes" else "images",
+    "": lambda given: ("bench" if given.get("bench") else "embedded" if given.get("data", "scenes") == "scenes"
+                       else "images"),
     "embedded": {},
     # a few hundred pictures are known by heart after a few epochs; more steps than these gain nothing on others
     "images": dict(image_size=64, patch=16, clip_steps=200, clip_batch=64, align_steps=30, sft_steps=30, cot_steps=100,
@@ -231,12 +232,10 @@ class Run(RunFolder):
     def __init__(self, cfg, folder):
         super().__init__(folder, pick_device(cfg.device))
         self.cfg, self.dtype = cfg, pick_dtype(cfg.dtype)
-        self.flops, self.state, self.real = 0, {}, None
-        source, _, where = cfg.data.partition(":")
-        if source != "scenes":
-            self.real, found = {"images": images, "jsonl": jsonl}[source].load(where, cfg.val_percent)
-            print(found)
-        self.teacher = cot.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
+        self.flops, self.state = 0, {}
+        self.real, found = evaluation.real_data(cfg.data, cfg.val_percent)
+        print(found, end="\n" if found else "")
+        self.teacher = evaluation.scene_teacher(cfg)
 
     def samples(self, what, count=0, part=0, teacher=None):
         """Samples of a purpose (clip, align, sft, train) or a split; scenes are drawn anew from the seed and `part`."""
@@ -268,15 +267,11 @@ class Run(RunFolder):
         """Loads what `stage` starts from, --init or the stage before; -> its VLM, None when it has none yet."""
         torch.manual_seed(seed_of(self.cfg.seed, stage))
         self.flops, self.state = 0, {}
+        if not STAGES[stage][1]:
+            return None
+        origin = next((path for before in STAGES[stage][1] if (path := self.path(before)).exists()), self.cfg.init)
         if stage == self.cfg.stages()[0] and self.cfg.init:
             origin = self.cfg.init
-        elif not STAGES[stage][1]:
-            return None
-        else:
-            origin = next((path for before in STAGES[stage][1] if (path := self.path(before)).exists()), None)
-            if origin is None:
-                raise ValueError(f"--stage={stage} needs --init=CHECKPOINT, or {' or '.join(STAGES[stage][1])}.pt in "
-                                 f"{self.folder}")
         self.state = checkpoint.load(origin, self.device)
         if "vlm" not in self.state:
             return None
@@ -333,7 +328,7 @@ def reinforce(run, stage, vlm, samples, method, steps):
     optimizer = make_optimizer(vlm, cfg.beta2, cfg.weight_decay)
     generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
     start, run.flops = run.take_progress(stage, vlm, optimizer, generator) or (0, run.flops)
-    loss_of, tok = losses.LOSSES[cfg.loss], run.tokenizer
+    loss_of, tok, updates = losses.LOSSES[cfg.loss], run.tokenizer, 0
     began = time.perf_counter()
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
     for step in bar:
@@ -357,6 +352,7 @@ def reinforce(run, stage, vlm, samples, method, steps):
         kept = (~is_flat(rollout.reward)).nonzero()[:, 0]
         experience = Experience(batch, rollout.ids, rollout.mask, advantage, rollout.logp).rows(kept)
         line |= update(run, vlm, optimizer, experience, loss_of, lr) if len(kept) else {}
+        updates += len(kept) > 0
         clock.lap("update")
         sampling = clock.laps["encode"] + clock.laps["prefill"] + clock.laps["decode"]
         line |= {f"seconds_{name}": round(seconds, 4) for name, seconds in clock.laps.items()}
@@ -366,6 +362,8 @@ def reinforce(run, stage, vlm, samples, method, steps):
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_progress(stage, step + 1, vlm, optimizer, generator, run.flops)
+    if not updates:
+        print(f"  note: the rewards of every group of {stage} were all equal, so the model did not change")
     return time.perf_counter() - began
 
 
@@ -439,8 +437,10 @@ def clip(run, stage, like):
 
 
 def supervise(run, stage, vlm, records, steps, peak, method):
-    """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen."""
+    """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen. Without records the
+    model stays as it is."""
     cfg, tok = run.cfg, run.tokenizer
+    steps = steps if records else 0
     vlm.visual.requires_grad_(False)
     show_trained(stage, vlm)
 
@@ -539,6 +539,8 @@ def rl(run, stage, like, method="think"):
 
 def steps_for(run, vlm, records, method, budget):
     """Supervised steps that bring the stage's FLOPs to `budget`, by the cost of eight random batches."""
+    if not records:
+        return 0
     cfg, cost = run.cfg, []
     rng = np.random.default_rng([cfg.seed, 11])
     for _ in range(8):
@@ -562,8 +564,6 @@ def checked_chains(run):
     """Fresh chains of the teacher, those alone that the checker finds right and well-formed."""
     records = [(s, text) for s, text in chains(run, part=5) if rewards.correctness(s, text) and rewards.format(s, text)]
     print(f"  filtered: {len(records)} chains are right and well-formed")
-    if not records:
-        raise ValueError("--stage=filtered: not one of the teacher's chains is right and well-formed")
     return records
 
 
@@ -589,11 +589,7 @@ def rejection(run, stage, like, part):
         records += [(sample, text) for sample, group in zip(asked, read(done, tok)) for text in dict.fromkeys(group)
                     if rewards.correctness(sample, text) and rewards.format(sample, text)]
     print(f"  {stage}: {len(records)} of {at * cfg.rl_batch * cfg.group} samples are new, right and well-formed")
-    if not records:
-        run.finish_stage(stage, "think", vlm)      # nothing to learn from: the model stays as it is
-        return 0.0
-    steps = steps_for(run, vlm, records, "think", budget)
-    return supervise(run, stage, vlm, records, steps, cfg.cot_lr, "think")
+    return supervise(run, stage, vlm, records, steps_for(run, vlm, records, "think", budget), cfg.cot_lr, "think")
 
 
 # name -> (function, stages it may start from, first choice first; stages whose FLOPs it is given)
@@ -622,14 +618,14 @@ STAGES = {
 def open_run(cfg):
     """A new run folder, or the interrupted one. Whatever cannot work is said before the folder is made."""
     run = Run(cfg, choose(cfg.out, cfg.preset, cfg.resume))
+    real = [sample for split in (run.real or {}).values() for sample in split]
     if cfg.resume:
-        run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages())
+        run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages(), real)
     run.check_origins(cfg.stages(), *({name: of[n] for name, of in STAGES.items()} for n in (1, 2)), cfg.init)
     run.prepare_tokenizer()
-    real = [sample for split in (run.real or {}).values() for sample in split]
     run.notes = chat.too_long(real, run.tokenizer, cfg.max_new, cfg.text_length) if real else []
     if not cfg.resume:
-        run.create(asdict(cfg))
+        run.create(asdict(cfg), real)
     checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.proto))
     return run
 
@@ -662,8 +658,12 @@ def run_bench(cfg, steps=6):
 
 
 def main(argv):
-    cfg = from_command_line(Config, PRESETS, argv, __doc__)
-    notes = cfg.check()
+    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed), []
+    if cfg.init:
+        names = list(Config.__dataclass_fields__)
+        shape = names[names.index("image_size"):names.index("template")]
+        cfg, notes = adopt(cfg, checkpoint.load(cfg.init).get("config", {}), shape)
+    notes += cfg.check()
     if cfg.seeds:
         return evaluation.many_seeds(__file__, cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
@@ -680,15 +680,15 @@ def main(argv):
             print(f"{stage}: done before")
             continue
         seconds = STAGES[stage][0](run, stage=stage, like=STAGES[stage][2])
-        print(f"{stage:<16}{seconds:7.1f} s training, {run.flops / 1e12:8.2f} TFLOP")
+        print(f"{stage:<16}{seconds:7.1f} s training" + (f", {run.flops / 1e12:8.2f} TFLOP" if run.flops else ""))
     methods = {"grpo" if stage == "rl" else stage: run.path(stage) for stage in cfg.stages()
                if stage not in ("clip", "align", "sft", "rejection_first")}
     if methods:
         tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.teacher)
                  for split in (("val",) if run.real else scenes.SPLITS)}
         evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
-    print(f"\n{run.folder}: results.json, samples.html, curves.png, log.jsonl and checkpoints; "
-          f"{time.perf_counter() - began:.0f} s in all")
+    files = [f for f in ("results.json", "samples.html", "curves.png", "log.jsonl") if (run.folder / f).exists()]
+    print(f"\n{run.folder}: {', '.join(files)} and checkpoints; {time.perf_counter() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

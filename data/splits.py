@@ -10,6 +10,11 @@ def pixel_hash(source):
     return hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
 
 
+def mixed(samples):
+    """In an order that the ids decide, so that the first of them, whatever their number, are a sample of all."""
+    return sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode(errors="surrogatepass")).digest())
+
+
 def split_of(key, val_percent):
     """'val' for `val_percent` in a hundred hashes, 'train' for the others; adding pictures moves no earlier one."""
     if not 1 <= val_percent <= 99:

@@ -43,10 +43,11 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def from_command_line(cls, presets, argv, doc):
+def from_command_line(cls, presets, argv, doc, saved=lambda given: None):
     """argv -> config: the dataclass's defaults, under the preset's overrides, under the flags given.
 
     `presets`: name -> dict of overrides, or a function of the flags given that returns the preset's name under "".
+    `saved`: of the flags given -> the fields of an earlier config that take the place of preset and defaults, or None.
     Raises ValueError on anything it does not understand, with the nearest name it knows.
     """
     help_text = comments(cls)
@@ -69,11 +70,21 @@ def from_command_line(cls, presets, argv, doc):
         raise ValueError(f"{rest[0]!r} is not an option; options look like --name=value")
     given = {name: parse_value(name.replace("_", "-"), cls.__dataclass_fields__[name].type, text)
              for name, text in vars(known).items() if text is not None}
+    earlier = saved(given)
+    if earlier is not None:
+        return replace(cls(), **{name: earlier[name] for name in cls.__dataclass_fields__ if name in earlier} | given)
     preset = given.get("preset") or presets[""](given)
     if preset not in presets or not preset:
         names = ", ".join(name for name in presets if name)
         raise ValueError(f"--preset={preset} must be one of {names}")
     return replace(cls(), **{**presets[preset], "preset": preset, **given})
+
+
+def adopt(config, saved, names):
+    """config with the fields `names` as in the dict `saved`, and a list of one note on those that were otherwise."""
+    other = {name: saved[name] for name in names if name in saved and saved[name] != getattr(config, name)}
+    said = ", ".join(f"{name}={value}, not {getattr(config, name)}" for name, value in other.items())
+    return replace(config, **other), [f"--init decides the model's shape: {said}"] if other else []
 
 
 def to_command_line(config):

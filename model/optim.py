@@ -27,13 +27,16 @@ def make_optimizer(module, beta2, weight_decay):
 
 
 def optimizer_step(module, optimizer, lr, grad_clip):
-    """Clip to the global norm, step, clear; -> the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip)
+    """Clip to the global norm, step, clear; -> the norm before clipping. Raises ValueError when that is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip).item()
+    if not math.isfinite(norm):
+        raise ValueError(f"the gradient's norm is {norm} at learning rate {lr:.3g}: training diverged. The last "
+                         "checkpoint is intact; start again from one with a lower rate")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return norm
 
 
 def show_trained(stage, vlm):

@@ -6,6 +6,7 @@
 Whatever moment a run is killed at, `reopen` finds the last whole state: finished stages are not repeated, the stage
 under way goes on at its last checkpoint, and log lines written after it are cut off, to be written again.
 """
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,17 +18,45 @@ def write_json(path, value):
     checkpoint.write_atomically(path, lambda file: file.write(json.dumps(value, indent=0).encode()))
 
 
+def read_config(folder):
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged; the run cannot be resumed")
+    return config
+
+
+def resumed(given):
+    """Flags given -> with --resume the config of the run it means, else None."""
+    if not given.get("resume"):
+        return None
+    folder = choose(given.get("out", ""), "", True)
+    given["out"] = str(folder)
+    return read_config(folder)
+
+
+def digest(samples):
+    """Tells whether a folder or file of one's own still holds the same samples in the same order."""
+    return hashlib.sha256(json.dumps([(s.id, s.split, s.question, s.answer) for s in samples]).encode()).hexdigest()
+
+
 def choose(out, name, resume):
-    """--out, or a new numbered folder under out/; to resume, the named or newest one. Never one that holds a run."""
+    """--out, or a new numbered folder under out/; to resume, the named one or the newest that has no results yet.
+
+    Never one that holds a run, but to resume it.
+    """
     if out:
         folder = Path(out)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out={out} must be a folder, it is a file")
     else:
         root = Path("out")
-        found = sorted(root.glob(f"{name}-*/config.json"), key=lambda path: path.stat().st_mtime)
+        found = sorted((path for path in root.glob("*/config.json") if not (path.parent / "results.json").exists()),
+                       key=lambda path: path.stat().st_mtime)
         if resume and not found:
-            raise ValueError(f"--resume found no run of {name} under {root}/; name its folder with --out=DIR")
+            raise ValueError(f"--resume found no unfinished run under {root}/; name its folder with --out=DIR")
         number = 1
         while (root / f"{name}-{number}").exists():
             number += 1
@@ -47,26 +76,25 @@ class RunFolder:
     def path(self, stage):
         return self.folder / f"{stage}.pt"
 
-    def create(self, config):
-        """config: dict of all fields."""
+    def create(self, config, samples=()):
+        """config: dict of all fields; samples: those of one's own pictures or records."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"--out={self.folder} cannot be made: {error.strerror}") from None
-        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "config.json", config | {"data_digest": digest(samples)})
 
-    def reopen(self, config, free, stages):
-        """Checks that the run was started with this config (but for the fields `free`), and takes up its state."""
-        try:
-            before = json.loads((self.folder / "config.json").read_text())
-        except ValueError:
-            before = None
-        if not isinstance(before, dict):
-            raise ValueError(f"{self.folder / 'config.json'} is damaged; the run cannot be resumed")
+    def reopen(self, config, free, stages, samples=()):
+        """Checks that the run was started with this config (but for the fields `free`) on these samples, and takes up
+        its state."""
+        before = read_config(self.folder)
         for name, value in config.items():
             if name not in free and before.get(name) != value:
                 raise ValueError(f"--{name.replace('_', '-')}={value} must be {before.get(name)}, as in the run in "
                                  f"{self.folder} that --resume goes on with")
+        if before.get("data_digest") != digest(samples):
+            raise ValueError(f"--data={config['data']} must hold what it held when the run in {self.folder} began; "
+                             "put it back as it was, or start a new run")
         done = [stage for stage in stages if self.path(stage).exists()]
         known = checkpoint.load(self.path(done[-1]))["log_bytes"] if done else 0
         if (self.folder / "progress.pt").exists():
@@ -82,13 +110,13 @@ class RunFolder:
         """Raises ValueError unless every one of `stages` will find what it starts from.
 
         origins: stage -> stages it may start from, one of which must have run before it (none: it starts from
-        nothing); the first may start from the checkpoint `init` instead. budgets: stage -> stages whose cost it is
-        given, all of which must have run before it.
+        nothing); the first may start from the checkpoint `init` instead, others if it is of such a stage. budgets:
+        stage -> stages whose cost it is given, all of which must have run before it.
         """
         ready = {stage for stage in origins if self.path(stage).exists()}
+        state = checkpoint.load(init) if init else {"stage": None}
         for stage in stages:
             if stage == stages[0] and init:
-                state = checkpoint.load(init)
                 if not origins[stage]:
                     raise ValueError(f"--init={init} has no effect on --stage={stage}, which starts from nothing")
                 wanted = ("vlm", "clip") if origins[stage] == ("clip",) else ("vlm",)
@@ -97,12 +125,12 @@ class RunFolder:
                              "CLIP" if "clip" in wanted else "vision-language"]
                     raise ValueError(f"--init={init} cannot start --stage={stage}: it is the checkpoint of stage "
                                      f"{state['stage']!r} and holds no {''.join(lacks)} model")
-            elif origins[stage] and not ready & set(origins[stage]):
-                files = " or ".join(f"{other}.pt" for other in origins[stage])
-                raise ValueError(f"--stage={stage} needs --init=CHECKPOINT, or {files} in {self.folder}")
+            elif origins[stage] and not {*ready, state["stage"]} & set(origins[stage]):
+                raise ValueError(f"--stage={','.join(stages)}: {stage} starts from {' or '.join(origins[stage])}; put "
+                                 "that before it, or name its checkpoint with --init=")
             if missing := [other for other in budgets[stage] if other not in ready]:
-                raise ValueError(f"--stage={stage} spends what {missing[0]} cost: it needs {missing[0]}.pt in "
-                                 f"{self.folder}")
+                raise ValueError(f"--stage={','.join(stages)}: {stage} is given the FLOPs that {missing[0]} took; put "
+                                 f"{missing[0]} before it")
             ready.add(stage)
 
     def spent(self, stages):

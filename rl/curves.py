@@ -1,4 +1,5 @@
 """curves.png: what a run learned, from its log.jsonl and results.json, as one picture."""
+import io
 import math
 
 import numpy as np
@@ -21,16 +22,16 @@ LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes
         "grid.color": "#E6E6E6", "axes.axisbelow": True, "legend.frameon": False}
 
 
-def curves(log, results, path):
+def curves(log, results):
     """Lines of log.jsonl and rows of results.json (one run) -> a PNG 1600 pixels wide; parts without data are left out.
 
-    Returns False, and writes nothing, without matplotlib.
+    Returns its bytes, or None without matplotlib.
     """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure      # not pyplot: no window, no figure that outlives the call
     except ImportError:
-        return False
+        return None
     learned, imitated = {}, {}                    # stage -> its lines
     for line in log:
         kind = learned if "reward" in line else imitated if "loss" in line else {}
@@ -51,8 +52,9 @@ def curves(log, results, path):
                                        if row["method"] == "teacher" and row["split"] in ("id", "val")])
         if rows:
             _accuracies(lower.subplots(), rows)
-        figure.savefig(path, facecolor="white")
-    return True
+        file = io.BytesIO()
+        figure.savefig(file, facecolor="white")
+    return file.getvalue()
 
 
 def _draw(ax, lines, name, color, width=2.2, place=lambda step: step):

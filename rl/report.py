@@ -1,8 +1,8 @@
 """Files that people open after a run: samples.html and curves.png. Read the samples before the curves.
 
     log = read_log("out/embedded-1/log.jsonl")
-    curves(log, json.load(open("out/embedded-1/results.json")), "curves.png")     # False without matplotlib
-    samples(entries, "samples.html", "Samples of embedded-1, T = 1")
+    curves(log, json.load(open("out/embedded-1/results.json")))         # a PNG's bytes, None without matplotlib
+    samples(entries, "Samples of embedded-1, T = 1")                    # a page's bytes
 """
 import base64
 import io
@@ -63,15 +63,14 @@ def read_log(path):
     return log
 
 
-def samples(entries, path, title):
-    """Pictures, questions and what each method answered -> one HTML file that needs no other and runs no script.
+def samples(entries, title):
+    """Pictures, questions and what each method answered -> one HTML page, bytes, that needs no other file nor script.
 
     An entry is a dict: image (path, (H, W, 3) uint8 array, or None), prompt, answer (gold), kind, and completions, each
     dict(method, text, reward={"correctness": 1.0, ..}, why), in the order shown. Texts are untrusted: all are escaped.
     """
     body = "\n".join([_counts(entries), *map(_entry, entries)])
-    page = PAGE.format(title=escape(title), body=body)
-    Path(path).write_text(page, encoding="utf-8", errors="replace")       # half a surrogate pair has no UTF-8
+    return PAGE.format(title=escape(title), body=body).encode(errors="replace")     # half a surrogate pair has no UTF-8
 
 
 def _is_right(completion):

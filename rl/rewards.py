@@ -53,9 +53,10 @@ def score(samples, texts, weights, gated):
     return sum(weight * earned[name] for name, weight in weights.items()), parts
 
 
-def why(sample, text):
-    """One line for people: what each reward saw in a completion."""
+def why(sample, text, weights, gated):
+    """One line for people: what a completion earned, and what each reward saw in it."""
     parsed = parse(text)
     answer = repr(parsed.answer) if parsed.answer else "no answer"
     judged = "right" if is_right(sample, parsed.answer) else f"wrong, expected {sample.answer!r}"
-    return f"{answer}: {judged}; {parsed.fault or 'well-formed'}"
+    earned = score([sample], [[text]], weights, gated)[0].item()
+    return f"reward {earned:g}; {answer}: {judged}; {parsed.fault or 'well-formed'}"

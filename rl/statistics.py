@@ -46,6 +46,11 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
+def within(low, high, least, most):
+    """An interval cut to what the quantity can be; where that has no bound, None for one of infinite width."""
+    return tuple(edge if math.isfinite(edge) else None for edge in (max(low, least), min(high, most)))
+
+
 def rows(method, split, scores, seed):
     """Raw scores of a split -> rows (method, split, decoding, metric, value, low, high, n, seed)."""
     out = []
@@ -54,7 +59,8 @@ def rows(method, split, scores, seed):
         for metric in ("accuracy", "format", "length", f"pass@{group}", f"maj@{group}"):
             values = per_prompt(of, metric)
             if values is not None:
-                value, low, high = interval(values)
+                value, *ends = interval(values)
+                low, high = within(*ends, 0.0, math.inf if metric == "length" else 1.0)
                 out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value, low=low,
                                 high=high, n=len(values), seed=seed))
     return out
@@ -76,8 +82,9 @@ def differences(scores, to="grpo"):
                 delta = a - b
                 half = 1.96 * float(delta.std(ddof=1)) / math.sqrt(len(delta)) if len(delta) > 1 else float("inf")
                 mean = float(delta.mean())
+                low, high = within(mean - half, mean + half, -1.0, 1.0)
                 out.append(dict(method=method, split=split, decoding=decoding, metric=f"accuracy - {to}", value=mean,
-                                low=mean - half, high=mean + half, n=len(delta)))
+                                low=low, high=high, n=len(delta)))
     return out
 
 
@@ -85,6 +92,14 @@ def by_kind(scores):
     """Raw scores of a decoding -> {question kind: (accuracy, n)}."""
     accuracy, kinds = per_prompt(scores, "accuracy"), np.array(scores["kind"])
     return {kind: (float(accuracy[kinds == kind].mean()), int((kinds == kind).sum())) for kind in sorted(set(kinds))}
+
+
+def kind_rows(scores, seed):
+    """scores: method -> split -> raw scores -> rows (method, split, decoding, metric "accuracy on KIND", value, n)."""
+    return [dict(method=method, split=split, decoding=decoding, metric=f"accuracy on {kind}", value=value, n=n,
+                 seed=seed)
+            for method, splits in scores.items() for split, of in splits.items() for decoding, raw in of.items()
+            for kind, (value, n) in by_kind(raw).items()]
 
 
 def _grid(title, columns, lines):
@@ -115,19 +130,23 @@ def table(results, scores):
     for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
         parts.append(_grid(f"Accuracy, {words} [95 % interval]", splits,
                            [(m, cells(m, decoding, "accuracy", share)) for m in methods]))
-        parts.append(_grid(f"Paired difference to grpo in points, {words} [95 % interval]", splits,
-                           [(m, cells(m, decoding, "accuracy - grpo", points)) for m in methods if m != "grpo"]))
+        if "grpo" in scores and len(methods) > 1:
+            parts.append(_grid(f"Paired difference to grpo in points, {words} [95 % interval]", splits,
+                               [(m, cells(m, decoding, "accuracy - grpo", points)) for m in methods if m != "grpo"]))
     sampled = sorted({row["metric"] for row in results if row["metric"].startswith(("pass@", "maj@"))})
     for metric in sampled:
         parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, share)) for m in methods]))
     for metric, form in (("format", share), ("length", lambda row: f"{row['value']:.1f}")):
         parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, form)) for m in methods]))
-    kinds = {method: by_kind(of[splits[0]]["t1"]) for method, of in scores.items() if splits and splits[0] in of}
-    names = sorted({kind for of in kinds.values() for kind in of})
-    if len(names) > 1:
-        parts.append(_grid(f"Accuracy on {splits[0]} by question kind, T = 1 (n)", names,
-                           [(m, [f"{of[k][0]:.3f} ({of[k][1]})" if k in of else "" for k in names])
-                            for m, of in kinds.items()]))
+    for split in splits:
+        for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
+            kinds = {method: by_kind(of[split][decoding]) for method, of in scores.items()
+                     if decoding in of.get(split, ())}
+            names = sorted({kind for of in kinds.values() for kind in of})
+            if len(names) > 1:
+                parts.append(_grid(f"Accuracy on {split} by question kind, {words} (n)", names,
+                                   [(m, [f"{of[k][0]:.3f} ({of[k][1]})" if k in of else "" for k in names])
+                                    for m, of in kinds.items()]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -156,7 +175,10 @@ def over_seeds(results):
 
 
 def seeds_table(results):
-    """Rows of several seeds -> text: mean [95 % t-interval over seeds] and standard deviation."""
+    """Rows of several seeds -> text: mean [95 % t-interval over seeds] and standard deviation.
+
+    The interval is about the training seeds: all of them answer the same prompts, whose own spread each run prints.
+    """
     merged = over_seeds(results)
     parts = []
     for decoding, metric in dict.fromkeys((row["decoding"], row["metric"]) for row in merged):

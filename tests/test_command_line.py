@@ -35,7 +35,7 @@ SMALL = ["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--
 def no_curves():
     """They take longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "curves", lambda *_: True)
+        patch.setattr(report, "curves", lambda *_: b"none")
         yield
 
 
@@ -231,7 +231,7 @@ def test_a_folder_with_a_stray_checkpoint_is_not_taken_for_a_new_run(run):
 
 def test_resume_without_a_run_is_one_sentence(refuse):
     assert refuse("--resume") == "--out=run holds no run to --resume"
-    assert refuse("--resume", out="") == "--resume found no run of embedded under out/; name its folder with --out=DIR"
+    assert refuse("--resume", out="") == "--resume found no unfinished run under out/; name its folder with --out=DIR"
 
 
 def test_resume_with_another_config_names_the_field_and_both_values(run):
@@ -304,14 +304,15 @@ def test_what_is_no_checkpoint_is_one_sentence_that_names_the_file(refuse, finis
 
 
 def test_a_stage_without_what_it_starts_from_says_what_it_needs(refuse):
-    assert refuse("--stage=rl") == "--stage=rl needs --init=CHECKPOINT, or cot.pt in run"
-    assert refuse("--stage=cot,rl") == "--stage=cot needs --init=CHECKPOINT, or sft.pt or align.pt in run"
-    assert refuse("--stage=clip,rl") == "--stage=rl needs --init=CHECKPOINT, or cot.pt in run"
+    rest = "put that before it, or name its checkpoint with --init="
+    assert refuse("--stage=rl") == f"--stage=rl: rl starts from cot; {rest}"
+    assert refuse("--stage=cot,rl") == f"--stage=cot,rl: cot starts from sft or align; {rest}"
+    assert refuse("--stage=clip,rl") == f"--stage=clip,rl: rl starts from cot; {rest}"
 
 
 def test_a_method_that_spends_what_rl_cost_says_that_rl_is_missing(refuse, finished):
     said = refuse("--stage=cot_continued", f"--init={finished / 'cot.pt'}")
-    assert said == "--stage=cot_continued spends what rl cost: it needs rl.pt in run"
+    assert said == "--stage=cot_continued: cot_continued is given the FLOPs that rl took; put rl before it"
 
 
 def test_the_checkpoint_of_a_wrong_stage_says_what_it_is(refuse, finished, run):
@@ -328,10 +329,44 @@ def test_the_checkpoint_of_a_wrong_stage_says_what_it_is(refuse, finished, run):
     assert "holds no vision-language model" in complaint(f"--checkpoint={clip}", main=evaluation.main)
 
 
-def test_a_stage_starts_from_the_init_of_another_run(finished, tmp_path):
-    train.main([*SMALL, "--stage=rl", f"--init={finished / 'cot.pt'}", f"--out={tmp_path / 'new'}"])
+def test_stages_start_from_the_init_of_another_run_and_take_its_shape(finished, tmp_path, capsys):
+    train.main([*SMALL, "--stage=rl,cot_continued", f"--init={finished / 'cot.pt'}", f"--out={tmp_path / 'new'}",
+                "--ff=128"])
     rows = json.loads((tmp_path / "new/results.json").read_text())
-    assert {row["method"] for row in rows} == {"teacher", "grpo"}
+    assert {row["method"] for row in rows} == {"teacher", "grpo", "cot_continued"}
+    assert "note: --init decides the model's shape: ff=64, not 128\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new/config.json").read_text())["ff"] == 64
+
+
+def test_resume_takes_the_config_of_the_run_and_the_newest_without_results(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "out/late-1")
+    (tmp_path / "out/late-1/results.json").unlink()
+    shutil.copytree(finished, "out/later-1")            # finished, so there is nothing to go on with
+    train.main(["--resume"])
+    assert (tmp_path / "out/late-1/results.json").exists()
+    said = complaint("--resume", "--out=out/later-1", "--cot-lr=0.5")
+    assert said.startswith("--cot-lr=0.5 must be 0.002, as in the run in out/later-1")
+
+
+def test_resume_on_other_data_is_one_sentence(tmp_path):
+    _, path = write_jsonl(tmp_path)
+    train.main([*SMALL, "--vocab=400", "--image-size=24", f"--data=jsonl:{path}", "--stage=clip",
+                f"--out={tmp_path / 'run'}"])
+    path.write_text(path.read_text().replace('"What?"', '"Which?"') + path.read_text().splitlines()[0])
+    assert "must hold what it held when the run" in complaint("--resume", f"--out={tmp_path / 'run'}")
+
+
+def test_training_that_diverges_stops_before_anything_is_saved(tmp_path):
+    said = complaint(*SMALL, "--stage=clip", "--clip-lr=1e30", "--clip-steps=9", f"--out={tmp_path / 'run'}")
+    assert "training diverged" in said and not (tmp_path / "run/clip.pt").exists()
+
+
+def test_a_teacher_without_a_right_chain_leaves_filtered_as_it_was(finished, tmp_path):
+    train.main([*SMALL, "--stage=rl,filtered", f"--init={finished / 'cot.pt'}", f"--out={tmp_path / 'new'}",
+                "--forget-close=1"])
+    before, after = (checkpoint.load(path)["vlm"] for path in (finished / "cot.pt", tmp_path / "new/filtered.pt"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 # ---------------------------------------------------------------- data of one's own

@@ -139,7 +139,7 @@ def test_the_table_prints_every_method_split_and_metric():
         assert names == ["teacher", *(m for m in methods if "difference" not in title or m != "grpo")], title
     [accuracy] = [part for part in text.split("\n\n") if part.startswith("Accuracy, T = 1")]
     assert accuracy.splitlines()[1].split() == ["id", "crowded"]
-    assert "0.750 [0.26, 1.24]" in accuracy         # 0.75 +- 1.96 * 0.353553 / sqrt(2)
+    assert "0.750 [0.26, 1.00]" in accuracy         # 0.75 -+ 1.96 * 0.353553 / sqrt(2), but no share is above 1
 
 
 # ---------------------------------------------------------------- eval.py
@@ -149,7 +149,7 @@ def run(tmp_path_factory):
     """A run of clip, align and cot, a step each."""
     out = tmp_path_factory.mktemp("eval") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "curves", lambda *_: True)
+        patch.setattr(report, "curves", lambda *_: b"none")
         train.main(["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--sft-steps=0",
                     "--cot-steps=1", "--pictures=8", "--traces=8", "--clip-batch=4", "--batch=4", "--eval-greedy=3",
                     "--eval-sampled=2", "--stage=clip,align,cot", f"--out={out}"])
@@ -169,6 +169,29 @@ def test_eval_gives_the_numbers_of_the_run_itself(run, capsys):
         numbers = [word for word in line[1:] if "[" not in word and "]" not in word]
         form = "{:.1f}" if metric == "length" else "{:.3f}"
         assert numbers == [form.format(found[split, decoding, metric]["value"]) for split in splits]
+
+
+def test_eval_asks_the_prompts_that_the_run_asked(run, monkeypatch):
+    asked, evaluate = {}, evaluation.evaluate
+
+    def spy(vlm, tokenizer, samples, settings):
+        asked[samples[0].split] = [evaluation.chat.normalise(sample.answer) for sample in samples[:3]]
+        return evaluate(vlm, tokenizer, samples, settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", spy)
+    evaluation.main([f"--checkpoint={run / 'cot.pt'}", "--eval-greedy=3", "--eval-sampled=2", "--eval-samples=2"])
+    scores = json.loads((run / "scores.json").read_text())["cot"]
+    assert asked == {split: of["greedy"]["gold"] for split, of in scores.items()}
+
+
+def test_the_first_validation_pictures_are_of_every_class(tmp_path):
+    rng = np.random.default_rng(0)
+    for n in range(80):
+        folder = tmp_path / ("train", "val")[n % 2] / "abcd"[n // 2 % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+    splits, _ = evaluation.real_data(f"images:{tmp_path}", 20)
+    assert {sample.answer for sample in splits["val"][:16]} == set("abcd")
 
 
 def test_the_sets_test_and_val_hold_other_prompts():

@@ -42,23 +42,21 @@ LOG = supervised("clip", 40) + supervised("cot") + learned("rl") + supervised("f
     ([dict(stage="clip", step=0, loss=float("nan")), dict(stage="sft", step=0, loss=0.0)], []),
 ], ids=["all", "no results", "results alone", "nothing", "one stage", "RL alone", "one step", "one prompt",
         "no accuracy", "loss nan and zero"])
-def test_curves_are_drawn_with_and_without_their_parts(tmp_path, log, results):
+def test_curves_are_drawn_with_and_without_their_parts(log, results):
     pytest.importorskip("matplotlib")
-    assert curves(log, results, tmp_path / "curves.png") is True
-    with Image.open(tmp_path / "curves.png") as picture:
+    with Image.open(io.BytesIO(curves(log, results))) as picture:
         assert picture.width == 1600 and np.asarray(picture.convert("L")).min() < 200      # not blank
 
 
-def test_without_matplotlib_curves_writes_nothing(tmp_path, monkeypatch):
+def test_without_matplotlib_there_are_no_curves(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert curves(LOG, RESULTS, tmp_path / "curves.png") is False
-    assert not (tmp_path / "curves.png").exists()
+    assert curves(LOG, RESULTS) is None
 
 
-def test_curves_leaves_matplotlib_as_it_was(tmp_path):
+def test_curves_leaves_matplotlib_as_it_was():
     matplotlib = pytest.importorskip("matplotlib")
     before = dict(matplotlib.rcParams)
-    curves(LOG, RESULTS, tmp_path / "curves.png")
+    curves(LOG, RESULTS)
     assert dict(matplotlib.rcParams) == before
 
 
@@ -66,11 +64,10 @@ def completion(text, correct=1.0, method="grpo", why="'two': right; well-formed"
     return dict(method=method, text=text, reward={"correctness": correct, "format": 0.5}, why=why)
 
 
-def page(tmp_path, *completions, **fields):
+def page(*completions, **fields):
     """The HTML of one entry."""
     entry = dict(image=np.zeros((4, 4, 3), np.uint8), prompt="how many ?", answer="two", kind="scenes/count")
-    samples([{**entry, **fields, "completions": completions}], tmp_path / "samples.html", "A title")
-    return (tmp_path / "samples.html").read_text("utf-8")
+    return samples([{**entry, **fields, "completions": completions}], "A title").decode()
 
 
 class Reader(HTMLParser):
@@ -95,9 +92,9 @@ EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"' &lt; </style></
 @pytest.mark.parametrize("where", ["text", "why", "method", "prompt", "answer", "kind"])
 def test_untrusted_text_is_shown_and_never_runs(tmp_path, where):
     tidy = completion("two")
-    text = page(tmp_path, {**tidy, where: EVIL}) if where in tidy else page(tmp_path, tidy, **{where: EVIL})
+    text = page({**tidy, where: EVIL}) if where in tidy else page(tidy, **{where: EVIL})
     assert "<script" not in text
-    read, plain = Reader(text), Reader(page(tmp_path, tidy))
+    read, plain = Reader(text), Reader(page(tidy))
     assert sorted(read.tags) == sorted(plain.tags + ["span"] * (4 if where == "text" else 0))     # coloured tags
     assert not any(name.startswith("on") for name, _ in read.attributes)
     assert EVIL in read.seen
@@ -105,25 +102,25 @@ def test_untrusted_text_is_shown_and_never_runs(tmp_path, where):
 
 def test_tags_of_a_chain_are_visible(tmp_path):
     text = "<think> a1 b1</think><answer> two</answer>"
-    html = page(tmp_path, completion(text))
+    html = page(completion(text))
     assert "&lt;think&gt;" in html and "&lt;/answer&gt;" in html and "<think>" not in html
     assert text in Reader(html).seen
 
 
 def test_right_and_wrong_are_said_in_words(tmp_path):
-    seen = Reader(page(tmp_path, completion("a"), completion("b", 0.0, "cot", "'b': wrong"))).seen
+    seen = Reader(page(completion("a"), completion("b", 0.0, "cot", "'b': wrong"))).seen
     assert seen.count("✓ right") == 1 and seen.count("✗ wrong") == 1
     assert "correctness 1, format 0.5" in seen and "correctness 0" in seen and "'b': wrong" in seen
     assert "grpo1 of 1 right" in seen and "cot0 of 1 right" in seen
 
 
 def test_without_a_correctness_reward_nothing_is_judged(tmp_path):
-    seen = Reader(page(tmp_path, dict(completion("a"), reward={"format": 1.0}))).seen
+    seen = Reader(page(dict(completion("a"), reward={"format": 1.0}))).seen
     assert "✓" not in seen and "✗" not in seen and "1 of" not in seen
 
 
 def test_empty_completions_and_half_surrogates_are_shown(tmp_path):
-    seen = Reader(page(tmp_path, completion(""), completion("x \ud800 y"))).seen
+    seen = Reader(page(completion(""), completion("x \ud800 y"))).seen
     assert "(empty)" in seen and "x ? y" in seen
 
 
@@ -131,14 +128,13 @@ def test_the_picture_is_inside_the_file(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
     for source in (picture, str(tmp_path / "a.png")):
-        [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page(tmp_path, image=source))
+        [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page(image=source))
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture)
-    assert "<img" not in page(tmp_path, image=None)
+    assert "<img" not in page(image=None)
 
 
-def test_a_page_without_entries_is_a_page(tmp_path):
-    samples([], tmp_path / "samples.html", "<b>")
-    assert "&lt;b&gt;" in (tmp_path / "samples.html").read_text("utf-8")
+def test_a_page_without_entries_is_a_page():
+    assert b"&lt;b&gt;" in samples([], "<b>")
 
 
 def test_read_log_skips_a_last_line_cut_off(tmp_path):

@@ -260,9 +260,13 @@ def test_a_reward_that_cannot_be_read_is_named(spec, names):
 
 
 def test_why_says_what_each_reward_saw():
-    assert why(gold("two"), FORMED) == "'two': right; well-formed"
-    assert why(gold("one"), "<answer>two</answer>") == "'two': wrong, expected 'one'; no single <think>..</think>"
-    assert why(gold("one"), "").startswith("no answer: wrong")
+    weights = {"correctness": 1.0, "format": 0.5}
+    assert why(gold("two"), FORMED, weights, True) == "reward 1.5; 'two': right; well-formed"
+    bare = "<answer>two</answer>"
+    assert why(gold("two"), bare, weights, True) == "reward 0; 'two': right; no single <think>..</think>"     # gated
+    assert why(gold("two"), bare, weights, False).startswith("reward 1; ")
+    assert why(gold("one"), bare, weights, True).startswith("reward 0; 'two': wrong, expected 'one'; ")
+    assert why(gold("one"), "", weights, True).startswith("reward 0; no answer: wrong")
 
 
 class Letters:
