@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import accumulator, floating, jit, like, need, positive, tl, use_triton
-from kernels.linear_logp import Gradients, fp32_logits, on_device, parts
+from kernels.linear_logp import Gradients, fp32_logits, on_device, parts, room
 from kernels.row_logp import BLOCK, blocks, rows_forward, scaled, tanh, torch_scaled
 
 
@@ -83,9 +83,9 @@ def _rows_torch(logits, reference, keep, statistics, temperature, softcap, kl, g
     return logits
 
 
-def _both(h, weight, h_ref, weight_ref, part, temperature, softcap):
+def _both(h, weight, h_ref, weight_ref, buffers, part, temperature, softcap):
     """Logits of both heads on the rows `part`, and their softmax statistics (top, log_sum of each)."""
-    logits, reference = fp32_logits(h[part], weight), fp32_logits(h_ref[part], weight_ref)
+    logits, reference = fp32_logits(h[part], weight, buffers[0]), fp32_logits(h_ref[part], weight_ref, buffers[1])
     nothing = torch.zeros(len(logits), dtype=torch.long, device=h.device)
     statistics = [t for z in (logits, reference) for t in rows_forward(z, nothing, temperature, softcap, -100)[2:]]
     return logits, reference, statistics
@@ -96,8 +96,9 @@ def _op(h: Tensor, weight: Tensor, h_ref: Tensor, weight_ref: Tensor, mask: Tens
         softcap: Optional[float], chunk: Optional[int]) -> Tensor:
     kl = h.new_empty(len(h), dtype=accumulator(h.dtype))
     heads = on_device(h, weight, h_ref, weight_ref)
+    buffers = room(h, weight, chunk), room(h, weight, chunk)
     for part in parts(h, weight, chunk):
-        logits, reference, statistics = _both(*heads, part, temperature, softcap)
+        logits, reference, statistics = _both(*heads, buffers, part, temperature, softcap)
         run = _rows_triton if use_triton(logits) else _rows_torch
         run(logits, reference, mask[part], statistics, temperature, softcap, kl[part])
         del logits, reference
@@ -114,9 +115,10 @@ def _op_backward(g: Tensor, kl: Tensor, h: Tensor, weight: Tensor, h_ref: Tensor
                  temperature: float, softcap: Optional[float], chunk: Optional[int], need_dh: bool,
                  need_dw: bool) -> Tuple[Tensor, Tensor]:
     heads = on_device(h, weight, h_ref, weight_ref)
+    buffers = room(h, weight, chunk), room(h, weight, chunk)
     gradients = Gradients(*heads[:2], need_dh, need_dw)
     for part in parts(h, weight, chunk):
-        logits, reference, statistics = _both(*heads, part, temperature, softcap)
+        logits, reference, statistics = _both(*heads, buffers, part, temperature, softcap)
         run = _rows_triton if use_triton(logits) else _rows_torch
         run(logits, reference, mask[part], statistics, temperature, softcap, kl[part], g.contiguous()[part])
         del reference

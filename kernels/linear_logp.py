@@ -26,13 +26,13 @@ def linear_logp_reference(h, weight, target, temperature=1.0, softcap=None, igno
     return row_logp_reference(h.to(wide) @ weight.to(wide).T, target, temperature, softcap, ignore_index)
 
 
-def fp32_logits(h, weight):
+def fp32_logits(h, weight, out=None):
     """h (.., D) @ weight (V, D)^T -> (.., V), in fp32 even for bf16 inputs; fp64 stays fp64, for tests.
 
-    Logits rounded to bf16 put a log-prob off by up to 0.09.
+    Logits rounded to bf16 put a log-prob off by up to 0.09. out: memory to use where h is wide already, or None.
     """
     if h.dtype in (torch.float32, torch.float64):
-        return h @ weight.T
+        return h @ weight.T if out is None else torch.mm(h, weight.T, out=out[:len(h)])
     if h.is_cuda:
         return torch.mm(h.flatten(0, -2), weight.T, out_dtype=torch.float32).view(*h.shape[:-1], -1)
     return h.float() @ weight.float().T
@@ -45,6 +45,13 @@ def parts(h, weight, chunk):
     if not chunk:
         chunk = CUDA_CHUNK_ROWS if h.is_cuda else max(1, CPU_CHUNK_BYTES // (4 * weight.shape[0]))
     return [slice(start, start + chunk) for start in range(0, len(h), chunk)]
+
+
+def room(h, weight, chunk):
+    """Memory for a chunk's logits, the same for all: on a CPU fresh pages cost a fifth of the matmul. On CUDA, where
+    the allocator hands the same memory out again, None."""
+    rows = min(len(h), parts(h, weight, chunk)[0].stop) if len(h) else 0
+    return None if h.is_cuda else h.new_empty(rows, len(weight), dtype=accumulator(h.dtype))
 
 
 def on_device(*tensors):
@@ -79,8 +86,9 @@ def _op(h: Tensor, weight: Tensor, target: Tensor, temperature: float, softcap: 
     targets(target, len(weight), ignore_index)
     out = tuple(h.new_empty(len(h), dtype=accumulator(h.dtype)) for _ in range(4))
     wide_h, wide_weight = on_device(h, weight)
+    buffer = room(h, weight, chunk)
     for part in parts(h, weight, chunk):
-        logits = fp32_logits(wide_h[part], wide_weight)
+        logits = fp32_logits(wide_h[part], wide_weight, buffer)
         for whole, piece in zip(out, rows_forward(logits, target[part], temperature, softcap, ignore_index)):
             whole[part] = piece
         del logits                      # before the next chunk's are made
@@ -97,9 +105,9 @@ def _op_backward(g: Optional[Tensor], e: Optional[Tensor], h: Tensor, weight: Te
                  top: Tensor, log_sum: Tensor, temperature: float, softcap: Optional[float], ignore_index: int,
                  chunk: Optional[int], need_dh: bool, need_dw: bool) -> Tuple[Tensor, Tensor]:
     wide_h, wide_weight = on_device(h, weight)
-    gradients = Gradients(wide_h, wide_weight, need_dh, need_dw)
+    gradients, buffer = Gradients(wide_h, wide_weight, need_dh, need_dw), room(h, weight, chunk)
     for part in parts(h, weight, chunk):
-        logits = fp32_logits(wide_h[part], wide_weight)
+        logits = fp32_logits(wide_h[part], wide_weight, buffer)
         some = [None if t is None else t[part] for t in (target, g, e, entropy, top, log_sum)]
         gradients.add(part, rows_backward_(logits, *some, temperature, softcap, ignore_index, dtype=wide_h.dtype))
         del logits

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import accumulator, floating, like, targets
-from kernels.linear_logp import Gradients, check, fp32_logits, linear_logp_reference, on_device, parts
+from kernels.linear_logp import Gradients, check, fp32_logits, linear_logp_reference, on_device, parts, room
 from kernels.policy_loss import STATISTICS, check_options, named, policy_loss_reference, tokens_forward
 from kernels.row_logp import rows_backward_, rows_forward
 
@@ -41,10 +41,10 @@ def _op(h: Tensor, weight: Tensor, target: Tensor, old_logp: Optional[Tensor], r
     logp, entropy = (h.new_empty(len(h), dtype=wide) for _ in range(2))
     sums, largest = h.new_zeros(1 + len(STATISTICS), dtype=wide), h.new_zeros((), dtype=wide)
     wide_h, wide_weight = on_device(h, weight)
-    gradients = Gradients(wide_h, wide_weight, need_dh, need_dw)
+    gradients, buffer = Gradients(wide_h, wide_weight, need_dh, need_dw), room(h, weight, chunk)
     denominator = denominator.to(wide)
     for part in parts(h, weight, chunk):
-        logits = fp32_logits(wide_h[part], wide_weight)
+        logits = fp32_logits(wide_h[part], wide_weight, buffer)
         statistics = rows_forward(logits, target[part], temperature, softcap, IGNORED)
         logp[part], entropy[part] = statistics[:2]
         some = [None if t is None else t[part].to(wide).contiguous() for t in (old_logp, ref_logp, advantage)]
