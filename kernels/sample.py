@@ -88,9 +88,8 @@ def _floor(z, banned, top_k, top_p):
     return floor
 
 
-@torch.library.custom_op("seethink::sample", mutates_args=())
-def _op(logits: Tensor, u: Optional[Tensor], banned: Tensor, temperature: float, top_k: int,
-        top_p: float) -> Tuple[Tensor, Tensor, Tensor]:
+def _draw(logits: Tensor, u: Optional[Tensor], banned: Tensor, temperature: float, top_k: int,
+          top_p: float) -> Tuple[Tensor, Tensor, Tensor]:
     N, V = logits.shape
     greedy = u is None
     if use_triton(logits) and logits.numel():
@@ -105,15 +104,18 @@ def _op(logits: Tensor, u: Optional[Tensor], banned: Tensor, temperature: float,
     z = logits / temperature
     floor = _floor(z, banned, top_k, top_p)
     allowed = z.masked_fill(banned if floor is None else banned | (z < floor), float("-inf"))
+    p = allowed.softmax(-1)
     if greedy:
         token = allowed.argmax(-1, keepdim=True)
     else:
         # Cumulated in fp64, so that u cannot round up to the total nor a rare token be lost; one that is not allowed
         # has width 0 and is never the first to pass.
-        cumulated = allowed.softmax(-1).cumsum(-1, dtype=torch.float64)
+        cumulated = p.cumsum(-1, dtype=torch.float64)
         token = torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True)
-    logp = z.log_softmax(-1).gather(-1, token)[:, 0]
-    return token[:, 0], logp, allowed.log_softmax(-1).gather(-1, token)[:, 0]
+    return token[:, 0], z.log_softmax(-1).gather(-1, token)[:, 0], p.gather(-1, token).log_()[:, 0]
+
+
+_op = torch.library.custom_op("seethink::sample", _draw, mutates_args=())
 
 
 @_op.register_fake
@@ -141,5 +143,7 @@ def sample(logits, generator=None, temperature=1.0, top_k=0, top_p=1.0, banned=N
     u = None
     if temperature:
         u = torch.rand(*logits.shape[:-1], 1, dtype=torch.float64, device=logits.device, generator=generator).flatten()
-    out = _op(logits.detach().flatten(0, -2), u, banned, float(temperature or 1), top_k, float(top_p))
+    # Eagerly the op's own dispatch would cost as much as drawing from a small vocabulary does.
+    draw = _op if torch.compiler.is_compiling() else _draw
+    out = draw(logits.detach().flatten(0, -2), u, banned, float(temperature or 1), top_k, float(top_p))
     return Sampled(*(t.view(logits.shape[:-1]) for t in out))
