@@ -25,8 +25,8 @@ from trl import GRPOConfig, GRPOTrainer
 PROMPTS, GROUP, NEW, VOCAB, PATCH = 8, 8, 48, 512, 8
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
 TEMPLATE = ("{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }} {% else %}"
-            "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}"
-            "{% endfor %}")
+            "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} "
+            "{% endif %}{% endfor %}{% endif %}{% endfor %}")
 
 
 def processor(image_size):

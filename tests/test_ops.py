@@ -31,7 +31,7 @@ def calls():
     logits = (h @ weight.T).detach()
     row, mask, denominator = torch.randn(7), target >= 0, torch.tensor(5.0)
     statistics = [t.detach() for t in op.row_logp(logits, target, 0.7, 5.0, -100)[1:]]
-    loss = (0.2, 0.2, 2.0, "k3", 0.1, 0.1)
+    loss = (0.2, 0.2, 2.0, "k3", 0.1)
     return {
         "row_logp": (op.row_logp, (logits.clone().requires_grad_(), target, 0.7, 5.0, -100)),
         "row_dlogits_": (op.row_dlogits_, (logits.clone(), target, row, None, *statistics, 0.7, 5.0, -100)),
@@ -42,9 +42,9 @@ def calls():
         "linear_kl_backward": (op.linear_kl_backward, (row, row, h.detach(), weight.detach(), h.detach() + 1,
                                                        weight.detach(), mask, 1.0, None, None, True, True)),
         "policy_loss": (op.policy_loss, (row.clone().requires_grad_(), row - 0.1, None, row.exp().requires_grad_(), row,
-                                         mask, denominator, *loss)),
+                                         mask, row.abs(), denominator, *loss, "sapo", 0.1)),
         "linear_policy_loss": (op.linear_policy_loss, (h, weight, target, None, row - 3, row, mask, denominator, 1.0,
-                                                       None, *loss, 3, True, True)),
+                                                       None, *loss, 0.1, 3, True, True)),
         "group_advantage": (op.group_advantage, (torch.rand(3, 4), "batch", "leave_one_out", 1e-6)),
         "gae": (op.gae, (torch.rand(3, 4), torch.rand(3, 4), torch.rand(3, 4) > 0.3, None, 0.9, 0.8)),
         "sample": (op.sample, (logits, torch.rand(7, dtype=torch.float64), torch.zeros(11).bool(), 1.0, 3, 0.9)),
@@ -115,8 +115,9 @@ COMPILED = [
      dict(ROW, CAPPED=True)),
     *(("linear_kl", "_kernel", [F, "i64", F, "i64", "*u8", *[F] * 6, "fp32", "fp32"],
        dict(ROW, CAPPED=True, BACKWARD=backward)) for backward in (False, True)),
-    *(("policy_loss", "_kernel", [*[F] * 5, "*u8", *[F] * 3, "i32", *["fp32"] * 5],
-       dict(KL=kl, ENTROPY=True, BLOCK=1024)) for kl in ("", "k1", "k2", "k3")),
+    *(("policy_loss", "_kernel", [*[F] * 5, "*u8", *[F] * 4, "i32", *["fp32"] * 7],
+       dict(KL=kl, ENTROPY=True, SURROGATE=surrogate, WEIGHTED=True, BLOCK=1024))
+      for kl, surrogate in (("", "clip"), ("k1", "cispo"), ("k2", "sapo"), ("k3", "clip"))),
     *(("group_advantage", "_kernel", [F, F, F, "fp32", "fp32"], dict(G=6, WIDTH=8, STD=std))
       for std in ("group", "batch", "none")),
     ("gae", "_kernel", [F, F, "*u8", F, F, F, "fp32", "fp32", "i32"], dict(BLOCKS=2, BLOCK=1024)),

@@ -13,6 +13,9 @@ pytestmark = pytest.mark.usefixtures("blocks")
 OPTIONS = pytest.mark.parametrize("options", [
     dict(), dict(clip_low=0.1, clip_high=0.3, bound=1.5), dict(kl="k1", kl_coef=0.3), dict(kl="k2", kl_coef=0.3),
     dict(kl="k3", kl_coef=0.3, bound=3.0), dict(entropy_coef=0.2)], ids=str)
+SURROGATES = pytest.mark.parametrize("options", [
+    dict(surrogate="cispo"), dict(surrogate="cispo", clip_low=0.1, clip_high=0.3, kl="k1", kl_coef=0.3),
+    dict(surrogate="sapo"), dict(surrogate="sapo", kl="k2", kl_coef=0.3, entropy_coef=0.2)], ids=str)
 
 
 def problem(N=300, seed=0):
@@ -25,7 +28,7 @@ def problem(N=300, seed=0):
 
 
 def naive(logp, old_logp, ref_logp, advantage, mask, entropy, denominator, clip_low=0.2, clip_high=0.2, bound=None,
-          kl="k3", kl_coef=0.0, entropy_coef=0.0):
+          kl="k3", kl_coef=0.0, entropy_coef=0.0, surrogate="clip", weight=None):
     """One token at a time, in words: a gain counts only as far as the clip, a loss in full, but only to the bound."""
     total, count = 0.0, dict(clip_low=0, clip_high=0, ratio_off=0.0, kl=0.0, kl_ref=0.0, ratio_off_max=0.0)
     for t in range(len(logp)):
@@ -40,8 +43,14 @@ def naive(logp, old_logp, ref_logp, advantage, mask, entropy, denominator, clip_
             gain = bound * a
         else:
             gain = ratio * a
+        if surrogate == "cispo":
+            gain = min(max(ratio.item(), 1 - clip_low), 1 + clip_high) * a * logp[t]
+        if surrogate == "sapo":
+            tau = 1.0 if a > 0 else 1.05
+            gain = 4 / tau / (1 + (-tau * (ratio - 1)).exp()) * a
         penalty = {"k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[kl]
-        total = total - (gain - kl_coef * penalty + entropy_coef * entropy[t]) / denominator
+        gain = gain - kl_coef * penalty + entropy_coef * entropy[t]
+        total = total - (1 if weight is None else weight[t]) * gain / denominator
         r = ratio.item()
         count["ratio_off"] += abs(r - 1)
         count["ratio_off_max"] = max(count["ratio_off_max"], abs(r - 1))
@@ -62,6 +71,32 @@ def test_the_reference_is_the_definition(options):
     given = policy_loss_reference(**tensors, denominator=11, **options)
     assert given.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert difference(*(torch.autograd.grad(value, tensors["logp"])[0] for value in (given, wanted))) < 1e-12
+
+
+@SURROGATES
+def test_the_reference_of_the_other_surrogates_is_the_definition(options):
+    tensors = problem() | dict(weight=torch.rand(300, dtype=torch.float64))
+    tensors["logp"].requires_grad_()
+    wanted, _ = naive(**tensors, denominator=11, **options)
+    given = policy_loss_reference(**tensors, denominator=11, **options)
+    assert given.item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert difference(*(torch.autograd.grad(value, tensors["logp"])[0] for value in (given, wanted))) < 1e-12
+
+
+@DEVICES
+@SURROGATES
+@pytest.mark.parametrize("weighted", [False, True])
+def test_value_and_gradients_of_the_other_surrogates(options, weighted, device):
+    tensors = problem() | (dict(weight=torch.rand(300, dtype=torch.float64)) if weighted else {})
+    assert_equals(loss_alone(policy_loss), policy_loss_reference, tensors, ("logp", "entropy"), device, denominator=11,
+                  **options)
+
+
+@DEVICES
+def test_weights_of_the_clipped_loss(device):
+    tensors = problem() | dict(weight=torch.rand(300, dtype=torch.float64))
+    assert_equals(loss_alone(policy_loss), policy_loss_reference, tensors, ("logp", "entropy"), device, denominator=11,
+                  kl_coef=0.3, entropy_coef=0.2)
 
 
 @DEVICES
@@ -174,7 +209,8 @@ def test_without_gradients_none_is_computed():
     (dict(clip_low=1.5), "clip_low 1.5"),
     (dict(clip_high=-0.1), "clip_high -0.1"),
     (dict(bound=1.1), "bound 1.1 must be at least"),
-    (dict(kl="k4"), "kl 'k4' must be k1, k2 or k3"),
+    (dict(kl="k4"), "kl 'k4' must be k1, k2 or k3"), (dict(surrogate="ppo"), "surrogate 'ppo' must be one of clip"),
+    (dict(weight=torch.ones(3)), r"weight \(3,\) must broadcast to logp \(2,\)"),
     (dict(denominator=0), "denominator 0"),
     (dict(denominator=torch.ones(2)), r"denominator \(2,\)"),
 ])
