@@ -21,6 +21,7 @@ from data.sample import Sample, collate, read_image, to_pixels
 from data.splits import mixed
 from data.tokenizer import Tokenizer
 from model import checkpoint
+from model.clip import Clip
 from model.config import from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
 from model.generate import generate
@@ -111,6 +112,24 @@ def evaluate(vlm, tokenizer, samples, settings):
         if decoding == "t1":
             scores[decoding]["aliases"] = [[chat.normalise(a) for a in sample.aliases] for sample in asked]
     return scores
+
+
+@torch.no_grad()
+def nearest_answers(state, samples, answers, tokenizer, count, device, dtype):
+    """For each sample's picture the `count` answers its embedding is nearest to, best first (zero-shot CLIP).
+
+    state: of a checkpoint that carries both towers. Raises ValueError when it does not.
+    """
+    if "clip" not in state:
+        raise ValueError("chains on real pictures need a checkpoint that carries its CLIP text tower")
+    model = Clip.from_config(state["clip_config"], state["clip"]).to(device, dtype)
+    texts = [tokenizer.encode(" " + answer)[:model.config.text_length - 1] + [tokenizer.eos_id] for answer in answers]
+    batch = collate([(ids, [0] * len(ids), ()) for ids in texts], tokenizer.pad_id, 1).to(device)
+    found = []
+    for i in range(0, len(samples), 64):
+        pixels = to_pixels([sample.images[0] for sample in samples[i:i + 64]], model.config.image_size)
+        found += model.nearest(pixels.to(device, dtype), batch.ids, batch.length, count)
+    return [[answers[j] for j in row] for row in found]
 
 
 def teacher_scores(samples, settings):

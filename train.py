@@ -26,19 +26,21 @@ from data import chat, cot, scenes
 from data.sample import batch_indices, collate, to_pixels
 from data.tokenizer import Tokenizer
 from data.tokenizer import train as train_tokenizer
-from kernels import group_advantage, is_flat
 from model import checkpoint, flops
 from model.clip import Clip, ClipConfig, contrastive_loss
-from model.config import adopt, describe, from_command_line
+from model.config import adopt, check_ranges, describe, from_command_line, needs
 from model.device import pick_device, pick_dtype
 from model.generate import Sampler
 from model.llama import LlamaConfig
-from model.optim import learning_rate, make_optimizer, optimizer_step, seed_of, show_trained
+from model.optim import (diverged, gradient_norms, learning_rate, make_optimizer, optimizer_step, seed_of,
+                         show_trained)
 from model.runfolder import RunFolder, choose, resumed, write_json
 from model.vlm import VLM, VlmConfig
-from rl import bench, losses, metrics, rewards
-from rl.rollout import collect, read
-from rl.types import Experience
+from rl import algorithms, bench, metrics, rewards
+from rl.learner import Guard, make_learner
+from rl.rollout import collect
+from rl.types import Experience, Rollout
+from rl.update import estimated, informative, scored, update
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Config:
     data: str = "scenes"            # scenes | images:DIR | jsonl:FILE
     stage: str = "all"              # all, or some of clip,align,sft,cot,rl and the comparison's methods, in order
     init: str = ""                  # checkpoint the first stage starts from
-    compare: str = "basic"          # none | basic: cot_continued, filtered | all: every method
+    compare: str = "basic"          # none | basic: cot_continued, filtered | all: every method | algorithms | rewards
     out: str = ""                   # run folder; empty: a new one under out/
     resume: bool = False            # go on with the interrupted run in --out (empty: the newest)
     seed: int = 0                   # decides everything random
@@ -123,15 +125,46 @@ class Config:
     rl_batch: int = 32              # prompts a rollout
     group: int = 8                  # completions of each
     rl_lr: float = 5e-4             # peak learning rate
-    loss: str = "grpo"              # policy loss
     temperature: float = 1.0        # of sampling and of the log-probs
     max_new: int = 32               # token budget, the same in training and evaluation
     min_new: int = 0                # no EOS before this many tokens
     epochs: int = 1                 # passes over a rollout
     mini_batches: int = 1           # optimizer steps a pass
+    # what an algorithm sets (rl/algorithms.py has the papers)
+    algorithm: str = ""             # grpo | dr_grpo | dapo | gspo | cispo | sapo | luspo | rloo | reinforce++ | ppo
+    loss: str = "clip"              # clip | cispo | sapo
+    ratio: str = "token"            # importance ratio of each token | of the whole sequence (GSPO)
     clip_low: float = 0.2           # ratio clip below; acts from the second update of a rollout on
     clip_high: float = 0.2          # ratio clip above
-    advantage_std: bool = True      # divide by the group's standard deviation
+    bound: float = 0.0              # largest ratio in front of a negative advantage (dual clip); 0: none
+    norm: str = "token"             # sequence: each completion alike | token: each token | constant: budget | sum
+    baseline: str = "mean"          # mean | leave_one_out (RLOO) | batch (REINFORCE++) | critic (PPO)
+    std: str = "group"              # advantages over the deviation of the group | batch | none
+    combine: str = "sum"            # rewards are summed, then normalised | each normalised, then summed (GDPO)
+    kl: str = "k3"                  # KL to the starting policy: estimators k1 | k2 | k3, or exact over the vocabulary
+    kl_coef: float = 0.0            # its coefficient
+    kl_in: str = "loss"             # loss | reward
+    kl_target: float = 0.0          # nats a token that the coefficient adapts to; 0: it is fixed
+    ref_sync: int = 0               # rollouts after which the reference becomes the policy; 0: never
+    entropy_coef: float = 0.0       # bonus for entropy
+    top_entropy: float = 1.0        # share of the tokens that train, those of highest entropy
+    correct: str = "none"           # weights against drift between sampling and update: none | truncate | mask
+    correct_cap: float = 2.0        # largest such weight
+    correct_level: str = "token"    # token | sequence
+    refill: int = 0                 # dynamic sampling: at most so many more rollouts in the place of flat groups
+    drop_truncated: bool = False    # completions that hit the budget do not train
+    overlong_share: float = 0.0     # last share of the budget in which the soft penalty on length grows to -1
+    kl_stop: float = 0.0            # nats a token from the old policy that end a rollout's updates; 0: never
+    critic: str = "shared"          # value head on the policy's decoder | detached from it | separate decoder
+    gamma: float = 1.0              # discount
+    lam: float = 0.95               # of GAE
+    value_lr: float = 1.0           # critic's learning rate, in units of the policy's
+    value_coef: float = 0.5         # of its loss
+    value_clip: float = 0.2         # of its change in a rollout; 0: none
+    return_norm: bool = False       # critic in units of the returns seen so far
+    bootstrap: bool = False         # completions that hit the budget go on being worth what the critic says
+    bad_steps: int = 3              # losses or gradients in a row that are not finite before the run stops
+    # rewards
     rewards: str = "correctness:1,format:0.1"   # weighted sum
     gated: bool = True              # a right answer counts only in a well-formed completion
     # evaluation
@@ -143,31 +176,21 @@ class Config:
 
     def check(self):
         """Raises ValueError in one sentence about the first value that cannot work; returns notes on idle ones."""
-        def need(ok, name, expected):
-            if not ok:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must {expected}")
-
-        at_least = {
+        need = needs(self)
+        check_ranges(self, at_least={
             0: "seed seeds threads micro_batch min_new clip_steps align_steps sft_steps cot_steps rl_steps eps "
-               "weight_decay clip_low clip_high",
-            1: "jobs batch rl_batch max_new epochs mini_batches save_every eval_greedy eval_sampled eval_samples "
-               "eval_batch image_size patch clip_width clip_layers clip_heads text_width text_layers text_heads embed "
-               "layers heads kv_heads ff vocab pictures questions traces rl_prompts",
-            2: "clip_batch candidates text_length width"}
-        for low, names in at_least.items():
-            for name in names.split():
-                need(getattr(self, name) >= low, name, f"be at least {low}")
-        for name, allowed in dict(compare=("none", "basic", "all"), eval_set=tuple(evaluation.TEST_SEED),
-                                  template=tuple(chat.TEMPLATES), loss=tuple(losses.LOSSES),
-                                  projector=("linear", "mlp2x_gelu"), bench=("", "step", "prefix")).items():
-            need(getattr(self, name) in allowed, name, f"be one of {', '.join(a for a in allowed if a)}")
-        for name in ("slip", "confuse", "drop_hop", "forget_close", "teacher_error", "warmup", "final_lr"):
-            need(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]")
-        for name in ("clip_lr", "align_lr", "sft_lr", "cot_lr", "rl_lr", "temperature", "grad_clip", "theta"):
-            need(0 < getattr(self, name) < math.inf, name, "be positive")
+               "weight_decay clip_high refill ref_sync",
+            1: "jobs batch rl_batch group bad_steps max_new epochs mini_batches save_every eval_greedy eval_sampled "
+               "eval_samples eval_batch image_size patch clip_width clip_layers clip_heads text_width text_layers "
+               "text_heads embed layers heads kv_heads ff vocab pictures questions traces rl_prompts",
+            2: "clip_batch candidates text_length width"},
+            shares="slip confuse drop_hop forget_close teacher_error warmup final_lr gamma lam clip_low overlong_share",
+            positive="clip_lr align_lr sft_lr cot_lr rl_lr temperature grad_clip theta",
+            one_of=algorithms.ALLOWED | dict(
+                compare=tuple(COMPARISONS), eval_set=tuple(evaluation.TEST_SEED), bench=("", "step", "prefix"),
+                template=tuple(chat.TEMPLATES), projector=("linear", "mlp2x_gelu")))
         need(0 <= self.beta2 < 1, "beta2", "lie in [0, 1)")
         need(0 < self.val_percent < 100, "val_percent", "lie between 0 and 100")
-        need(self.group >= 2, "group", "be at least 2: a group of one has no baseline but itself")
         need(self.rl_batch % self.mini_batches == 0, "rl_batch", f"be a multiple of --mini-batches={self.mini_batches}")
         need(self.min_new <= self.max_new, "min_new", f"not exceed --max-new={self.max_new}")
         need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
@@ -182,9 +205,7 @@ class Config:
         for name in self.stages():
             if name not in STAGES:
                 raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
-        notes = []
-        if self.epochs * self.mini_batches == 1 and (self.clip_low, self.clip_high) != (0.2, 0.2):
-            notes.append("--clip-low and --clip-high have no effect with one update a rollout: every ratio is 1")
+        notes = algorithms.check(self, need)
         if self.gated and "correctness" in self.rewards and "format" not in self.rewards:
             notes.append("correctness is gated on the format although the format itself earns nothing")
         if source != "scenes" and (self.slip, self.confuse, self.drop_hop) != (0.06, 0.65, 0.60):
@@ -203,11 +224,15 @@ class Config:
     def stages(self):
         if self.stage != "all":
             return self.stage.split(",")
-        extra = {"none": [], "basic": ["cot_continued", "filtered"],
-                 "all": ["cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect",
-                         "grpo_zero"]}[self.compare]
-        return ["clip", "align", *(["sft"] if self.sft_steps else []), "cot", "rl", *extra]
+        return ["clip", "align", *(["sft"] if self.sft_steps else []), "cot", *COMPARISONS[self.compare]]
 
+
+# what --compare adds to clip, align, sft and cot
+COMPARISONS = {
+    "none": ["rl"], "basic": ["rl", "cot_continued", "filtered"],
+    "all": ["rl", "cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "grpo_zero"],
+    "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"], "rewards": [*algorithms.REWARDS],
+}
 
 PRESETS = {
     "": lambda given: ("bench" if given.get("bench") else "embedded" if given.get("data", "scenes") == "scenes"
@@ -285,7 +310,11 @@ class Run(RunFolder):
             vlm.llm.compile_blocks()
         return vlm.to(self.device, self.dtype)
 
-    def finish_stage(self, stage, method, vlm=None, clip=None):
+    def spend(self, vlm, what, *args):
+        """Counts the FLOPs of that name in model/flops.py."""
+        self.flops += getattr(flops, what)(vlm, *args)
+
+    def finish_stage(self, stage, method, vlm=None, clip=None, cfg=None):
         """The stage's checkpoint, with the towers it started from carried along."""
         new = {}
         if vlm is not None:
@@ -293,7 +322,7 @@ class Run(RunFolder):
         if clip is not None:
             new |= dict(clip=clip.state_dict(), clip_config=asdict(clip.config))
         carried = {name: self.state[name] for name in ("clip", "clip_config") if name in self.state}
-        self.finish(stage, **{**carried, **new}, method=method, config=asdict(self.cfg), flops=self.flops,
+        self.finish(stage, **{**carried, **new}, method=method, config=asdict(cfg or self.cfg), flops=self.flops,
                     tokenizer=self.tokenizer.proto)
 
 
@@ -312,7 +341,9 @@ def fit(run, stage, module, count, losses_of, steps, batch, peak):
         for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"))):
             loss.backward()
             total += loss.item()
-        norm = optimizer_step(module, optimizer, lr, cfg.grad_clip)
+        norm = optimizer_step(optimizer, lr, cfg.grad_clip)
+        if not math.isfinite(norm):
+            raise ValueError(diverged(norm, lr))
         run.log(stage=stage, step=step, loss=total, lr=lr, grad_norm=norm, flops=run.flops,
                 seconds=round(time.perf_counter() - began, 3))
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
@@ -321,88 +352,71 @@ def fit(run, stage, module, count, losses_of, steps, batch, peak):
     return time.perf_counter() - began
 
 
-def reinforce(run, stage, vlm, samples, method, steps):
-    """Reinforcement learning: roll out, reward, drop flat groups, update. One line of log.jsonl a rollout."""
-    cfg = run.cfg
-    weights = rewards.parse_weights(cfg.rewards)
-    optimizer = make_optimizer(vlm, cfg.beta2, cfg.weight_decay)
+def roll_out(run, vlm, samples, method, cfg, weights, generator, clock=None):
+    """Samples cfg.group completions of each sample and rewards them; -> (Batch, Rollout)."""
+    tok, clock = run.tokenizer, clock or metrics.Clock(run.device)
+    batch = evaluation.prompts(vlm, tok, samples, method, cfg.template)
+    run.spend(vlm, "encode", len(batch.pixels))
+    vlm.encode(batch)
+    clock.lap("encode")
+    sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
+    clock.lap("prefill")
+    done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned, generator=generator,
+                          min_new=cfg.min_new, pad_id=tok.pad_id)
+    run.flops += sampler.flops
+    clock.lap("decode")
+    rollout = collect(done, samples, tok, weights, cfg.gated, cfg.max_new, cfg.overlong_share)
+    clock.lap("score")
+    return batch, rollout
+
+
+def reinforce(run, stage, vlm, samples, method, steps, cfg):
+    """Reinforcement learning: roll out, reward, estimate advantages, update. One line of log.jsonl a rollout."""
+    weights = rewards.weights_of(cfg)
+    learner = make_learner(vlm, vlm.config.llm.width, cfg)
+    optimizer = make_optimizer(learner, cfg.beta2, cfg.weight_decay, learner.critic, cfg.value_lr)
     generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
-    start, run.flops = run.take_progress(stage, vlm, optimizer, generator) or (0, run.flops)
-    loss_of, tok, updates = losses.LOSSES[cfg.loss], run.tokenizer, 0
-    began = time.perf_counter()
+    start, run.flops = run.take_progress(stage, learner, optimizer, generator) or (0, run.flops)
+    guard, spend, updates = Guard(run.folder, stage, cfg.bad_steps, checkpoint.save), partial(run.spend, vlm), 0
+    began, order, tries = time.perf_counter(), seed_of(cfg.seed, stage, "order"), 1 + cfg.refill
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
     for step in bar:
         clock = metrics.Clock(run.device)
         lr = learning_rate(step, steps, cfg.rl_lr, cfg.warmup, cfg.final_lr)
-        asked = [samples[i] for i in batch_indices(len(samples), cfg.rl_batch, step, seed_of(cfg.seed, stage, "order"))]
-        batch = evaluation.prompts(vlm, tok, asked, method, cfg.template)
-        run.flops += flops.encode(vlm, len(batch.pixels))
-        vlm.encode(batch)
-        clock.lap("encode")
-        sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
-        clock.lap("prefill")
-        rollout = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned,
-                                 generator=generator, min_new=cfg.min_new, pad_id=tok.pad_id)
-        run.flops += sampler.flops
-        clock.lap("decode")
-        rollout = collect(rollout, asked, tok, weights, cfg.gated)
-        advantage = group_advantage(rollout.reward, "group" if cfg.advantage_std else "none")
-        line = metrics.of_rollout(rollout, tok.eos_id)
-        clock.lap("score")
-        kept = (~is_flat(rollout.reward)).nonzero()[:, 0]
-        experience = Experience(batch, rollout.ids, rollout.mask, advantage, rollout.logp).rows(kept)
-        line |= update(run, vlm, optimizer, experience, loss_of, lr) if len(kept) else {}
-        updates += len(kept) > 0
+        rollouts, kept = [], []
+        while not rollouts or len(rollouts) < tries and sum(len(part.ids) for part in kept) < cfg.rl_batch:
+            asked = batch_indices(len(samples), cfg.rl_batch, step * tries + len(rollouts), order)
+            batch, rollout = roll_out(run, vlm, [samples[i] for i in asked], method, cfg, weights, generator, clock)
+            rollouts.append(rollout)
+            kept.append(informative(batch, rollout, cfg))
+        rollout, experience = Rollout.join(rollouts), Experience.join(kept).first(cfg.rl_batch)
+        learner.samples += rollout.reward.numel()
+        line = metrics.of_rollout(rollout) | dict(groups=len(experience.ids), rollouts=len(rollouts))
+        if len(experience.ids):
+            def take_step(drop=False):
+                norms = gradient_norms(grad_norm=learner, grad_norm_projector=vlm.projector, grad_norm_llm=vlm.llm,
+                                       grad_norm_critic=learner.critic)
+                optimizer_step(optimizer, lr, cfg.grad_clip, drop)
+                return norms
+
+            experience = scored(learner, experience, cfg, spend)
+            experience, found = estimated(learner, experience, weights, cfg)
+            line |= found | update(learner, experience, cfg, take_step, spend, guard)
+            updates += line["updates"]
+        learner.after(step, line, cfg)
         clock.lap("update")
-        sampling = clock.laps["encode"] + clock.laps["prefill"] + clock.laps["decode"]
-        line |= {f"seconds_{name}": round(seconds, 4) for name, seconds in clock.laps.items()}
-        run.log(stage=stage, step=step, lr=lr, flops=run.flops, samples=(step + 1) * cfg.rl_batch * cfg.group,
-                tokens_per_second=int(rollout.mask.sum()) / sampling, seconds=round(time.perf_counter() - began, 3),
+        seconds, tokens = clock.laps, int(experience.mask.sum()) * cfg.epochs
+        line |= {f"seconds_{name}": round(lap, 4) for name, lap in seconds.items()}
+        run.log(stage=stage, step=step, lr=lr, flops=run.flops, samples=int(learner.samples),
+                tokens_per_second=int(rollout.mask.sum()) / sum(map(seconds.get, ("encode", "prefill", "decode"))),
+                update_tokens_per_second=tokens / seconds["update"], seconds=round(time.perf_counter() - began, 3),
                 **line)
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_progress(stage, step + 1, vlm, optimizer, generator, run.flops)
+            run.save_progress(stage, step + 1, learner, optimizer, generator, run.flops)
     if not updates:
         print(f"  note: the rewards of every group of {stage} were all equal, so the model did not change")
     return time.perf_counter() - began
-
-
-def update(run, vlm, optimizer, experience, loss_of, lr):
-    """epochs x mini_batches optimizer steps on one rollout's informative groups; -> metrics of the update.
-
-    Old log-probs: with one update a rollout the policy's own, detached; else scored in the update's own micro-batches,
-    so that the first mini-batch's ratio is exactly 1.
-    """
-    cfg = run.cfg
-    minis = [[micro.trim() for micro in mini.split(cfg.micro_batch)]
-             for mini in experience.split(-(-len(experience.ids) // cfg.mini_batches))]
-    several = cfg.epochs * len(minis) > 1
-    sums, tokens, norms, drift = {}, 0, [], 0.0
-    old_logps = {}
-    if several:
-        with torch.no_grad():
-            for micro in (micro for mini in minis for micro in mini):
-                old_logps[id(micro)] = vlm(micro.batch, micro.ids, cfg.temperature).logp
-                run.flops += flops.forward(vlm, micro.batch, micro.ids.shape)
-    for epoch in range(cfg.epochs):
-        for mini in minis:
-            denominator = sum(micro.mask.sum() for micro in mini)
-            for micro in mini:
-                out = vlm(micro.batch, micro.ids, cfg.temperature)
-                run.flops += flops.update(vlm, micro.batch, micro.ids.shape)
-                old = old_logps.get(id(micro), out.logp.detach())
-                loss, stats = loss_of(out.logp, old, micro.advantage, micro.mask, denominator, cfg.clip_low,
-                                      cfg.clip_high)
-                loss.backward()
-                stats |= {"loss": loss.detach() * denominator, "entropy": (out.entropy.detach() * micro.mask).sum()}
-                metrics.add(sums, stats)
-                if not norms:
-                    off = (old - micro.old_logp).exp() - 1      # against the log-prob at sampling time
-                    drift = max(drift, (off.abs() * micro.mask).max().item())
-            tokens += denominator
-            norms.append(optimizer_step(vlm, optimizer, lr, cfg.grad_clip))
-    return metrics.means(sums, tokens) | {"drift": drift, "grad_norm": sum(norms) / len(norms),
-                                          "advantage_abs": experience.advantage.abs().mean().item()}
 
 
 # ---------------------------------------------------------------- the stages
@@ -488,7 +502,9 @@ def chains(run, part, flawless=False):
     if run.real:
         error = 0.0 if flawless else cfg.teacher_error
         answers = sorted({sample.answer for sample in run.real["train"]})
-        samples = cot.candidate_chains(run.real["train"], nearest_answers(run), error, 1000 * cfg.seed + part, answers)
+        near = evaluation.nearest_answers(run.state, run.real["train"], answers, run.tokenizer, cfg.candidates,
+                                          run.device, run.dtype)
+        samples = cot.candidate_chains(run.real["train"], near, error, 1000 * cfg.seed + part, answers)
     else:
         samples = run.samples("train", cfg.traces, part, cot.PERFECT if flawless else run.teacher)
     forgets = np.random.default_rng([cfg.seed, part]).random(len(samples)) < (0 if flawless else cfg.forget_close)
@@ -502,36 +518,20 @@ def chains(run, part, flawless=False):
     return list(zip(samples, texts))
 
 
-def nearest_answers(run):
-    """For each training picture the --candidates answers its embedding is nearest to, best first (zero-shot CLIP)."""
-    if "clip" not in run.state:
-        raise ValueError("chains on real pictures need a checkpoint that carries its CLIP text tower")
-    model = Clip.from_config(run.state["clip_config"], run.state["clip"]).to(run.device, run.dtype)
-    samples, tok = run.real["train"], run.tokenizer
-    answers = sorted({sample.answer for sample in samples})
-    texts = [tok.encode(" " + answer)[:model.config.text_length - 1] + [tok.eos_id] for answer in answers]
-    batch = collate([(ids, [0] * len(ids), ()) for ids in texts], tok.pad_id, 1).to(run.device)
-    found = []
-    for i in range(0, len(samples), 64):
-        pixels = to_pixels([sample.images[0] for sample in samples[i:i + 64]], model.config.image_size)
-        found += model.nearest(pixels.to(run.device, run.dtype), batch.ids, batch.length, run.cfg.candidates)
-    return [[answers[j] for j in row] for row in found]
-
-
 def cot_stage(run, stage, like):
     """Fine-tuning on the teacher's chains of thought."""
     vlm = run.start(stage)
     return supervise(run, stage, vlm, chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
 
 
-def rl(run, stage, like, method="think"):
-    """GRPO on correctness and format; as `grpo_zero` without chains to imitate, the prompt alone asks for the tags."""
-    vlm = run.start(stage)
+def rl(run, stage, like, method="think", changes=()):
+    """RL on correctness and format, with the switches `changes` otherwise than in the config; as `grpo_zero` without
+    chains to imitate, the prompt alone asks for the tags."""
+    vlm, cfg = run.start(stage), replace(run.cfg, **dict(changes))
     vlm.visual.requires_grad_(False)
     show_trained(stage, vlm)
-    samples = run.samples("train", run.cfg.rl_prompts, part=6)
-    seconds = reinforce(run, stage, vlm, samples, method, run.cfg.rl_steps)
-    run.finish_stage(stage, method, vlm)
+    seconds = reinforce(run, stage, vlm, run.samples("train", cfg.rl_prompts, part=6), method, cfg.rl_steps, cfg)
+    run.finish_stage(stage, method, vlm, cfg=cfg)
     return seconds
 
 
@@ -574,19 +574,15 @@ def gold_answers(run):
 
 def rejection(run, stage, like, part):
     """One of two rounds of learning from the model's own correct samples, half of RL's FLOPs each, sampling counted."""
-    cfg, tok = run.cfg, run.tokenizer
-    vlm = run.start(stage)
+    cfg, vlm = run.cfg, run.start(stage)
     samples, budget, records = run.samples("train", cfg.rl_prompts, part), run.spent(like) / 2, []
     generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
     at = 0
     while run.flops < budget / 2:
         asked = [samples[i] for i in batch_indices(len(samples), cfg.rl_batch, at, seed_of(cfg.seed, stage, "asked"))]
-        batch = evaluation.prompts(vlm, tok, asked, "think", cfg.template)
-        sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
-        done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned,
-                              generator=generator, pad_id=tok.pad_id)
-        run.flops, at = run.flops + sampler.flops, at + 1
-        records += [(sample, text) for sample, group in zip(asked, read(done, tok)) for text in dict.fromkeys(group)
+        _, done = roll_out(run, vlm, asked, "think", cfg, {"correctness": 1.0}, generator)
+        at += 1
+        records += [(sample, text) for sample, group in zip(asked, done.texts) for text in dict.fromkeys(group)
                     if rewards.correctness(sample, text) and rewards.format(sample, text)]
     print(f"  {stage}: {len(records)} of {at * cfg.rl_batch * cfg.group} samples are new, right and well-formed")
     return supervise(run, stage, vlm, records, steps_for(run, vlm, records, "think", budget), cfg.cot_lr, "think")
@@ -610,6 +606,9 @@ STAGES = {
                 ("cot", "rl")),
     # the tags only asked for, nothing to imitate
     "grpo_zero": (partial(rl, method="asked"), ("sft", "align"), ()),
+    # RL by another paper's switches, or for another reward
+    **{name: (partial(rl, changes=changes), ("cot",), ())
+       for name, changes in {**algorithms.ALGORITHMS, **algorithms.REWARDS}.items()},
 }
 
 
@@ -652,13 +651,13 @@ def run_bench(cfg, steps=6):
             completions = torch.randint(3, cfg.vocab, (cfg.rl_batch, cfg.group, cfg.max_new), device=run.device)
             print(bench.prefix_text(what, bench.shared_prefix(vlm, batch, completions)))
             return
-        reinforce(run, "bench", vlm, samples, "direct", steps)
+        reinforce(run, "bench", vlm, samples, "direct", steps, run.cfg)
         lines = [json.loads(line) for line in run.log_path.read_text().splitlines()][1:]
     print(bench.step_text(what, lines))
 
 
 def main(argv):
-    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed), []
+    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed, algorithms.of_flags), []
     if cfg.init:
         names = list(Config.__dataclass_fields__)
         shape = names[names.index("image_size"):names.index("template")]

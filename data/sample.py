@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 # OpenAI's channel statistics; every CLIP tower of the project expects pixels normalised with them.
@@ -68,6 +69,19 @@ class Batch:
         return replace(self, ids=self.ids[index, :longest], length=self.length[index],
                        target=self.target[index, :longest], pixels=self.pixels[picture], image_row=new_row,
                        features=self.features[picture] if len(self.features) else self.features)
+
+    @staticmethod
+    def join(batches):
+        """Batches one after the other, as one. Filled up with id 0: what stands in padding changes nothing."""
+        longest, rows = max(b.ids.shape[1] for b in batches), 0
+        filled = [tuple(F.pad(t, (0, longest - t.shape[1])) for t in (b.ids, b.target)) for b in batches]
+        image_row = []
+        for b in batches:
+            image_row.append(b.image_row + rows)
+            rows += len(b.ids)
+        ids, target = (torch.cat(tensors) for tensors in zip(*filled))
+        joined = {name: torch.cat([getattr(b, name) for b in batches]) for name in ("length", "pixels", "features")}
+        return Batch(ids=ids, target=target, image_row=torch.cat(image_row), **joined)
 
     def micro_batches(self, size):
         """Consecutive sub-batches of `size` prompts (0: all at once)."""

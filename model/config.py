@@ -9,6 +9,7 @@
 import argparse
 import difflib
 import inspect
+import math
 import re
 from dataclasses import fields, replace
 from functools import cache
@@ -43,8 +44,9 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def from_command_line(cls, presets, argv, doc, saved=lambda given: None):
-    """argv -> config: the dataclass's defaults, under the preset's overrides, under the flags given.
+def from_command_line(cls, presets, argv, doc, saved=lambda given: None, more=lambda given: {}):
+    """argv -> config: the dataclass's defaults, under the preset's overrides, under those that `more` has for the flags
+    given, under the flags given.
 
     `presets`: name -> dict of overrides, or a function of the flags given that returns the preset's name under "".
     `saved`: of the flags given -> the fields of an earlier config that take the place of preset and defaults, or None.
@@ -77,7 +79,7 @@ def from_command_line(cls, presets, argv, doc, saved=lambda given: None):
     if preset not in presets or not preset:
         names = ", ".join(name for name in presets if name)
         raise ValueError(f"--preset={preset} must be one of {names}")
-    return replace(cls(), **{**presets[preset], "preset": preset, **given})
+    return replace(cls(), **{**presets[preset], "preset": preset, **more(given), **given})
 
 
 def adopt(config, saved, names):
@@ -85,6 +87,29 @@ def adopt(config, saved, names):
     other = {name: saved[name] for name in names if name in saved and saved[name] != getattr(config, name)}
     said = ", ".join(f"{name}={value}, not {getattr(config, name)}" for name, value in other.items())
     return replace(config, **other), [f"--init decides the model's shape: {said}"] if other else []
+
+
+def needs(config):
+    """need(ok, name, expected): raises ValueError in one sentence about the field `name` unless ok."""
+    def need(ok, name, expected):
+        if not ok:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(config, name)} must {expected}")
+
+    return need
+
+
+def check_ranges(config, at_least, shares, positive, one_of):
+    """at_least: {smallest: names}; shares, in [0, 1], positive: names, all in one string; one_of: {name: allowed}."""
+    need = needs(config)
+    for low, names in at_least.items():
+        for name in names.split():
+            need(getattr(config, name) >= low, name, f"be at least {low}")
+    for name, allowed in one_of.items():
+        need(getattr(config, name) in allowed, name, f"be one of {', '.join(a for a in allowed if a)}")
+    for name in shares.split():
+        need(0 <= getattr(config, name) <= 1, name, "lie in [0, 1]")
+    for name in positive.split():
+        need(0 < getattr(config, name) < math.inf, name, "be positive")
 
 
 def to_command_line(config):

@@ -67,22 +67,29 @@ def _head_rows(batch, shape):
     return int(batch.target[:, 1:].sum()) if shape is None else shape[0] * shape[1] * shape[2]
 
 
-def forward(vlm, batch, shape=None):
-    """`VLM.forward` on encoded pictures. shape: (P, G, C) of the completions, or None for the batch's own targets."""
+def forward(vlm, batch, shape=None, with_head=True):
+    """`VLM.forward` on encoded pictures. shape: (P, G, C) of the completions, or None for the batch's own targets;
+    without its head: `VLM.states`."""
     streams = prompt(vlm, batch)
     if shape is not None:
         streams += completions(vlm, *shape, batch.ids.shape[1])
-    return streams + head(vlm.llm, _head_rows(batch, shape))
+    return streams + with_head * head(vlm.llm, _head_rows(batch, shape))
 
 
-def update(vlm, batch, shape=None):
-    """Forward and backward of `VLM.forward`.
+def exact_kl(vlm, shape, backward):
+    """`VLM.kl` between two models of one size: two heads; a backward computes both again, and two products more."""
+    P, G, C = shape
+    return head(vlm.llm, P * G * C) * (6 if backward else 2)
+
+
+def update(vlm, batch, shape=None, with_head=True):
+    """Forward and backward of `VLM.forward`, or of `VLM.states`.
 
     A backward costs two products for one of the forward; five for two under fused attention, whose scores are
     recomputed; three for one in the head, whose logits are too. The projector's input is frozen: one product in its
     first layer.
     """
-    ahead = forward(vlm, batch, shape)
-    attention, last = _attention(vlm, batch, shape), head(vlm.llm, _head_rows(batch, shape))
+    ahead = forward(vlm, batch, shape, with_head)
+    attention, last = _attention(vlm, batch, shape), with_head * head(vlm.llm, _head_rows(batch, shape))
     projector = 2 * len(batch.pixels) * vlm.config.clip.patches * vlm.config.clip.width * vlm.config.llm.width
     return ahead + 2 * (ahead - attention - last) + 5 * attention // 2 + 3 * last - projector

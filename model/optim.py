@@ -20,23 +20,44 @@ def learning_rate(step, steps, peak, warmup, final):
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(module, beta2, weight_decay):
-    """AdamW over what trains."""
+def make_optimizer(module, beta2, weight_decay, other=None, other_lr=1.0):
+    """AdamW over what trains; the parameters of `other`, a part of it, at `other_lr` times the learning rate."""
+    apart = {id(p) for p in other.parameters()} if other is not None else set()
     trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
+    groups = [dict(params=[p for p in trained if id(p) not in apart], scale=1.0)]
+    if other is not None:
+        groups.append(dict(params=[p for p in trained if id(p) in apart], scale=other_lr))
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
 
 
-def optimizer_step(module, optimizer, lr, grad_clip):
-    """Clip to the global norm, step, clear; -> the norm before clipping. Raises ValueError when that is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"the gradient's norm is {norm} at learning rate {lr:.3g}: training diverged. The last "
-                         "checkpoint is intact; start again from one with a lower rate")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+def optimizer_step(optimizer, lr, grad_clip, drop=False):
+    """Clip each group to `grad_clip`, step, clear; -> the first group's norm before clipping.
+
+    Without a step, only cleared, to `drop` the gradient, or when a norm is not finite: that norm is returned.
+    """
+    norms = [torch.nn.utils.clip_grad_norm_(group["params"], grad_clip).item() for group in optimizer.param_groups]
+    if not drop and all(map(math.isfinite, norms)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return next((norm for norm in norms if not math.isfinite(norm)), norms[0])
+
+
+def gradient_norms(**modules):
+    """Name -> L2 norm of the module's gradient, of the modules that have one."""
+    norms = {}
+    for name, module in modules.items():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None] if module is not None else []
+        if gradients:
+            norms[name] = torch.nn.utils.get_total_norm(gradients).item()
+    return norms
+
+
+def diverged(norm, lr):
+    """What is said of a gradient that is not finite."""
+    return (f"the gradient's norm is {norm} at learning rate {lr:.3g}: training diverged. The last checkpoint is "
+            "intact; start again from one with a lower rate")
 
 
 def show_trained(stage, vlm):

@@ -3,13 +3,14 @@
 One `forward` serves scoring, supervised fine-tuning and reinforcement learning. Shapes: P prompts of T tokens, I
 pictures of N patches, G completions of C tokens, D decoder width, Dv vision width, V vocabulary.
 """
+import copy
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from kernels import linear_logp
+from kernels import linear_kl, linear_logp
 from model.clip import ClipConfig, ImageTower
 from model.llama import Llama, LlamaConfig
 
@@ -92,17 +93,28 @@ class VLM(nn.Module):
         With completions (P, G, C) int64: of every completion token given its prompt; padding there is the caller's to
         mask. `temperature` divides the logits, as in sampling.
         """
-        x = self.embed(batch)
         if completions is None:
-            hidden, _ = self.llm(x, batch.length)
-            hidden = hidden[:, :-1][batch.target[:, 1:]]
+            hidden = self.llm(self.embed(batch), batch.length)[0][:, :-1][batch.target[:, 1:]]
             predicted, states = batch.ids[:, 1:][batch.target[:, 1:]], hidden
         else:
-            y = self.llm.embed_tokens(completions)
-            _, hidden = self.llm(x, batch.length, y)
+            hidden = self.states(batch, completions)
             predicted, states = completions, hidden[..., :-1, :]
         logp, entropy = linear_logp(states.flatten(0, -2), self.llm.head, predicted.flatten(), temperature)
         return Output(logp.view(predicted.shape), entropy.view(predicted.shape), hidden)
+
+    def states(self, batch, completions):
+        """Hidden states (P, G, C + 1, D) of the completions (P, G, C): t predicts token t, C follows the last."""
+        return self.llm(self.embed(batch), batch.length, self.llm.embed_tokens(completions))[1]
+
+    def kl(self, hidden, theirs, reference, temperature=1.0):
+        """Exact KL(self || reference) (P, G, C) before each completion token, of both models' states there."""
+        mine, other = (states[..., :-1, :].flatten(0, -2) for states in (hidden, theirs))
+        shape = (*hidden.shape[:2], hidden.shape[2] - 1)
+        return linear_kl(mine, self.llm.head, other, reference.llm.head, temperature).view(shape)
+
+    def twin(self):
+        """A copy with the same weights. The image tower, frozen in every stage of this model, is shared."""
+        return copy.deepcopy(self, {id(self.visual): self.visual})
 
     def logits(self, pixels, ids):
         """All logits (P, T, V) of full rows without padding, for study and parity tests only."""

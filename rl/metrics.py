@@ -1,4 +1,6 @@
 """What reinforcement learning logs: a definition for every name, and the estimators."""
+import math
+import re
 import time
 
 import torch
@@ -6,47 +8,84 @@ import torch
 from kernels import is_flat
 
 DEFINITIONS = {
-    "reward": "mean over all completions of the weighted reward, in reward units",
+    # of the rollout
+    "reward": "mean over all completions of the weighted reward, in reward units", "reward_std": "its deviation",
     "correctness": "share of completions whose answer is right, whatever their form",
     "format": "share of completions that are exactly <think>..</think><answer>..</answer>",
-    "flat": "share of groups whose rewards are all equal; they are left out of the update",
-    "length": "mean tokens of a completion, EOS included",
-    "length_right": "the same over right completions",
-    "length_wrong": "the same over wrong completions",
-    "truncated": "share of completions that hit the budget without EOS",
-    "entropy": "mean exact entropy of the policy over the completion tokens of the update, in nats",
-    "advantage_abs": "mean |advantage| over the completions of the update",
-    "drift": "max |ratio - 1| between the update's log-prob and the one at sampling time, before any update",
+    "<reward>": "mean over completions of a reward, before gate and weight", "<reward>_std": "its deviation",
+    "flat": "share of groups whose rewards are all equal; as a rule they are left out of the update",
+    "groups": "groups in the update", "rollouts": "batches of prompts sampled for it, refills included",
+    "length": "mean tokens of a completion, EOS included", "length_right": "the same over right completions",
+    "length_wrong": "the same over wrong completions", "truncated": "share of completions that hit the budget, no EOS",
+    "words_<word>": "share of completions with a word of reflection (wait, again, ...), as a whole word",
+    # of the update: means over the tokens that train, weighted by nothing, of all its optimizer steps
+    "advantage_abs": "mean |advantage|", "advantage_std": "deviation of the advantage", "advantage_max": "its largest",
+    "advantage_min": "its smallest",
+    "entropy": "exact entropy of the policy, in nats", "loss": "the policy loss with its penalties; near zero by "
+    "construction where advantages average to zero: it says nothing about progress",
+    "drift_max": "max |ratio - 1| between the update's log-prob and the one at sampling time, before any step",
     "clip_low": "share of tokens whose ratio is under the lower clip with a negative advantage",
     "clip_high": "share of tokens whose ratio is over the upper clip with a positive advantage",
-    "ratio_off": "mean |ratio - 1| over the tokens of all updates of the step",
-    "ratio_off_max": "max |ratio - 1| over the tokens of all updates of the step",
-    "kl": "k3 estimate of KL(old policy || policy), mean over tokens, in nats",
-    "loss": "the policy loss, summed over micro-batches; near zero by construction, since advantages average to zero",
-    "grad_norm": "global L2 norm of the gradient before clipping, mean over the step's updates",
-    "lr": "learning rate",
+    "ratio_off": "mean |ratio - 1|", "ratio_off_max": "max |ratio - 1|",
+    "kl": "k3 estimate of KL(old policy || policy), in nats a token; of sequences' ratios where those are used",
+    "kl_ref": "KL(policy || reference), in nats a token: k3 estimate, or exact where --kl=exact",
+    "kl_coef": "coefficient of that KL", "updates": "optimizer steps taken", "stopped": "1 when --kl-stop ended it",
+    "value_loss": "half the squared error of the critic", "value_clipped": "share of tokens where its clip acts",
+    "explained_variance": "1 - Var(return - value) / Var(return), before the update",
+    "value": "mean of the critic before the update", "return": "mean return", "return_std": "its deviation",
+    "grad_norm": "global L2 norm of the gradient before clipping, mean over the steps",
+    "grad_norm_<module>": "the same of projector, decoder, critic alone",
+    "lr": "learning rate", "lr_critic": "that of the critic",
+    # cost
     "flops": "matmul FLOPs executed since the stage began: encoding, sampling, scoring, update",
     "samples": "completions sampled since the stage began",
     "tokens_per_second": "sampled tokens per second of rollout (encoding, prefill and decoding)",
+    "update_tokens_per_second": "completion tokens that went through the update, each pass counted, per second of it",
     "seconds_encode": "encoding the pictures", "seconds_prefill": "prompts", "seconds_decode": "sampling",
     "seconds_score": "decoding text and rewards", "seconds_update": "old log-probs, loss, backward, optimizer",
+    "seconds": "since the stage began, or was resumed",
 }
+# Of "aha" fame (MAYE's list, arXiv 2504.02587, and R1's "wait"); a share of completions each, not proof of reflection.
+REFLECTION = ("wait", "again", "check", "verify", "however", "alternatively")
 
 
-def of_rollout(rollout, eos_id):
+def mean(values):
+    return values.float().mean().item() if values.numel() else 0.0
+
+
+def deviation(values):
+    return values.float().std().item() if values.numel() > 1 else 0.0
+
+
+def of_rollout(rollout):
     """Rollout -> the metrics that need no update."""
     length = rollout.mask.sum(-1).float()
     right = rollout.parts.get("correctness", torch.zeros_like(rollout.reward)) > 0
-    ended = ((rollout.ids == eos_id) & rollout.mask).any(-1)
-
-    def mean(values):
-        return values.float().mean().item() if values.numel() else 0.0
-
+    words = [set(re.findall(r"[a-z]+", text.lower())) for group in rollout.texts for text in group]
     return {
-        "reward": mean(rollout.reward), **{name: mean(part) for name, part in rollout.parts.items()},
+        "reward": mean(rollout.reward), "reward_std": deviation(rollout.reward),
+        **{name: mean(part) for name, part in rollout.parts.items()},
+        **{f"{name}_std": deviation(part) for name, part in rollout.parts.items()},
         "flat": mean(is_flat(rollout.reward)), "length": mean(length), "length_right": mean(length[right]),
-        "length_wrong": mean(length[~right]), "truncated": mean(~ended),
+        "length_wrong": mean(length[~right]), "truncated": mean(~rollout.ended),
+        **{f"words_{word}": sum(word in said for said in words) / max(1, len(words)) for word in REFLECTION
+           if any(word in said for said in words)},
     }
+
+
+def of_advantages(advantage, mask):
+    """advantage, mask (P, G, C) -> its size over the mask."""
+    a = advantage[mask]
+    return {"advantage_abs": mean(a.abs()), "advantage_std": deviation(a), "advantage_max": a.max().item(),
+            "advantage_min": a.min().item()}
+
+
+def of_values(values, returns, mask):
+    """values, returns, mask (P, G, C) -> how well the critic knew, before the update, what came."""
+    v, r = values[mask], returns[mask]
+    unexplained = (r - v).var() / r.var() if len(r) > 1 and r.var() > 0 else torch.tensor(math.nan)
+    return {"explained_variance": 1 - unexplained.item(), "value": mean(v), "return": mean(r),
+            "return_std": deviation(r)}
 
 
 def add(sums, statistics):
@@ -71,4 +110,4 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
+        self.laps[name], self.last = self.laps.get(name, 0.0) + now - self.last, now

@@ -39,18 +39,28 @@ def parse_weights(spec):
 
 
 def score(samples, texts, weights, gated):
-    """P samples, P lists of G texts -> (reward (P, G), parts {name: (P, G)}), fp32.
+    """P samples, P lists of G texts -> (parts {name: (P, G)}, rewards (P, G, R)), fp32.
 
-    gated: a right answer in a malformed completion earns nothing for being right.
+    gated: a right answer in a malformed completion earns nothing for being right: in `rewards`, not in `parts`.
     """
     parts = {name: torch.tensor([[REWARDS[name](sample, text) for text in group]
-                                 for sample, group in zip(samples, texts)]) for name in weights}
+                                 for sample, group in zip(samples, texts)]) for name in weights if name in REWARDS}
     earned = dict(parts)
     if gated and "correctness" in weights:
         well_formed = torch.tensor([[format(sample, text) for text in group]
                                     for sample, group in zip(samples, texts)])
         earned["correctness"] = parts["correctness"] * well_formed
-    return sum(weight * earned[name] for name, weight in weights.items()), parts
+    return parts, torch.stack(list(earned.values()), -1)
+
+
+def weights_of(cfg):
+    """All rewards of a run and their weights: --rewards, and the soft penalty on length (rl/rollout.py) if it is on."""
+    return parse_weights(cfg.rewards) | ({"overlong": 1.0} if cfg.overlong_share else {})
+
+
+def total(rewards, weights):
+    """rewards (P, G, R), weights {name: weight} in the same order -> the weighted sum (P, G)."""
+    return (rewards * rewards.new_tensor(list(weights.values()))).sum(-1)
 
 
 def why(sample, text, weights, gated):
@@ -58,5 +68,5 @@ def why(sample, text, weights, gated):
     parsed = parse(text)
     answer = repr(parsed.answer) if parsed.answer else "no answer"
     judged = "right" if is_right(sample, parsed.answer) else f"wrong, expected {sample.answer!r}"
-    earned = score([sample], [[text]], weights, gated)[0].item()
+    earned = total(score([sample], [[text]], weights, gated)[1], weights).item()
     return f"reward {earned:g}; {answer}: {judged}; {parsed.fault or 'well-formed'}"

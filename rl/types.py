@@ -1,8 +1,8 @@
-"""What flows from a policy to a loss. Shapes: P prompts, G completions of each, C completion tokens.
+"""What flows from a policy to a loss. Shapes: P prompts, G completions of each, C completion tokens, R rewards.
 
 Absent means empty: a run without a reference policy has `ref_logp` of zero elements, never None.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import torch
@@ -11,52 +11,126 @@ from data.sample import Batch
 
 
 class Policy(Protocol):
-    """All that reinforcement learning asks of a model: `Output` has logp and entropy, each (P, G, C)."""
+    """All that reinforcement learning asks of a model: `Output` has logp and entropy, each (P, G, C).
+
+    A critic asks for `Output.hidden` too, (P, G, C + 1, D), the states before each token and after the last; a
+    reference, or a critic apart, for a copy, `twin()`, and for its `states(batch, completions)`; exact KL for
+    `kl(hidden, theirs, reference, temperature)`.
+    """
 
     def __call__(self, batch: Batch, completions: torch.Tensor, temperature: float): ...
+
+
+def empty():
+    return field(default_factory=lambda: torch.zeros(0))
+
+
+def stack(tensors):
+    """Tensors (P_i, G, C_i, ..) or (P_i, ..) -> one, (sum P_i, ..), C filled up with zeros to the longest."""
+    if len(tensors) == 1 or tensors[0].ndim < 3:
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    longest = max(t.shape[2] for t in tensors)
+    out = tensors[0].new_zeros(sum(len(t) for t in tensors), tensors[0].shape[1], longest, *tensors[0].shape[3:])
+    row = 0
+    for t in tensors:
+        out[row:row + len(t), :, :t.shape[2]] = t
+        row += len(t)
+    return out
 
 
 @dataclass
 class Rollout:
     """What a policy did with a batch of prompts, and what it earned.
 
-    ids, mask, logp (P, G, C): tokens, True up to and including EOS, log-prob at sampling time; texts P lists of G;
-    parts: reward name -> (P, G), before weighting; reward (P, G): their weighted sum, what the advantage is made of.
+    ids, mask, logp (P, G, C): tokens, True up to and including EOS, log-prob at sampling time; ended (P, G): whether
+    EOS came within the budget; texts: P lists of G; parts: name -> (P, G), each reward as its function gave it; rewards
+    (P, G, R): the same after the gate, in the order of the weights; reward (P, G): their weighted sum.
 
-    Two prompts, a group of two, one completion right: reward [[1.1, 0.1], [0.0, 0.0]]; the second group is flat.
+    Two prompts, a group of two, correctness weighted 1 and format .1. The first completion is right and well-formed,
+    the second nothing, the third right but malformed, the fourth well-formed but wrong; with the gate:
+
+        parts    correctness [[1, 0], [1, 0]]      format [[1, 0], [0, 1]]
+        rewards  [[[1, 1], [0, 0]], [[0, 0], [0, 1]]]
+        reward   [[1.1, 0], [0, .1]]
     """
     ids: torch.Tensor
     mask: torch.Tensor
     logp: torch.Tensor
+    ended: torch.Tensor
     texts: list = field(default_factory=list)
     parts: dict = field(default_factory=dict)
-    reward: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    rewards: torch.Tensor = empty()
+    reward: torch.Tensor = empty()
+
+    @staticmethod
+    def join(rollouts):
+        """Rollouts one after the other, as one."""
+        if len(rollouts) == 1:
+            return rollouts[0]
+        tensors = {f.name: stack([getattr(r, f.name) for r in rollouts]) for f in fields(Rollout)
+                   if f.name not in ("texts", "parts")}
+        return Rollout(**tensors, texts=[group for r in rollouts for group in r.texts],
+                       parts={name: stack([r.parts[name] for r in rollouts]) for name in rollouts[0].parts})
 
 
 @dataclass
 class Experience:
-    """What a loss takes. advantage (P, G); old_logp, ref_logp, values, returns (P, G, C) or empty."""
+    """What a loss takes: the groups of a rollout that have something to teach.
+
+    ids, mask (P, G, C) as sampled; trained (P, G, C): the part of the mask that the loss is about (not completions that
+    were cut off, when those are left out); ended (P, G), rewards (P, G, R), sampled_logp (P, G, C): of the rollout.
+    Scored before the update, empty where no switch asks for it: old_logp, ref_logp, entropy, kl (P, G, C), of the
+    policy as it was, of the reference, and between them; values (P, G, C + 1), before each token and after the last.
+    Then advantage (P, G, C) and, with a critic, returns (P, G, C). All are constants.
+
+    A group of two, rewards 1 and 0, of one and three tokens, against the mean and unscaled:
+
+        mask       [[[1, 0, 0], [1, 1, 1]]]
+        advantage  [[[.5, .5, .5], [-.5, -.5, -.5]]]       what stands outside the mask is never read
+    """
     batch: Batch
     ids: torch.Tensor
     mask: torch.Tensor
-    advantage: torch.Tensor
-    old_logp: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    ref_logp: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    values: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    returns: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    trained: torch.Tensor
+    ended: torch.Tensor
+    rewards: torch.Tensor
+    sampled_logp: torch.Tensor
+    old_logp: torch.Tensor = empty()
+    ref_logp: torch.Tensor = empty()
+    entropy: torch.Tensor = empty()
+    kl: torch.Tensor = empty()
+    values: torch.Tensor = empty()
+    advantage: torch.Tensor = empty()
+    returns: torch.Tensor = empty()
+
+    def _tensors(self):
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "batch"}
 
     def rows(self, index):
         """The part of it that belongs to the prompts `index` (1-d int tensor)."""
-        tensors = {name: value[index] if len(value) else value for name, value in vars(self).items() if name != "batch"}
+        tensors = {name: value[index] if len(value) else value for name, value in self._tensors().items()}
         return Experience(batch=self.batch.rows(index), **tensors)
 
-    def split(self, size):
-        """Consecutive parts of `size` prompts (0: one part)."""
-        return [self.rows(part) for part in torch.arange(len(self.ids), device=self.ids.device).split(
-            size or max(1, len(self.ids)))]
+    @staticmethod
+    def join(parts):
+        """Experiences of several rollouts as one."""
+        if len(parts) == 1:
+            return parts[0]
+        tensors = {name: stack([getattr(part, name) for part in parts]) for name in parts[0]._tensors()}
+        return Experience(batch=Batch.join([part.batch for part in parts]), **tensors)
+
+    def first(self, count):
+        """Its first `count` prompts, or all."""
+        return self if len(self.ids) <= count else self.rows(torch.arange(count, device=self.ids.device))
+
+    def split(self, minis, micro):
+        """Indices of the prompts: a list for each of at most `minis` optimizer steps, of at most `micro` (0: all)."""
+        P, device = len(self.ids), self.ids.device
+        parts = torch.arange(P, device=device).split(max(1, -(-P // minis)))
+        return [part.split(micro or len(part)) for part in parts]
 
     def trim(self):
         """Completions cut to the longest of them: padding costs as much as tokens do."""
-        longest = int(self.mask.sum(-1).max())
-        cut = {name: getattr(self, name)[..., :longest] for name in ("ids", "mask", "old_logp")}
-        return replace(self, **cut)
+        longest, C = int(self.mask.sum(-1).max()), self.mask.shape[-1]
+        return replace(self, **{name: value[:, :, :value.shape[2] - (C - longest)]
+                                for name, value in self._tensors().items() if value.ndim == 3 and name != "rewards"})

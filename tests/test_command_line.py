@@ -136,7 +136,11 @@ def run(finished, tmp_path):
     ("--stage=fly", r"--stage=fly: 'fly' must be one of clip, align, sft, cot, rl"),
     ("--stage=", r"--stage=: '' must be one of clip"),
     ("--compare=some", r"--compare=some must be one of none, basic, all"),
-    ("--loss=ppp", r"--loss=ppp must be one of .*grpo"),
+    ("--loss=ppp", r"--loss=ppp must be one of .*cispo"), ("--algorithm=gpro", "must be one of grpo, dr_grpo"),
+    ("--bound=1.1", "--bound=1.1 must be 0 or at least 1 [+] --clip-high=0.2"),
+    ("--baseline=critic", "--std=group must be batch or none with --baseline=critic"),
+    ("--combine=each --baseline=batch --std=none", "must be mean with --combine=each"), ("--top-entropy=0", r"\(0, 1"),
+    ("--refill=1 --baseline=critic --std=none", "--refill=1 must be 0 where"), ("--kl-coef=-1", "not negative"),
     ("--projector=x", r"--projector=x must be one of linear, mlp2x_gelu"),
     ("--clip-stem=x", r"clip stem 'x' must be one of conv, mlp"),
     ("--template=x", r"--template=x must be one of brief, vicuna_v1"),
@@ -167,7 +171,9 @@ def test_the_program_says_the_sentence_and_nothing_else_and_exits_with_1(tmp_pat
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--group=1"], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "train.py: --group=1 must be at least 2: a group of one has no baseline but itself\n"
+    assert done.stderr == (
+        "train.py: --group=1 must be at least 2: a group of one has no baseline but itself (--baseline=batch and "
+        "critic need none)\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data.sample import collate, to_pixels
+from kernels import policy_loss
 from model.optim import make_optimizer, optimizer_step
-from rl.losses import grpo
 from rl.types import Experience
 from tiny import (EOS, IMAGE, PAD, PATCHES, SIDE, VOCAB, difference, gradients, make_vlm, prompts, random_completions,
                   to_batch, words)
@@ -28,15 +28,17 @@ def experience(dtype):
     generator = torch.Generator().manual_seed(4)
     advantage = torch.randn(P, G, generator=generator, dtype=torch.float64)
     old_logp = -3 + torch.randn(P, G, C, generator=generator, dtype=torch.float64)     # far off: both clips act
-    return Experience(to_batch(ROWS), IDS, MASK, advantage.to(dtype), old_logp.to(dtype))
+    advantage = advantage.to(dtype)[..., None].expand(P, G, C).clone()
+    return Experience(to_batch(ROWS), IDS, MASK, MASK, torch.ones(P, G).bool(), torch.zeros(P, G, 2),
+                      old_logp.to(dtype), old_logp.to(dtype), advantage=advantage)
 
 
 def grpo_gradient(vlm, parts):
     denominator = sum(part.mask.sum() for part in parts)
     loss = 0
     for part in parts:
-        loss = loss + grpo(vlm(part.batch, part.ids, 0.9).logp, part.old_logp, part.advantage, part.mask,
-                           denominator)[0]
+        loss = loss + policy_loss(vlm(part.batch, part.ids, 0.9).logp, part.old_logp, None, part.advantage, part.mask,
+                                  denominator)[0]
     return gradients(vlm, loss)
 
 
@@ -84,6 +86,7 @@ def test_padding_of_the_completions_changes_neither_loss_nor_gradient(dtype, tol
         longer.ids = torch.cat([IDS.masked_fill(~MASK, fill), torch.full((P, G, 4), fill)], dim=-1)
         longer.mask = torch.nn.functional.pad(MASK, (0, 4))
         longer.old_logp = torch.nn.functional.pad(whole.old_logp, (0, 4))
+        longer.advantage = torch.nn.functional.pad(whole.advantage, (0, 4), value=5.0)
         assert difference(grpo_gradient(vlm, [longer]), grpo_gradient(vlm, [whole])) < tolerance
 
 
@@ -106,7 +109,8 @@ def test_micro_batches_give_the_same_sft_gradient(size, dtype, tolerance):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_give_the_same_grpo_gradient(size, dtype, tolerance):
     vlm, whole = make_vlm(dtype), experience(dtype)
-    assert difference(grpo_gradient(vlm, whole.split(size)), grpo_gradient(vlm, whole.split(0))) < tolerance
+    assert difference(grpo_gradient(vlm, [whole.rows(index).trim() for index in whole.split(1, size)[0]]),
+                      grpo_gradient(vlm, [whole])) < tolerance
 
 
 def test_rows_of_an_experience_keep_every_field_together():
@@ -180,8 +184,9 @@ def test_what_is_frozen_does_not_change_by_one_bit(frozen):
     part = experience(torch.float32)
     for _ in range(3):
         out = vlm(to_batch(ROWS))
-        (-out.logp.mean() + grpo(vlm(part.batch, IDS).logp, part.old_logp, part.advantage, MASK, 9)[0]).backward()
-        optimizer_step(vlm, optimizer, 1e-2, 1.0)
+        (-out.logp.mean() + policy_loss(vlm(part.batch, IDS).logp, part.old_logp, None, part.advantage, MASK,
+                                        9)[0]).backward()
+        optimizer_step(optimizer, 1e-2, 1.0)
     for name, p in vlm.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith(tuple(f"{part}." for part in frozen)), name
 

@@ -1,5 +1,6 @@
 """Advantages, the policy loss, the answer parser and rewards, against hand-worked numbers and naive loops."""
 import math
+import re
 import time
 
 import pytest
@@ -7,11 +8,10 @@ import torch
 
 from data import chat, scenes
 from data.sample import Sample
-from kernels import group_advantage
+from kernels import group_advantage, policy_loss
 from model.vlm import Output
 from rl import metrics
-from rl.losses import grpo
-from rl.rewards import correctness, format, parse_weights, score, why
+from rl.rewards import correctness, format, parse_weights, score, total, why
 from rl.rollout import collect
 from rl.types import Policy, Rollout
 from tiny import difference
@@ -20,6 +20,10 @@ EOS = 2
 
 
 # ---------------------------------------------------------------- the loss
+
+def grpo(logp, old, advantage, mask, *rest):
+    return policy_loss(logp, old, None, advantage[..., None], mask, *rest)
+
 
 def problem(seed=0, spread=0.5):
     torch.manual_seed(seed)
@@ -243,13 +247,13 @@ TEXTS = [[FORMED, "<answer>two</answer>"], ["<think></think><answer>two</answer>
 
 def test_rewards_are_the_weighted_sum_of_their_parts():
     weights = parse_weights("correctness:1,format:0.1")
-    reward, parts = score(SAMPLES, TEXTS, weights, gated=False)
-    assert reward.tolist() == [[pytest.approx(1.1), 1.0], [pytest.approx(0.1), 0.0]]
+    parts, rewards = score(SAMPLES, TEXTS, weights, gated=False)
+    assert total(rewards, weights).tolist() == [[pytest.approx(1.1), 1.0], [pytest.approx(0.1), 0.0]]
     assert parts["correctness"].tolist() == [[1, 1], [0, 0]] and parts["format"].tolist() == [[1, 0], [1, 0]]
-    gated, same = score(SAMPLES, TEXTS, weights, gated=True)
-    assert gated.tolist() == [[pytest.approx(1.1), 0.0], [pytest.approx(0.1), 0.0]]
+    same, gated = score(SAMPLES, TEXTS, weights, gated=True)
+    assert total(gated, weights).tolist() == [[pytest.approx(1.1), 0.0], [pytest.approx(0.1), 0.0]]
     assert same["correctness"].tolist() == [[1, 1], [0, 0]]         # what is logged does not depend on the gate
-    assert score(SAMPLES, TEXTS, dict(correctness=1.0), gated=True)[0].tolist() == [[1, 0], [0, 0]]
+    assert score(SAMPLES, TEXTS, dict(correctness=1.0), gated=True)[1][..., 0].tolist() == [[1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("spec, names", [("correct:1", "'correct'"), ("", "''"), ("format:x", "'x'"),
@@ -270,6 +274,8 @@ def test_why_says_what_each_reward_saw():
 
 
 class Letters:
+    eos_id = EOS
+
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i != EOS)
 
@@ -289,11 +295,16 @@ def test_metrics_of_a_rollout_by_hand():
     mask = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 1]]]).bool()
     ids = torch.tensor([[[5, EOS, EOS], [5, 6, 7]], [[EOS, 0, 0], [5, 6, EOS]]])
     parts = dict(correctness=torch.tensor([[1.0, 0.0], [0.0, 0.0]]), format=torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-    rollout = Rollout(ids, mask, torch.zeros(0), [], parts, torch.tensor([[1.1, 0.1], [0.0, 0.0]]))
-    line = metrics.of_rollout(rollout, EOS)
-    assert line == pytest.approx(dict(reward=0.3, correctness=0.25, format=0.5, flat=0.5, length=9 / 4, length_right=2,
-                                      length_wrong=7 / 3, truncated=0.25))
-    assert set(line) < set(metrics.DEFINITIONS)
+    texts = [["wait , wait", "Again: checkered"], ["", "no"]]
+    rollout = Rollout(ids, mask, torch.zeros(0), ((ids == EOS) & mask).any(-1), texts, parts, torch.zeros(0),
+                      torch.tensor([[1.1, 0.1], [0.0, 0.0]]))
+    line = metrics.of_rollout(rollout)
+    assert line == pytest.approx(dict(
+        reward=0.3, reward_std=(((0.8 ** 2 + 0.2 ** 2 + 2 * 0.3 ** 2) / 3) ** 0.5), correctness=0.25,
+        correctness_std=0.5, format=0.5, format_std=(1 / 3) ** 0.5, flat=0.5, length=9 / 4, length_right=2,
+        length_wrong=7 / 3, truncated=0.25, words_wait=0.25, words_again=0.25))
+    known = [re.sub("<[a-z]+>", "[a-z]+", name) for name in metrics.DEFINITIONS]
+    assert all(any(re.fullmatch(name, logged) for name in known) for logged in line)
 
 
 def test_gold_answers_of_drawn_scenes_are_right_and_their_neighbours_wrong():
