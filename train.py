@@ -165,8 +165,10 @@ class Config:
     bootstrap: bool = False         # completions that hit the budget go on being worth what the critic says
     bad_steps: int = 3              # losses or gradients in a row that are not finite before the run stops
     # rewards
-    rewards: str = "correctness:1,format:0.1"   # weighted sum
+    rewards: str = "correctness:1,format:0.1"   # weighted: rl/rewards.py's, or FILE.py:NAME:WEIGHT
     gated: bool = True              # a right answer counts only in a well-formed completion
+    reward_timeout: float = 5.0     # seconds that a reward of one's own may take for a completion
+    reward_errors: str = "zero"     # one that raises or hangs: counts zero | stop the run
     # evaluation
     eval_set: str = "test"          # test | val: other prompts, for tuning
     eval_greedy: int = 300          # prompts a split, greedy
@@ -185,7 +187,7 @@ class Config:
                "text_heads embed layers heads kv_heads ff vocab pictures questions traces rl_prompts",
             2: "clip_batch candidates text_length width"},
             shares="slip confuse drop_hop forget_close teacher_error warmup final_lr gamma lam clip_low overlong_share",
-            positive="clip_lr align_lr sft_lr cot_lr rl_lr temperature grad_clip theta",
+            positive="reward_timeout clip_lr align_lr sft_lr cot_lr rl_lr temperature grad_clip theta",
             one_of=algorithms.ALLOWED | dict(
                 compare=tuple(COMPARISONS), eval_set=tuple(evaluation.TEST_SEED), bench=("", "step", "prefix"),
                 template=tuple(chat.TEMPLATES), projector=("linear", "mlp2x_gelu")))

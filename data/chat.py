@@ -5,6 +5,8 @@ the same text.
 """
 from dataclasses import dataclass
 
+from data.answers import is_right, normalise, verdict       # noqa: F401: what counts as right belongs to the parser
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 IMAGE = "<image>"
 
@@ -132,18 +134,3 @@ def parse(text):
         elif any(part.strip() for part in rest):
             fault = "text outside the tags"
     return Parsed(answer.strip(), (think or "").strip(), fault)
-
-
-def normalise(answer):
-    """Lower case, one space between words, no full stop at the end: all that may differ in an exact match.
-
-    >>> normalise(" Red  Circle. ")
-    'red circle'
-    """
-    return " ".join(answer.lower().split()).rstrip(". ")
-
-
-def is_right(sample, answer):
-    """Exact match with the gold answer or one of its aliases, after `normalise`; an empty answer is never right."""
-    given = normalise(answer)
-    return bool(given) and given in {normalise(gold) for gold in (sample.answer, *sample.aliases)}

@@ -48,7 +48,7 @@ def of_flags(given):
 ALLOWED = dict(algorithm=("", *ALGORITHMS), loss=tuple(LOSSES), ratio=("token", "sequence"), norm=NORMS,
                baseline=BASELINES, std=("group", "batch", "none"), combine=("sum", "each"),
                kl=("k1", "k2", "k3", "exact"), kl_in=("loss", "reward"), correct=("none", "truncate", "mask"),
-               correct_level=("token", "sequence"), critic=CRITICS)
+               correct_level=("token", "sequence"), critic=CRITICS, reward_errors=("zero", "stop"))
 
 
 def check(cfg, need):

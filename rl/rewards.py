@@ -1,16 +1,25 @@
 """Reward functions, each f(sample, text) -> float, and the table that names them.
 
-Only the text inside the single answer tag is judged; data.chat.parse decides what that is, here as in evaluation.
+Only the text inside the single answer tag is judged; data.chat.parse decides what that is, here as in evaluation. All
+are linear in the length of the text. Which answers count as right stands in data/answers.py.
 """
+import ast
 import math
+import os
+import re
 
 import torch
 
-from data.chat import is_right, parse
+from data.chat import is_right, parse, verdict
+from rl.worker import Worker
+
+COSINE_WORDS = 64               # words of a thought at which the length reward has gone all its way
+WORD = re.compile(r"\w+")
+NUMBERS = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
 def correctness(sample, text):
-    """+1 when the answer is the gold one or an alias of it, after normalisation."""
+    """+1 when the answer is the gold one."""
     return float(is_right(sample, parse(text).answer))
 
 
@@ -19,16 +28,115 @@ def format(sample, text):
     return float(parse(text).well_formed)
 
 
-REWARDS = {"correctness": correctness, "format": format}
+def boxes_of(answer, most=64):
+    """ "[1, 2, 3.5, 4], [..]" -> list of (x1, y1, x2, y2) with x1 < x2, y1 < y2; [] when it is anything else."""
+    if len(answer) > 32 * 4 * most or not re.fullmatch(r"[-+0-9.,\s\[\]()]*", answer):
+        return []
+    values = [float(value) for value in NUMBERS.findall(answer)]
+    boxes = [tuple(values[i:i + 4]) for i in range(0, len(values), 4)]
+    good = len(values) % 4 == 0 and len(boxes) <= most and all(
+        b[0] < b[2] and b[1] < b[3] and all(map(math.isfinite, b)) for b in boxes)
+    return boxes if good else []
 
 
-def parse_weights(spec):
-    """ "correctness:1,format:0.1" -> {"correctness": 1.0, "format": 0.1}; raises ValueError naming what is wrong."""
+def overlap(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2)."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    both = max(0.0, width) * max(0.0, height)
+    areas = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+    return both / (areas - both)
+
+
+def iou(sample, text):
+    """Intersection over union of the answer's boxes with the sample's: pairs from the best down, each box once; the sum
+    over the larger of the two counts, so that boxes too many cost as much as boxes too few. In [0, 1]."""
+    given, gold = boxes_of(parse(text).answer), [tuple(map(float, box)) for box in sample.boxes]
+    if not given or not gold:
+        return 0.0
+    pairs = sorted(((overlap(a, b), i, j) for i, a in enumerate(given) for j, b in enumerate(gold)), reverse=True)
+    used, total = (set(), set()), 0.0
+    for value, i, j in pairs:
+        if i not in used[0] and j not in used[1]:
+            used[0].add(i)
+            used[1].add(j)
+            total += value
+    return total / max(len(given), len(gold))
+
+
+def length(sample, text):
+    """Cosine in the length of the thought (arXiv 2502.03373, section 4.1): right answers earn more for fewer words, 1
+    down to .5, wrong ones less for fewer, -1 up to -.5: think when it is needed."""
+    parsed = parse(text)
+    share = min(1.0, len(parsed.think.split()) / COSINE_WORDS)
+    saved = 0.25 * (1 + math.cos(math.pi * share))              # .5 for no word, 0 from COSINE_WORDS on
+    return 0.5 + saved if is_right(sample, parsed.answer) else -0.5 - saved
+
+
+def repetition(sample, text, n=3):
+    """Less the share of n-grams of words that occurred before: 0 down to -1."""
+    words = text.lower().split()
+    grams = list(zip(*(words[i:] for i in range(n))))
+    return len(set(grams)) / len(grams) - 1 if grams else 0.0
+
+
+def consistency(sample, text):
+    """+1 when the thought's last sentence names the answer, as whole words, and no other of the sample's choices."""
+    parsed = parse(text)
+
+    def words(text):
+        return f" {' '.join(re.findall(WORD, text.lower()))} "
+
+    answer, sentences = words(parsed.answer), [s for s in re.split(r"[.!?\n]", parsed.think) if s.strip()]
+    if not answer.strip() or not sentences:
+        return 0.0
+    others = {words(choice) for choice in sample.choices} - {answer}
+    return float(answer in words(sentences[-1]) and not any(other in words(sentences[-1]) for other in others))
+
+
+REWARDS = {"correctness": correctness, "format": format, "iou": iou, "length": length, "repetition": repetition,
+           "consistency": consistency}
+
+
+def _of_file(spec, path, name, timeout, errors):
+    """Puts a user's reward into the table after a look at the file, which only the worker runs; -> its name."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--rewards={spec}: the file {path!r} does not exist")
+    with open(path, encoding="utf-8") as file:
+        try:
+            tree = ast.parse(file.read())
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"--rewards={spec}: {path!r} is not Python: {error}") from None
+    if not any(isinstance(node, ast.FunctionDef) and node.name == name and len(node.args.args) == 2
+               for node in tree.body):
+        raise ValueError(f"--rewards={spec}: {path!r} defines no function {name}(sample, text)")
+    if name in REWARDS:
+        if not isinstance(REWARDS[name], Worker):
+            raise ValueError(f"--rewards={spec}: {name!r} is the name of a built-in reward; give yours another")
+        REWARDS[name].close()
+    REWARDS[name] = Worker(path, name, timeout, errors)
+    return name
+
+
+def parse_weights(spec, timeout=5.0, errors="zero"):
+    """ "correctness:1,format:0.1,mine.py:brevity:0.2" -> {"correctness": 1.0, "format": 0.1, "brevity": 0.2}.
+
+    Raises ValueError naming what is wrong. A function of a file of one's own is called in a worker, at most `timeout`
+    seconds a completion; one that raises or hangs counts 0, or stops the run (errors "stop").
+    """
     weights = {}
     for entry in spec.split(","):
-        name, _, weight = entry.strip().partition(":")
+        head, _, weight = entry.strip().rpartition(":")
+        path, _, name = head.rpartition(":")
+        if path.endswith(".py"):                        # FILE.py:NAME:WEIGHT
+            name = _of_file(spec, path, name, timeout, errors)
+        elif head.endswith(".py"):                      # FILE.py:NAME
+            name, weight = _of_file(spec, head, weight, timeout, errors), "1"
+        else:
+            name, _, weight = entry.strip().partition(":")
         if name not in REWARDS:
-            raise ValueError(f"--rewards={spec}: {name!r} must be one of {', '.join(REWARDS)}")
+            raise ValueError(f"--rewards={spec}: {name!r} must be one of {', '.join(REWARDS)}, or FILE.py:NAME")
+        if name in weights:
+            raise ValueError(f"--rewards={spec}: {name} is given twice")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -36,6 +144,17 @@ def parse_weights(spec):
         if not math.isfinite(weights[name]):
             raise ValueError(f"--rewards={spec}: the weight of {name} must be finite")
     return weights
+
+
+def weights_of(cfg):
+    """All rewards of a run and their weights: --rewards, and the soft penalty on length (rl/rollout.py) if it is on."""
+    weights = parse_weights(cfg.rewards, cfg.reward_timeout, cfg.reward_errors)
+    return weights | ({"overlong": 1.0} if cfg.overlong_share else {})
+
+
+def failures():
+    """How often rewards of one's own raised or hung so far."""
+    return sum(reward.failed for reward in REWARDS.values() if isinstance(reward, Worker))
 
 
 def score(samples, texts, weights, gated):
@@ -53,20 +172,17 @@ def score(samples, texts, weights, gated):
     return parts, torch.stack(list(earned.values()), -1)
 
 
-def weights_of(cfg):
-    """All rewards of a run and their weights: --rewards, and the soft penalty on length (rl/rollout.py) if it is on."""
-    return parse_weights(cfg.rewards) | ({"overlong": 1.0} if cfg.overlong_share else {})
-
-
 def total(rewards, weights):
     """rewards (P, G, R), weights {name: weight} in the same order -> the weighted sum (P, G)."""
     return (rewards * rewards.new_tensor(list(weights.values()))).sum(-1)
 
 
 def why(sample, text, weights, gated):
-    """One line for people: what a completion earned, and what each reward saw in it."""
+    """One line for people: what a completion earned, and what the rewards saw in it."""
     parsed = parse(text)
+    right, reason = verdict(sample, parsed.answer)
     answer = repr(parsed.answer) if parsed.answer else "no answer"
-    judged = "right" if is_right(sample, parsed.answer) else f"wrong, expected {sample.answer!r}"
-    earned = total(score([sample], [[text]], weights, gated)[1], weights).item()
+    judged = ("right" if right else "wrong") + ("" if reason in ("the gold answer", "no answer") else f", {reason}")
+    known = {name: weight for name, weight in weights.items() if name in REWARDS}
+    earned = total(score([sample], [[text]], known, gated)[1], known).item()
     return f"reward {earned:g}; {answer}: {judged}; {parsed.fault or 'well-formed'}"

@@ -1,17 +1,15 @@
-"""Advantages, the policy loss, the answer parser and rewards, against hand-worked numbers and naive loops."""
+"""The policy loss and what is logged, against hand-worked numbers and naive loops."""
 import math
 import re
-import time
 
 import pytest
 import torch
 
-from data import chat, scenes
 from data.sample import Sample
 from kernels import group_advantage, policy_loss
 from model.vlm import Output
 from rl import metrics
-from rl.rewards import correctness, format, parse_weights, score, total, why
+from rl.rewards import parse_weights, score, total, why
 from rl.rollout import collect
 from rl.types import Policy, Rollout
 from tiny import difference
@@ -147,100 +145,13 @@ def test_entropy_is_that_of_the_distribution_not_minus_p_log_p_of_the_token():
     assert -(logp.exp() * logp).item() == pytest.approx(math.log(8) / 8, rel=1e-6)
 
 
-# ---------------------------------------------------------------- the one answer parser
+# ---------------------------------------------------------------- weighted sums, and what is logged
 
-def gold(answer, **fields):
-    return Sample(answer=answer, **fields)
+def gold(answer):
+    return Sample(answer=answer)
 
 
 FORMED = "<think> a1 b2</think><answer> two</answer>"
-SAME = [FORMED, " <think>\n</think> \n <answer>two</answer>\n", "<think></think><answer>Two.</answer>"]
-# A right answer in a single tag, but a malformed completion.
-LOOSE = ["<answer> two</answer>", "<think> so<answer> two</answer>", "so <think> a</think><answer>two</answer>",
-         "<think> a</think> then <answer>two</answer>", "<think> a</think><answer>two</answer> done",
-         "<answer>two</answer><think> a</think>", "<think> a</think></think><answer>two</answer>",
-         "<think><think> a</think><answer>two</answer>", "</think><think><answer>two</answer>"]
-# Nothing in here may count as the answer "two".
-CHEATS = [
-    "", "two", "<think> two</think>", "<think> two</think><answer></answer>", "<answer> </answer>", "<answer>two",
-    "two</answer>", "</answer>two<answer>", "<answer/>two", "< answer>two</answer>", "<ANSWER>two</ANSWER>",
-    "<think> the count is two .</think><answer> seven</answer>",
-    "<answer>one</answer><answer>two</answer>", "<answer>two</answer><answer>two</answer>",
-    FORMED + FORMED, FORMED + "<answer>", "<answer><answer>two</answer></answer>", "<answer><answer>two</answer>",
-    "<answer><think>two</think></answer>", "<answer>two<think></answer>", "<think><answer>two</answer></think>",
-    "<think> a <answer>two</think></answer>", "<think><answer>two</think><answer>two</answer>",
-    "<think> a</think><answer>one or two or three</answer>", "<think> a</think><answer>two three</answer>",
-    "<think> a</think><answer>not two</answer>", "<think> a</think><answer>twotwo</answer>",
-    "<think> a</think><answer>tw</answer>", "<think> a</think><answer>two, one</answer>",
-    "<think> a</think><answer>one\ntwo</answer>", "<answer>..</answer>"]
-
-
-@pytest.mark.parametrize("text", SAME)
-def test_well_formed_and_right(text):
-    assert correctness(gold("two"), text) == format(gold("two"), text) == 1
-    assert chat.parse(text).fault == ""
-
-
-@pytest.mark.parametrize("text", LOOSE)
-def test_right_but_malformed(text):
-    assert (correctness(gold("two"), text), format(gold("two"), text)) == (1, 0)
-    assert chat.parse(text).fault
-
-
-@pytest.mark.parametrize("text", CHEATS)
-def test_a_cheat_is_not_right(text):
-    assert correctness(gold("two"), text) == 0
-
-
-@pytest.mark.parametrize("text", [text for text in CHEATS if text.count("<answer>") != 1 or "</answer>" not in text])
-def test_a_cheat_without_one_answer_is_malformed_too(text):
-    assert format(gold("two"), text) == 0
-
-
-def test_an_answer_with_tags_in_it_is_no_answer():
-    for text in ("<answer>two<think>so</think></answer>", "<answer></think>two</answer>", "<answer>2<think></answer>"):
-        assert chat.parse(text).answer == "" and chat.parse(text).fault == "no single <answer>..</answer>"
-
-
-def test_r1v_the_thought_is_not_the_answer():
-    text = "<think>The count is 3.</think><answer>7</answer>"
-    assert correctness(gold("3"), text) == 0 and correctness(gold("7"), text) == 1
-
-
-@pytest.mark.parametrize("answer, given", [("cat", "catfish"), ("catfish", "cat"), ("cat", ""), ("cat", "the cat"),
-                                           ("sea gull", "gull"), ("sea gull", "seagull"), ("", ""), ("", "  "),
-                                           (".", "."), ("cat", "cat or dog or bird"), ("1", "1.5"), ("1.5", "15")])
-def test_a_class_name_inside_another_is_not_it(answer, given):
-    assert correctness(gold(answer), f"<think></think><answer>{given}</answer>") == 0
-
-
-@pytest.mark.parametrize("answer, given", [("cat", " Cat. "), ("sea gull", "Sea  gull"), ("1.5", "1.5"), ("É", "é")])
-def test_case_spaces_and_a_full_stop_may_differ(answer, given):
-    assert correctness(gold(answer), f"<think></think><answer>{given}</answer>") == 1
-
-
-def test_aliases_count_as_right():
-    assert correctness(gold("two", aliases=("2", "a pair")), "<answer>A pair</answer>") == 1
-    assert correctness(gold("two", aliases=("2", "a pair")), "<answer>pair</answer>") == 0
-
-
-@pytest.mark.parametrize("unit", ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "a", " ",
-                                  "<think></think>", "99**98**97 "])
-def test_a_hundred_thousand_characters_are_parsed_at_once(unit):
-    began = time.process_time()
-    for text in (unit * (100_000 // len(unit)), f"<think>{unit * 10_000}</think><answer>{unit * 10_000}</answer>"):
-        assert correctness(gold("two"), text) == 0
-    assert time.process_time() - began < 0.5
-
-
-def test_what_data_generation_writes_is_well_formed_and_right():
-    assert chat.parse(chat.target_text("two", "a1 b2")) == chat.Parsed("two", "a1 b2", "")
-    assert not chat.parse(chat.target_text("two", "a1 b2", close_think=False)).well_formed
-    assert chat.parse(chat.target_text("two")).answer == "two"
-
-
-# ---------------------------------------------------------------- weighted sums, and what is logged
-
 SAMPLES = [gold("two"), gold("one")]
 TEXTS = [[FORMED, "<answer>two</answer>"], ["<think></think><answer>two</answer>", ""]]
 
@@ -305,9 +216,3 @@ def test_metrics_of_a_rollout_by_hand():
         length_wrong=7 / 3, truncated=0.25, words_wait=0.25, words_again=0.25))
     known = [re.sub("<[a-z]+>", "[a-z]+", name) for name in metrics.DEFINITIONS]
     assert all(any(re.fullmatch(name, logged) for name in known) for logged in line)
-
-
-def test_gold_answers_of_drawn_scenes_are_right_and_their_neighbours_wrong():
-    for sample in scenes.load("id", 50, 0):
-        assert correctness(sample, chat.target_text(sample.answer, "so")) == 1
-        assert correctness(sample, chat.target_text(f"{sample.answer} or nothing", "so")) == 0
