@@ -17,18 +17,21 @@ import numpy as np
 import torch
 
 from data import chat, cot, images, jsonl, scenes
-from data.sample import Sample, collate, read_image, to_pixels
+from data.sample import Sample, batch_indices, collate, read_image, to_pixels
 from data.splits import mixed
 from data.tokenizer import Tokenizer
 from model import checkpoint
 from model.clip import Clip
 from model.config import from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
-from model.generate import generate
+from model.generate import Sampler, generate
+from model.optim import seed_of, stepper
 from model.vlm import VLM
 from model.runfolder import RunFolder, choose, write_json
-from rl import report, rewards, statistics
-from rl.rollout import read
+from rl import explain, metrics, report, rewards, statistics
+from rl.learner import Guard, make_learner
+from rl.rollout import collect, read
+from rl.update import estimated, informative, scored, update
 
 TEST_SEED = {"test": 1_000_001, "val": 2_000_002}     # the same prompts for every method and every training seed
 
@@ -112,6 +115,48 @@ def evaluate(vlm, tokenizer, samples, settings):
         if decoding == "t1":
             scores[decoding]["aliases"] = [[chat.normalise(a) for a in sample.aliases] for sample in asked]
     return scores
+
+
+def roll_out(run, vlm, samples, method, cfg, weights, generator, clock=None):
+    """Samples cfg.group completions of each sample and rewards them; -> (Batch, Rollout)."""
+    tok, clock = run.tokenizer, clock or metrics.Clock(run.device)
+    batch = prompts(vlm, tok, samples, method, cfg.template)
+    run.spend(vlm, "encode", len(batch.pixels))
+    vlm.encode(batch)
+    clock.lap("encode")
+    sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
+    clock.lap("prefill")
+    done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned, generator=generator,
+                          min_new=cfg.min_new, pad_id=tok.pad_id)
+    run.flops += sampler.flops
+    clock.lap("decode")
+    rollout = collect(done, samples, tok, weights, cfg.gated, cfg.max_new, cfg.overlong_share)
+    clock.lap("score")
+    return batch, rollout
+
+
+def look_ahead(run, stage, vlm, samples, method, cfg):
+    """Before reinforcement learning: one rollout and an update that is thrown away, as the preflight says it; with
+    --explain as many prompts in full, instead."""
+    count, weights = cfg.explain or cfg.rl_batch, rewards.weights_of(cfg)
+    learner, guard = make_learner(vlm, vlm.config.llm.width, cfg), Guard(run.folder, stage, 1, checkpoint.save)
+    asked = [samples[i] for i in batch_indices(len(samples), count, 0, seed_of(cfg.seed, stage, "order"))]
+    generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "preflight"))
+    clock, spend = metrics.Clock(run.device), lambda *_: None
+    batch, rollout = roll_out(run, vlm, asked, method, cfg, weights, generator, clock)
+    experience = informative(batch, rollout, cfg, everyone=bool(cfg.explain))
+    if len(experience.ids):
+        experience, _ = estimated(learner, scored(learner, experience, cfg, spend), weights, cfg)
+    if cfg.explain:
+        asked_as = [chat.prompt_text(sample, method, cfg.template) for sample in asked]
+        print(explain.explanation(asked, asked_as, rollout, experience.advantage, weights))
+    else:
+        if len(experience.ids):
+            update(learner, experience, cfg, stepper(None, 0.0, 1.0, learner), spend, guard)
+        clock.lap("update")
+        costs = metrics.costs(clock.laps, rollout, experience, cfg.epochs)
+        print(explain.preflight(rollout, costs, cfg.rl_steps))
+    run.flops = 0
 
 
 @torch.no_grad()

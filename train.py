@@ -30,15 +30,12 @@ from model import checkpoint, flops
 from model.clip import Clip, ClipConfig, contrastive_loss
 from model.config import adopt, check_ranges, describe, from_command_line, needs
 from model.device import pick_device, pick_dtype
-from model.generate import Sampler
 from model.llama import LlamaConfig
-from model.optim import (diverged, gradient_norms, learning_rate, make_optimizer, optimizer_step, seed_of,
-                         show_trained)
+from model.optim import diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained, stepper
 from model.runfolder import RunFolder, choose, resumed, write_json
 from model.vlm import VLM, VlmConfig
 from rl import algorithms, bench, metrics, rewards
 from rl.learner import Guard, make_learner
-from rl.rollout import collect
 from rl.types import Experience, Rollout
 from rl.update import estimated, informative, scored, update
 
@@ -53,9 +50,11 @@ class Config:
     compare: str = "basic"          # none | basic: cot_continued, filtered | all: every method | algorithms | rewards
     out: str = ""                   # run folder; empty: a new one under out/
     resume: bool = False            # go on with the interrupted run in --out (empty: the newest)
+    tensorboard: bool = False       # log.jsonl's numbers also into the run folder's tensorboard/
     seed: int = 0                   # decides everything random
     seeds: int = 0                  # n: run seeds 0 .. n-1 (counted from --seed), report mean and spread
     jobs: int = 1                   # seeds that run side by side, the threads shared among them
+    explain: int = 0                # n: print n prompts' completions, rewards and advantages, train nothing, stop
     bench: str = ""                 # step: time the parts of an RL step | prefix: what sharing prompts saves; and stop
     # the machine
     device: str = "auto"            # auto: CUDA when present | cpu | cuda:N
@@ -180,7 +179,7 @@ class Config:
         """Raises ValueError in one sentence about the first value that cannot work; returns notes on idle ones."""
         need = needs(self)
         check_ranges(self, at_least={
-            0: "seed seeds threads micro_batch min_new clip_steps align_steps sft_steps cot_steps rl_steps eps "
+            0: "seed seeds explain threads micro_batch min_new clip_steps align_steps sft_steps cot_steps rl_steps eps "
                "weight_decay clip_high refill ref_sync",
             1: "jobs batch rl_batch group bad_steps max_new epochs mini_batches save_every eval_greedy eval_sampled "
                "eval_samples eval_batch image_size patch clip_width clip_layers clip_heads text_width text_layers "
@@ -207,6 +206,8 @@ class Config:
         for name in self.stages():
             if name not in STAGES:
                 raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
+        need(not self.explain or "rl" in self.stage or self.stage in {**algorithms.ALGORITHMS, **algorithms.REWARDS},
+             "explain", "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
         notes = algorithms.check(self, need)
         if self.gated and "correctness" in self.rewards and "format" not in self.rewards:
             notes.append("correctness is gated on the format although the format itself earns nothing")
@@ -354,24 +355,6 @@ def fit(run, stage, module, count, losses_of, steps, batch, peak):
     return time.perf_counter() - began
 
 
-def roll_out(run, vlm, samples, method, cfg, weights, generator, clock=None):
-    """Samples cfg.group completions of each sample and rewards them; -> (Batch, Rollout)."""
-    tok, clock = run.tokenizer, clock or metrics.Clock(run.device)
-    batch = evaluation.prompts(vlm, tok, samples, method, cfg.template)
-    run.spend(vlm, "encode", len(batch.pixels))
-    vlm.encode(batch)
-    clock.lap("encode")
-    sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
-    clock.lap("prefill")
-    done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned, generator=generator,
-                          min_new=cfg.min_new, pad_id=tok.pad_id)
-    run.flops += sampler.flops
-    clock.lap("decode")
-    rollout = collect(done, samples, tok, weights, cfg.gated, cfg.max_new, cfg.overlong_share)
-    clock.lap("score")
-    return batch, rollout
-
-
 def reinforce(run, stage, vlm, samples, method, steps, cfg):
     """Reinforcement learning: roll out, reward, estimate advantages, update. One line of log.jsonl a rollout."""
     weights = rewards.weights_of(cfg)
@@ -388,31 +371,25 @@ def reinforce(run, stage, vlm, samples, method, steps, cfg):
         rollouts, kept = [], []
         while not rollouts or len(rollouts) < tries and sum(len(part.ids) for part in kept) < cfg.rl_batch:
             asked = batch_indices(len(samples), cfg.rl_batch, step * tries + len(rollouts), order)
-            batch, rollout = roll_out(run, vlm, [samples[i] for i in asked], method, cfg, weights, generator, clock)
+            batch, rollout = evaluation.roll_out(run, vlm, [samples[i] for i in asked], method, cfg, weights, generator,
+                                                 clock)
             rollouts.append(rollout)
             kept.append(informative(batch, rollout, cfg))
         rollout, experience = Rollout.join(rollouts), Experience.join(kept).first(cfg.rl_batch)
         learner.samples += rollout.reward.numel()
         line = metrics.of_rollout(rollout) | dict(groups=len(experience.ids), rollouts=len(rollouts))
         if len(experience.ids):
-            def take_step(drop=False):
-                norms = gradient_norms(grad_norm=learner, grad_norm_projector=vlm.projector, grad_norm_llm=vlm.llm,
-                                       grad_norm_critic=learner.critic)
-                optimizer_step(optimizer, lr, cfg.grad_clip, drop)
-                return norms
-
             experience = scored(learner, experience, cfg, spend)
             experience, found = estimated(learner, experience, weights, cfg)
+            take_step = stepper(optimizer, lr, cfg.grad_clip, learner, projector=vlm.projector, llm=vlm.llm,
+                                critic=learner.critic)
             line |= found | update(learner, experience, cfg, take_step, spend, guard)
             updates += line["updates"]
         learner.after(step, line, cfg)
         clock.lap("update")
-        seconds, tokens = clock.laps, int(experience.mask.sum()) * cfg.epochs
-        line |= {f"seconds_{name}": round(lap, 4) for name, lap in seconds.items()}
-        run.log(stage=stage, step=step, lr=lr, flops=run.flops, samples=int(learner.samples),
-                tokens_per_second=int(rollout.mask.sum()) / sum(map(seconds.get, ("encode", "prefill", "decode"))),
-                update_tokens_per_second=tokens / seconds["update"], seconds=round(time.perf_counter() - began, 3),
-                **line)
+        run.log(stage=stage, step=step, lr=lr, **learner.rates(lr, cfg), flops=run.flops,
+                samples=int(learner.samples), seconds=round(time.perf_counter() - began, 3),
+                **metrics.costs(clock.laps, rollout, experience, cfg.epochs), **line)
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_progress(stage, step + 1, learner, optimizer, generator, run.flops)
@@ -532,7 +509,12 @@ def rl(run, stage, like, method="think", changes=()):
     vlm, cfg = run.start(stage), replace(run.cfg, **dict(changes))
     vlm.visual.requires_grad_(False)
     show_trained(stage, vlm)
-    seconds = reinforce(run, stage, vlm, run.samples("train", cfg.rl_prompts, part=6), method, cfg.rl_steps, cfg)
+    samples = run.samples("train", cfg.rl_prompts, part=6)
+    if not run.progress:
+        evaluation.look_ahead(run, stage, vlm, samples, method, cfg)
+    if cfg.explain:
+        return 0.0
+    seconds = reinforce(run, stage, vlm, samples, method, cfg.rl_steps, cfg)
     run.finish_stage(stage, method, vlm, cfg=cfg)
     return seconds
 
@@ -582,7 +564,7 @@ def rejection(run, stage, like, part):
     at = 0
     while run.flops < budget / 2:
         asked = [samples[i] for i in batch_indices(len(samples), cfg.rl_batch, at, seed_of(cfg.seed, stage, "asked"))]
-        _, done = roll_out(run, vlm, asked, "think", cfg, {"correctness": 1.0}, generator)
+        _, done = evaluation.roll_out(run, vlm, asked, "think", cfg, {"correctness": 1.0}, generator)
         at += 1
         records += [(sample, text) for sample, group in zip(asked, done.texts) for text in dict.fromkeys(group)
                     if rewards.correctness(sample, text) and rewards.format(sample, text)]
@@ -627,6 +609,8 @@ def open_run(cfg):
     run.notes = chat.too_long(real, run.tokenizer, cfg.max_new, cfg.text_length) if real else []
     if not cfg.resume:
         run.create(asdict(cfg), real)
+    if cfg.tensorboard:
+        run.open_board()
     checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.proto))
     return run
 
@@ -670,6 +654,9 @@ def main(argv):
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     if cfg.bench:
         return run_bench(cfg)
+    if cfg.explain:
+        with tempfile.TemporaryDirectory() as folder:
+            return STAGES[cfg.stage][0](open_run(replace(cfg, out=folder)), stage=cfg.stage, like=())
     began = time.perf_counter()
     run = open_run(cfg)
     print(describe(cfg))

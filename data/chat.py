@@ -64,6 +64,13 @@ def encode(sample, tokenizer, patches, method="think", template="brief", target=
     return ids, mask, images
 
 
+def prompt_text(sample, method, template):
+    """What the last turn of `encode` says, as text."""
+    t = TEMPLATES[template]
+    user = t["user"].replace("{image}", IMAGE * len(sample.images))
+    return t["system"] + user.replace("{question}", " " + sample.question + PROMPTS[method]) + t["assistant"]
+
+
 def too_long(samples, tokenizer, max_new, text_length):
     """Notes on samples that the token budgets cut; raises ValueError when not one answer fits."""
     answers = [len(tokenizer.encode(target_text(sample.answer))) + 1 for sample in samples]

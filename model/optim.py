@@ -44,14 +44,22 @@ def optimizer_step(optimizer, lr, grad_clip, drop=False):
     return next((norm for norm in norms if not math.isfinite(norm)), norms[0])
 
 
-def gradient_norms(**modules):
-    """Name -> L2 norm of the module's gradient, of the modules that have one."""
-    norms = {}
-    for name, module in modules.items():
-        gradients = [p.grad for p in module.parameters() if p.grad is not None] if module is not None else []
-        if gradients:
-            norms[name] = torch.nn.utils.get_total_norm(gradients).item()
-    return norms
+def stepper(optimizer, lr, grad_clip, whole, **parts):
+    """-> take_step(drop=False): the gradient's L2 norms, {"grad_norm": of the module `whole`, "grad_norm_NAME": of its
+    parts}, of those that have a gradient; then optimizer_step. Without an optimizer the gradient is only cleared."""
+    def take_step(drop=False):
+        norms = {}
+        for name, module in {"grad_norm": whole, **{f"grad_norm_{name}": part for name, part in parts.items()}}.items():
+            gradients = [p.grad for p in module.parameters() if p.grad is not None] if module is not None else []
+            if gradients:
+                norms[name] = torch.nn.utils.get_total_norm(gradients).item()
+        if optimizer is None:
+            whole.zero_grad(set_to_none=True)
+        else:
+            optimizer_step(optimizer, lr, grad_clip, drop)
+        return norms
+
+    return take_step
 
 
 def diverged(norm, lr):

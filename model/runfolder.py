@@ -71,7 +71,7 @@ def choose(out, name, resume):
 
 class RunFolder:
     def __init__(self, folder, device="cpu"):
-        self.folder, self.device, self.progress = Path(folder), device, None
+        self.folder, self.device, self.progress, self.board = Path(folder), device, None, None
 
     def path(self, stage):
         return self.folder / f"{stage}.pt"
@@ -145,12 +145,25 @@ class RunFolder:
         return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def log(self, **line):
+        """A line of log.jsonl; its numbers go to the board as well, if there is one."""
+        if self.board:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(f"{line['stage']}/{name}", value, line["step"])
         try:
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OSError(f"cannot write {str(self.log_path)!r}: {error.strerror}; what was saved before is intact; "
                           "--resume goes on from there") from None
+
+    def open_board(self):
+        """From now on log lines go to tensorboard/ too. Raises ValueError without the package."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError('--tensorboard needs the package: pip install -e ".[report]"') from None
+        self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def finish(self, stage, **state):
         """Writes the stage's checkpoint; from now on a resumed run goes on after it."""

@@ -16,8 +16,8 @@ ALGORITHMS = {
     "dapo": dict(clip_high=0.28, refill=3, overlong_share=0.2),
     # arXiv 2507.18071, eq. 5, 7; clips of section 5.1
     "gspo": dict(ratio="sequence", norm="sequence", clip_low=3e-4, clip_high=4e-4),
-    # arXiv 2506.13585, eq. 4, 5: no lower clip; the upper one is tuned there and not told, this is DAPO's
-    "cispo": dict(loss="cispo", clip_low=1.0, clip_high=0.28),
+    # arXiv 2506.13585, eq. 4, 5: no lower clip; the upper one is tuned there and not told; PPO's
+    "cispo": dict(loss="cispo", clip_low=1.0),
     # arXiv 2511.20347, eq. 5
     "sapo": dict(loss="sapo", norm="sequence"),
     # arXiv 2602.05261: GSPO whose sequences count by their length
@@ -27,7 +27,7 @@ ALGORITHMS = {
     # arXiv 2501.03262, eq. 5-7
     "reinforce++": dict(baseline="batch", std="batch", kl="k1", kl_in="reward", kl_coef=0.01),
     # arXiv 1707.06347 as RLHF uses it (arXiv 2203.02155, section 3.5): KL in the reward, whitened advantages
-    "ppo": dict(baseline="critic", std="batch", kl="k1", kl_in="reward", kl_coef=0.01),
+    "ppo": dict(baseline="critic", std="batch", kl="k1", kl_in="reward", kl_coef=0.01, value_lr=10.0),
 }
 
 # The same reward twice, once with each switch: what the format reward does, and what the gate does.

@@ -79,6 +79,11 @@ class Learner(nn.Module):
         if cfg.ref_sync and self.reference is not None and (step + 1) % cfg.ref_sync == 0:
             self.reference.load_state_dict(self.policy.state_dict())
 
+    def rates(self, lr, cfg):
+        """What changes in a run and is logged."""
+        return ({} if self.critic is None else {"lr_critic": lr * cfg.value_lr}) | (
+            {} if self.reference is None else {"kl_coef": self.kl_coef.item()})
+
 
 def make_learner(policy, width, cfg):
     """policy, of decoder width `width`, with the reference and the critic that the switches ask for."""

@@ -1,5 +1,4 @@
 """What reinforcement learning logs: a definition for every name, and the estimators."""
-import math
 import re
 import time
 
@@ -83,9 +82,8 @@ def of_advantages(advantage, mask):
 def of_values(values, returns, mask):
     """values, returns, mask (P, G, C) -> how well the critic knew, before the update, what came."""
     v, r = values[mask], returns[mask]
-    unexplained = (r - v).var() / r.var() if len(r) > 1 and r.var() > 0 else torch.tensor(math.nan)
-    return {"explained_variance": 1 - unexplained.item(), "value": mean(v), "return": mean(r),
-            "return_std": deviation(r)}
+    explained = {"explained_variance": (1 - (r - v).var() / r.var()).item()} if len(r) > 1 and r.var() > 0 else {}
+    return explained | {"value": mean(v), "return": mean(r), "return_std": deviation(r)}
 
 
 def add(sums, statistics):
@@ -98,6 +96,14 @@ def add(sums, statistics):
 def means(sums, tokens):
     """Sums over tokens -> means; what ends in _max as it is."""
     return {name: (value if name.endswith("_max") else value / tokens).item() for name, value in sums.items()}
+
+
+def costs(laps, rollout, experience, epochs):
+    """Seconds of each part of a step -> what is logged of them."""
+    sampling = sum(laps[name] for name in ("encode", "prefill", "decode"))
+    return {"tokens_per_second": int(rollout.mask.sum()) / sampling,
+            "update_tokens_per_second": int(experience.mask.sum()) * epochs / laps["update"],
+            **{f"seconds_{name}": round(seconds, 4) for name, seconds in laps.items()}}
 
 
 class Clock:

@@ -13,8 +13,8 @@ from rl.advantages import advantages, sampled_kl
 from rl.types import Experience
 
 
-def informative(batch, rollout, cfg):
-    """The Experience of the groups that can move the policy.
+def informative(batch, rollout, cfg, everyone=False):
+    """The Experience of the groups that can move the policy, or of `everyone`.
 
     A group whose rewards are all equal cannot, unless its tokens' KL or entropy count, or its rewards are compared with
     more than each other; nor can one none of whose tokens train.
@@ -23,6 +23,7 @@ def informative(batch, rollout, cfg):
     kept = trained.flatten(1).any(1)
     if cfg.baseline in ("mean", "leave_one_out") and cfg.combine == "sum" and not cfg.kl_coef and not cfg.entropy_coef:
         kept &= ~is_flat(rollout.reward)
+    kept |= everyone
     return Experience(batch, rollout.ids, rollout.mask, trained, rollout.ended, rollout.rewards,
                       rollout.logp).rows(kept.nonzero()[:, 0])
 

@@ -184,7 +184,7 @@ def gspo(x):
 
 
 def cispo(x):
-    return -sum(min(x.ratio(i, t).item(), 1.28) * x.A(i) * x.logp[i][t]
+    return -sum(min(x.ratio(i, t).item(), 1.2) * x.A(i) * x.logp[i][t]
                 for i in x.all for t in range(x.n[i])) / x.tokens()
 
 

@@ -48,14 +48,16 @@ CHEATS = {
                         "<answer>two</answer><answer>two</answer><answer>two</answer>"],
     "answer in the thought": ["<think> two</think>", "<think><answer>two</answer></think>",
                               "<think> the count is two .</think><answer> seven</answer>",
-                              "<think> a <answer>two</think></answer>", "<think><answer>two</think><answer>two</answer>",
+                              "<think> a <answer>two</think></answer>",
+                              "<think><answer>two</think><answer>two</answer>",
                               "<think><answer>two</answer></think><answer>one</answer>"],
     "nested": ["<answer><answer>two</answer></answer>", "<answer><answer>two</answer>",
                "<answer><think>two</think></answer>", "<answer>two<think></answer>", "<answer></think>two</answer>",
                "<answer>two<think>so</think></answer>"],
     "unclosed": ["<answer>two", "two</answer>", "</answer>two<answer>", "<answer two</answer>", "<answer>two</answer",
                  "<think> a <answer>two"],
-    "upper case": ["<ANSWER>two</ANSWER>", "<Answer>two</Answer>", "<answer>two</ANSWER>", "<THINK></THINK><ANSWER>two"],
+    "upper case": ["<ANSWER>two</ANSWER>", "<Answer>two</Answer>", "<answer>two</ANSWER>",
+                   "<THINK></THINK><ANSWER>two"],
     "zero width": [f"<ans{ZERO}wer>two</answer>", f"<answer>t{ZERO}wo</answer>", f"<{ZERO}answer>two</{ZERO}answer>",
                    "<answer>two\u200d</answer>", "<answer>\ufefftwo</answer>", "<answer>two\u2060</answer>"],
     "look-alikes": ["< answer>two</answer>", "<answer >two</answer >", "\uff1canswer\uff1etwo\uff1c/answer\uff1e",
@@ -63,7 +65,8 @@ CHEATS = {
     "HTML entities": ["&lt;answer&gt;two&lt;/answer&gt;", "<answer>&#116;wo</answer>", "<answer>two&nbsp;</answer>",
                       "<answer>&#x74;&#x77;&#x6f;</answer>"],
     "A or B or C": [says("one or two or three"), says("two or three"), says("one, two"), says("two/three"),
-                    says("two (or three)"), says("either two"), says("two; one"), says("one\ntwo"), says("two and one")],
+                    says("two (or three)"), says("either two"), says("two; one"), says("one\ntwo"),
+                    says("two and one")],
     "all classes": [says(EVERY), says(EVERY.replace(",", "")), says(f"[{EVERY}]"), says(EVERY.replace(", ", "\n"))],
     "parts of words": [says("tw"), says("twotwo"), says("twoo"), says("network"), says("two three"), says("not two"),
                        says("the two"), says("*"), says(".*"), says("t.o"), says("%")],
@@ -122,8 +125,9 @@ def test_what_is_no_three_is_not_three(category, given):
 
 
 @pytest.mark.parametrize("fields, given", [
-    ({}, "3"), ({}, "3.0"), ({}, "+3"), ({}, "03"), ({}, "3e0"), ({}, "30e-1"), ({}, " 3. "), (dict(tolerance=0.5), "3.5"),
-    (dict(tolerance=0.5), "2.5"), (dict(unit="cm"), "3 cm"), (dict(unit="cm"), "3cm"), (dict(unit="cm"), "3"),
+    ({}, "3"), ({}, "3.0"), ({}, "+3"), ({}, "03"), ({}, "3e0"), ({}, "30e-1"), ({}, " 3. "),
+    (dict(tolerance=0.5), "3.5"), (dict(tolerance=0.5), "2.5"), (dict(unit="cm"), "3 cm"), (dict(unit="cm"), "3cm"),
+    (dict(unit="cm"), "3"),
     (dict(unit="cm"), "3.00 CM."), (dict(unit="%"), "3%"), (dict(unit="cm", tolerance=0.1), "3.1 cm"),
     (dict(aliases=("4",)), "4.0")])
 def test_numbers_may_be_written_in_several_ways(fields, given):
@@ -147,7 +151,8 @@ CHOICES = dict(choices=("red", "blue", "dark green"))
 
 @pytest.mark.parametrize("answer, given, right", [
     ("blue", "blue", 1), ("blue", "B", 1), ("blue", "(b)", 1), ("blue", "b.", 1), ("blue", "B) blue", 1),
-    ("blue", "b: blue", 1), ("B", "blue", 1), ("B", "b", 1), ("(dark green)", "C", 0), ("dark green", "C. Dark green", 1),
+    ("blue", "b: blue", 1), ("B", "blue", 1), ("B", "b", 1), ("(dark green)", "C", 0),
+    ("dark green", "C. Dark green", 1),
     ("blue", "a", 0), ("blue", "B) red", 0), ("blue", "a or b", 0), ("blue", "a b", 0), ("blue", "b, c", 0),
     ("blue", "ab", 0), ("blue", "b b", 0), ("blue", "bb", 0), ("blue", "d", 0), ("blue", "b) a) blue", 0),
     ("blue", "light blue", 0), ("dark green", "green", 0), ("blue", "(a)(b)(c)", 0)])
@@ -172,7 +177,8 @@ def test_visual_rft_a_class_name_inside_another_is_not_it(answer, given):
     assert correctness(gold(answer), says(given)) == 0
 
 
-@pytest.mark.parametrize("answer, given", [("cat", " Cat. "), ("sea gull", "Sea  gull"), ("1.5", "1.5"), ("\u00c9", "\u00e9")])
+@pytest.mark.parametrize("answer, given", [("cat", " Cat. "), ("sea gull", "Sea  gull"), ("1.5", "1.5"),
+                                           ("\u00c9", "\u00e9")])
 def test_case_spaces_and_a_full_stop_may_differ(answer, given):
     assert correctness(gold(answer), says(given)) == 1
 
@@ -217,8 +223,8 @@ def test_a_hundred_thousand_characters_take_less_than_50_ms(unit):
 
 # ---------------------------------------------------------------- fuzzing
 
-PIECES = st.sampled_from([*chat.TAGS, "two", " ", "3", ".", "\n", "b", "B)", "1e999", "nan", "\u0663", ZERO, "&lt;", "<",
-                          "</", ">", "cm", "[0, 0, 1, 1]", ",", "-", "\ud800", "\x00"])
+PIECES = st.sampled_from([*chat.TAGS, "two", " ", "3", ".", "\n", "b", "B)", "1e999", "nan", "\u0663", ZERO, "&lt;",
+                          "<", "</", ">", "cm", "[0, 0, 1, 1]", ",", "-", "\ud800", "\x00"])
 TEXTS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=14).map("".join))
 
 
@@ -255,7 +261,7 @@ def test_iou_by_hand():
                    "[0, 0, 2, 2] or [1, 1, 2, 2]", "1e5", "[0, 0, 2, 2" * 300):
         assert iou(one, says(answer)) == 0 or answer.startswith("[0, 0, 2, 2" * 2), answer
     assert iou(gold("two"), says("[0, 0, 2, 2]")) == 0 and boxes_of("0 0 1 1 " * 65) == []
-    assert iou(one, f"<think>[0, 0, 2, 2]</think><answer></answer>") == 0
+    assert iou(one, "<think>[0, 0, 2, 2]</think><answer></answer>") == 0
 
 
 def test_length_by_hand():
@@ -344,7 +350,8 @@ def test_one_that_fails_can_stop_the_run_instead(mine):
 @pytest.mark.parametrize("text, spec, said", [
     (None, "none.py:f:1", "the file .*none.py' does not exist"), ("def f(x): pass", "x.py:f", "defines no function f"),
     ("def g(a, b): pass", "x.py:f:1", "defines no function f"), ("def f(:", "x.py:f:1", "is not Python"),
-    ("def format(a, b): pass", "x.py:format:1", "name of a built-in reward"), ("def f(a, b): 0", "x.py:f:x", "a number"),
+    ("def format(a, b): pass", "x.py:format:1", "name of a built-in reward"),
+    ("def f(a, b): 0", "x.py:f:x", "must be a number"),
     ("def f(a, b): 0", "x.py:f:1,{folder}/x.py:f:2", "f is given twice")])
 def test_a_reward_file_that_cannot_be_used_is_named_before_it_runs(text, spec, said, tmp_path, mine):
     if text:

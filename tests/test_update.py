@@ -1,0 +1,479 @@
+"""The parts of an RL update by hand: weights and denominators, advantages, the critic, what is kept beside a policy."""
+import json
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from data.sample import Batch
+from kernels import gae, policy_loss
+from model import checkpoint
+from model.optim import make_optimizer, stepper
+from rl import losses, metrics
+from rl.advantages import advantages, normalised_then_summed, sampled_kl, token_rewards, whiten
+from rl.explain import preflight
+from rl.learner import Critic, Guard, Learner, make_learner
+from rl.rollout import overlong
+from rl.types import Experience, Rollout
+from rl.update import estimated, informative, scored, update
+from test_algorithms import C, D, G, LENGTH, WEIGHTS, Table, batch_of, config, problem, run_update
+from tiny import difference, make_vlm, prompts, random_completions, to_batch
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- weights and denominators
+
+def test_weights_and_denominators_by_hand():
+    mask = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]]]).bool()       # one does not train
+    assert losses.weights(mask, "sequence")[..., 0].tolist() == [[pytest.approx(1 / 3), 1], [0.5, 1]]
+    assert all(losses.weights(mask, norm) is None for norm in ("token", "constant", "sum"))
+    assert [losses.denominator(mask, norm, 10).item() for norm in losses.NORMS] == [3, 6, 30, 3]
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens_and_exactly_one_on_policy():
+    logp, old = double([[[-1.0, -2.0, 50.0]]]), double([[[-1.3, -1.0, -7.0]]])
+    mask = torch.tensor([[[True, True, False]]])
+    ratio = (logp - losses.sequence_ratio(logp, old, mask)).exp()
+    assert ratio[0, 0, :2].tolist() == pytest.approx([math.exp((0.3 - 1.0) / 2)] * 2)
+    assert torch.equal(losses.sequence_ratio(logp, logp, mask), logp)
+
+
+def test_weights_against_drift_by_hand():
+    off = double([[[math.log(4), math.log(1.5), math.log(0.25), 9.0]]])
+    mask = torch.tensor([[[1, 1, 1, 0]]]).bool()
+    args = (off, torch.zeros_like(off), mask)
+    assert losses.drift_weights(*args, "truncate", 2.0, "token")[0, 0, :3].tolist() == pytest.approx([2, 1.5, 0.25])
+    assert losses.drift_weights(*args, "mask", 2.0, "token")[0, 0, :3].tolist() == pytest.approx([0, 1.5, 0])
+    assert losses.drift_weights(*args, "truncate", 2.0, "sequence")[0, 0, :3].tolist() == pytest.approx([1.5] * 3)
+    assert losses.drift_weights(*args, "mask", 1.2, "sequence")[0, 0, :3].tolist() == [0, 0, 0]
+
+
+def test_without_drift_the_correction_changes_nothing():
+    policy, e = problem()
+    e = replace(e, sampled_logp=e.old_logp)
+    plain, *corrected = (run_update(policy, e, config(**switches))[0][0] for switches in (
+        {}, dict(correct="truncate"), dict(correct="mask", correct_level="sequence", correct_cap=1.0)))
+    assert all(difference(other, plain) < 1e-12 for other in corrected)
+    assert difference(run_update(policy, problem()[1], config(correct="truncate"))[0][0], plain) > 1e-3
+
+
+def test_top_entropy_trains_the_highest_tokens_alone():
+    policy, e = problem()
+    chosen = losses.top_entropy(e.entropy, e.mask, 0.25)
+    assert chosen.sum() == math.ceil(0.25 * int(e.mask.sum())) and not (chosen & ~e.mask).any()
+    assert e.entropy[chosen].min() > e.entropy[e.mask & ~chosen].max()
+    assert torch.equal(losses.top_entropy(e.entropy, e.mask, 1.0), e.mask)
+    (some,), _, done, _ = run_update(policy, e, config(top_entropy=0.25))
+    out = policy(e.batch, e.ids, 1.0)                     # tokens of the whole step remain the denominator
+    loss, _ = policy_loss(out.logp, e.old_logp, None, done.advantage, chosen, e.mask.sum())
+    assert difference(some["policy.logits"], torch.autograd.grad(loss, policy.logits)[0]) < 1e-12
+
+
+def test_value_loss_by_hand():
+    values, old, returns = double([[[1.0, 0.5, 2.0, 9.0]]]), double([[[0.5, 0.5, 2.5, 0.0]]]), double([[[1.0, 0, 3, 0]]])
+    mask = torch.tensor([[[1, 1, 1, 0]]]).bool()
+    # Errors 0, .5, 1. Held within .2 of old: .7, .5, 2.3, errors .3, .5, .7: the larger are .3, .5, 1.
+    loss, stats = losses.value_loss(values, old, returns, mask, 3, 0.2)
+    assert loss.item() == pytest.approx((0.09 + 0.25 + 1) / 6) and stats["value_clipped"] == 1
+    loss, stats = losses.value_loss(values, old, returns, mask, 3)
+    assert loss.item() == pytest.approx((0.25 + 1) / 6) and stats["value_clipped"] == 0
+
+
+def test_overlong_by_hand():
+    length = torch.tensor([[1, 6, 8], [9, 10, 10]])
+    assert overlong(length, 10, 0.4).tolist() == [[0, 0, -0.5], [-0.75, -1, -1]]
+
+
+# ---------------------------------------------------------------- advantages
+
+def test_maye_whitened_rewards_average_zero():
+    reward = double([[[0.0], [1.0], [1.0], [1.0]]])
+    out = whiten(reward, torch.ones(1, 4, 1).bool())
+    assert abs(out.mean().item()) < 1e-12 and out.std().item() == pytest.approx(1, rel=1e-5)
+    assert whiten(double([[[2.0, 2.0]]]), torch.ones(1, 1, 2).bool()).tolist() == [[[0, 0]]]
+
+
+def test_gdpo_by_hand():
+    # Correctness differs in both groups alike, format in the first alone: normalised first, both count in full.
+    rewards = double([[[1, 1], [0, 0]], [[1, 5], [0, 5]]])
+    out = normalised_then_summed(rewards, double([1.0, 0.5]))
+    a = math.sqrt(0.5)                  # (1 - .5) / std
+    total = double([[1.5 * a, -1.5 * a], [a, -a]])
+    assert difference(out, total / total.std()) < 1e-5
+    assert not normalised_then_summed(torch.ones(2, 3, 2).double(), double([1, 1])).any()
+
+
+def test_rewards_of_tokens_by_hand():
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 1]]]).bool()
+    out = token_rewards(double([[1.0, 2.0]]), double([[[0.5, 0.25, 9], [1, 0, 1]]]), mask, 0.1)
+    assert difference(out, double([[[-0.05, 0.975, 0], [-0.1, 0, 1.9]]])) < 1e-12
+
+
+def test_kl_estimators_by_hand():
+    kl = {kind: sampled_kl(double([-1.0]), double([-1.5]), kind).item() for kind in ("k1", "k2", "k3")}
+    assert kl == pytest.approx({"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 1 + 0.5})
+
+
+def experience_of(rewards, lengths, values=None, ended=None):
+    """One prompt, a completion for each reward."""
+    longest = max(lengths)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[None]
+    return Experience(batch_of(1), torch.zeros_like(mask).long(), mask, mask,
+                      torch.tensor([ended or [True] * len(lengths)]), double([[[r] for r in rewards]]),
+                      torch.zeros(mask.shape), values=torch.zeros(0) if values is None else double([values]))
+
+
+def test_lambda_0_is_temporal_difference_and_lambda_1_monte_carlo():
+    e = experience_of([3.0, 1.0], [3, 2], [[1.0, 2.0, 4.0, 9.0], [0.5, 0.25, 7.0, 9.0]])
+    td, _ = advantages(e, double([1.0]), "critic", "none", gamma=0.9, lam=0.0)
+    assert difference(td[0][e.mask[0]], double([0.9 * 2 - 1, 0.9 * 4 - 2, 3 - 4, 0.9 * 0.25 - 0.5, 1 - 0.25])) < 1e-12
+    mc, returns = advantages(e, double([1.0]), "critic", "none", gamma=0.9, lam=1.0)
+    assert difference(returns[0][e.mask[0]], double([3 * 0.81, 3 * 0.9, 3, 0.9, 1])) < 1e-12
+    assert difference(mc[0][e.mask[0]], returns[0][e.mask[0]] - e.values[0, :, :3][e.mask[0]]) < 1e-12
+
+
+def test_what_was_cut_off_is_worth_what_the_critic_says_when_asked():
+    e = experience_of([0.0, 0.0], [2, 2], [[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]], ended=[True, False])
+    _, plain = advantages(e, double([1.0]), "critic", "none")
+    _, more = advantages(e, double([1.0]), "critic", "none", bootstrap=True)
+    assert not plain.any() and more.tolist() == [[[0, 0], [4, 4]]]
+
+
+def test_easyr1_gae_takes_several_rows_and_an_empty_completion_is_one_token():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(5, 7, generator=generator).double() for _ in range(2))
+    mask = torch.arange(7) < torch.tensor([7, 1, 3, 0, 2])[:, None]
+    both = gae(rewards, values, mask, 0.9, 0.8)
+    for row in range(5):
+        assert all(torch.equal(one[row], alone[0]) for one, alone in zip(both, gae(
+            rewards[row:row + 1], values[row:row + 1], mask[row:row + 1], 0.9, 0.8)))
+
+
+# ---------------------------------------------------------------- which groups take part
+
+def rollout_of(rewards, ended=None, lengths=None):
+    reward = torch.tensor(rewards)
+    shape = reward.shape
+    mask = torch.arange(3) < (torch.full(shape, 3) if lengths is None else torch.tensor(lengths))[..., None]
+    return Rollout(torch.zeros(*shape, 3).long(), mask, torch.zeros(*shape, 3),
+                   torch.ones(shape).bool() if ended is None else torch.tensor(ended), [["a"] * shape[1]] * shape[0],
+                   {"format": reward}, reward[..., None], reward)
+
+
+@pytest.mark.parametrize("switches, kept", [
+    ({}, [0, 2]), (dict(kl_coef=0.1), [0, 1, 2]), (dict(entropy_coef=0.1), [0, 1, 2]), (dict(combine="each"), [0, 1, 2]),
+    (dict(baseline="critic", std="none"), [0, 1, 2]), (dict(baseline="batch", std="batch"), [0, 1, 2]),
+    (dict(drop_truncated=True), [0]), (dict(drop_truncated=True, kl_coef=0.1), [0, 1])])
+def test_groups_that_cannot_move_the_policy_are_left_out(switches, kept):
+    rollout = rollout_of([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], [[True, False], [True, True], [False, False]])
+    batch = batch_of(3)
+    found = informative(batch, rollout, config(**switches))
+    assert found.batch.ids[:, 0].tolist() == kept
+    assert found.trained.any(-1).tolist() == ([[True, False]] + [[True, True]] * (len(kept) - 1)
+                                              if "drop_truncated" in switches else [[True, True]] * len(kept))
+    assert len(informative(batch, rollout, config(), everyone=True).ids) == 3
+
+
+def test_a_completion_that_was_cut_off_counts_in_the_baseline_but_does_not_train():
+    policy, e = problem()
+    cut = replace(e, trained=e.mask & e.ended[..., None])
+    (taken,), found, done, _ = run_update(policy, cut, config(norm="sequence"))
+    assert (~e.ended).any() and torch.equal(done.advantage, run_update(policy, e, config(norm="sequence"))[2].advantage)
+    loss, _ = policy_loss(policy(e.batch, e.ids, 1.0).logp, e.old_logp, None, done.advantage, cut.trained,
+                          e.ended.sum(), weight=1 / LENGTH[..., None].double())
+    assert difference(taken["policy.logits"], torch.autograd.grad(loss, policy.logits)[0]) < 1e-12
+
+
+def test_rollouts_and_experiences_of_different_lengths_join():
+    policy, e = problem()
+    short = e.rows(torch.tensor([2, 0]))
+    short = replace(short, mask=short.mask[..., :5], ids=short.ids[..., :5], trained=short.trained[..., :5],
+                    sampled_logp=short.sampled_logp[..., :5], old_logp=short.old_logp[..., :5],
+                    ref_logp=short.ref_logp[..., :5], entropy=short.entropy[..., :5], values=short.values[..., :6])
+    both = Experience.join([short, e])
+    assert both.batch.ids[:, 0].tolist() == [2, 0, 0, 1, 2] and both.ids.shape == (5, G, C)
+    assert both.values.shape == (5, G, C + 1) and both.rewards.shape == (5, G, 2)
+    assert torch.equal(both.old_logp[:2, :, :5], short.old_logp) and torch.equal(both.old_logp[2:], e.old_logp)
+    assert both.first(3).batch.ids[:, 0].tolist() == [2, 0, 0] and both.first(9) is both
+    one, two = rollout_of([[1.0, 0.0]]), rollout_of([[1.0, 1.0], [0.0, 1.0]])
+    joined = Rollout.join([one, two])
+    assert joined.reward.tolist() == [[1, 0], [1, 1], [0, 1]] and len(joined.texts) == 3
+    assert joined.parts["format"].tolist() == joined.reward.tolist() and joined.ids.shape == (3, 2, 3)
+
+
+def test_joined_batches_of_pictures_give_what_each_gives():
+    rows = prompts()
+    vlm, parts = make_vlm(), [rows[2:4], rows[:2]]
+    ids = random_completions(4, 2, 3)
+    whole = Batch.join([vlm.encode(to_batch(part)) for part in parts])
+    with torch.no_grad():
+        alone = torch.cat([vlm(to_batch(part), some).logp for part, some in zip(parts, ids.split(2))])
+        assert difference(vlm(whole, ids).logp, alone) < 1e-12
+
+
+# ---------------------------------------------------------------- scoring on a real model
+
+def setting(**switches):
+    """A small vision-language model and experience of it, scored under the switches, in fp64."""
+    rows = prompts()
+    vlm, ids = make_vlm(), random_completions(len(rows), 2, 4)
+    mask = torch.arange(4) < torch.randint(1, 5, (len(rows), 2, 1), generator=torch.Generator().manual_seed(1))
+    cfg = config(micro_batch=2, mini_batches=2, **switches)
+    learner = make_learner(vlm, vlm.config.llm.width, cfg)
+    if learner.reference is not None:
+        with torch.no_grad():
+            for p in learner.reference.llm.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    e = Experience(vlm.encode(to_batch(rows)), ids, mask, mask, torch.ones(len(rows), 2).bool(),
+                   torch.rand(len(rows), 2, 2, generator=torch.Generator().manual_seed(3)).double(),
+                   torch.zeros(mask.shape).double())
+    spent = []
+    return learner, scored(learner, e, cfg, lambda *args: spent.append(args)), cfg, spent
+
+
+def exact(learner, e, temperature=1.0):
+    """KL at every token, from all logits."""
+    def every(vlm):
+        hidden = vlm.states(e.batch, e.ids)[..., :-1, :]
+        return (hidden @ vlm.llm.head.T / temperature).log_softmax(-1)
+
+    p, q = every(learner.policy), every(learner.reference)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3", "exact"])
+def test_kl_in_the_reward_is_that_of_policy_and_reference(kl):
+    learner, e, cfg, spent = setting(kl=kl, kl_in="reward", kl_coef=0.1, baseline="batch", std="batch")
+    with torch.no_grad():
+        mine, theirs = (vlm(e.batch, e.ids).logp for vlm in (learner.policy, learner.reference))
+        wanted = exact(learner, e) if kl == "exact" else sampled_kl(mine, theirs, kl)
+    assert difference(e.old_logp[e.mask], mine[e.mask]) < 1e-10 and difference(e.kl[e.mask], wanted[e.mask]) < 1e-10
+    assert e.kl[e.mask].abs().max() > 1e-3
+    assert [args[0] for args in spent].count("exact_kl") == (3 if kl == "exact" else 0)
+
+
+def test_exact_kl_in_the_loss_adds_its_mean_and_its_gradient():
+    learner, e, cfg, _ = setting(kl="exact", kl_coef=0.3)
+    e, _ = estimated(learner, e, {"a": 1.0, "b": 1.0}, cfg)
+    taken = []
+
+    def take_step(drop=False):
+        taken.append({name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.grad is not None})
+        learner.zero_grad(set_to_none=True)
+        return {"grad_norm": 1.0}
+
+    def step(kl_coef):
+        one = replace(cfg, mini_batches=1)
+        learner.kl_coef.fill_(kl_coef)
+        return update(learner, e, one, take_step, lambda *_: None, Guard(None, "rl", 1, None))
+
+    with_kl, without = step(0.3), step(0.0)
+    kl = (exact(learner, e) * e.mask).sum() / e.mask.sum()
+    learner.zero_grad(set_to_none=True)
+    kl.backward()
+    wanted = {name: 0.3 * p.grad for name, p in learner.policy.named_parameters() if p.grad is not None}
+    assert with_kl["kl_ref"] == pytest.approx(kl.item(), rel=1e-9) and with_kl["kl_ref"] > 1e-3
+    assert with_kl["loss"] - without["loss"] == pytest.approx(0.3 * kl.item(), rel=1e-9)
+    for name, gradient in wanted.items():
+        assert difference(taken[0][name] - taken[1][name], gradient) < 1e-7, name
+    assert all(p.grad is None for p in learner.reference.parameters())
+
+
+def test_nothing_is_scored_when_no_switch_asks_for_it():
+    learner, e, cfg, _ = setting()
+    assert e.old_logp.numel() and not e.ref_logp.numel() and not e.values.numel()
+    spent = []
+    assert scored(learner, replace(e, old_logp=torch.zeros(0)), config(), spent.append).old_logp.numel() == 0
+    assert not spent
+
+
+# ---------------------------------------------------------------- the critic, and PPO on a toy
+
+def test_a_critic_whose_units_change_says_the_same_and_learns_in_the_new_ones():
+    critic = Critic(Table(), "shared", D, normalise=True)
+    with torch.no_grad():
+        critic.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(2, 3, 4, D, generator=torch.Generator().manual_seed(1)).double()
+    before = critic(None, None, hidden)
+    for _ in range(3):
+        critic.see(double([5.0, 7.0, 12.0]))
+        assert difference(critic(None, None, hidden), before) < 1e-12
+    assert critic.mean.item() == pytest.approx(8) and critic.scale.item() == pytest.approx(double([5.0, 7, 12]).std())
+    plain = Critic(Table(), "shared", D)
+    plain.see(double([5.0, 7.0]))
+    assert plain.mean == 0 and plain.scale == 1
+
+
+@pytest.mark.parametrize("critic", ["shared", "detached", "separate"])
+def test_ppo_on_two_states_reaches_the_known_values_and_the_better_action(critic):
+    # One prompt, two tokens of two. The first leads to state 0 or 1; there a right second token pays 1 or .5, a wrong
+    # one nothing. gamma = 1. A policy that ends up choosing right is worth 1 at the start and 1 in state 0.
+    torch.manual_seed(0)
+
+    class Toy(Table):
+        """States of their own after each first token, one-hot, so that a linear head can hold any values."""
+
+        def __init__(self):
+            super().__init__(0, 3, 1, 2)
+            with torch.no_grad():
+                self.logits.zero_()
+                self.hidden = torch.nn.Parameter(torch.eye(3, dtype=torch.float64)[:, None].expand(3, 3, 3).clone())
+
+        def rows(self, completions):
+            return torch.stack([torch.zeros_like(completions[..., 0]), 1 + completions[..., 0]], -1)
+
+        def states(self, batch, completions):
+            at = self.rows(completions)
+            return self.hidden[torch.cat([at, at[..., -1:]], -1), 0]
+
+        def __call__(self, batch, completions, temperature):
+            every = self.logits[self.rows(completions), 0].log_softmax(-1)
+            return SimpleNamespace(logp=every.gather(-1, completions[..., None])[..., 0],
+                                   entropy=-(every.exp() * every).sum(-1), hidden=self.states(batch, completions))
+
+        def twin(self):
+            other = Toy()
+            other.load_state_dict(self.state_dict())
+            return other
+
+    cfg = config("ppo", kl_coef=0.0, critic=critic, epochs=2, mini_batches=1, value_lr=20.0, value_clip=0.0,
+                 value_coef=1.0)
+    policy, generator = Toy(), torch.Generator().manual_seed(0)
+    learner = make_learner(policy, 3, cfg)
+    optimizer = make_optimizer(learner, 0.95, 0.0, learner.critic, cfg.value_lr)
+    pays = double([[0.0, 1.0], [0.5, 0.0]])
+    found = {}
+    for _ in range(150):
+        with torch.no_grad():
+            p = policy.logits[:, 0].softmax(-1)
+            first = torch.multinomial(p[0], 64, replacement=True, generator=generator)
+            second = torch.multinomial(p[1 + first], 1, generator=generator)[:, 0]
+        ids = torch.stack([first, second], -1)[None]
+        mask = torch.ones_like(ids).bool()
+        e = Experience(batch_of(1), ids, mask, mask, torch.ones(1, 64).bool(), pays[first, second][None, :, None],
+                       policy(None, ids, 1.0).logp.detach())
+        e = scored(learner, e, cfg, lambda *_: None)
+        e, found = estimated(learner, e, {"pay": 1.0}, cfg)
+        update(learner, e, cfg, stepper(optimizer, 0.02, 10.0, learner), lambda *_: None, Guard(None, "rl", 1, None))
+    with torch.no_grad():
+        p = policy.logits[:, 0].softmax(-1)
+        ids = torch.tensor([[[0, 1], [1, 0]]])
+        start, after = learner.critic(None, ids, policy(None, ids, 1.0).hidden)[0, 0, :2].tolist()
+    assert p[0, 0] > 0.9 and p[1, 1] > 0.9
+    assert after == pytest.approx(p[1, 1].item(), abs=0.06) and start == pytest.approx(
+        (p[0, 0] * p[1, 1] + 0.5 * p[0, 1] * p[2, 0]).item(), abs=0.06)
+
+
+# ---------------------------------------------------------------- what is kept between rollouts
+
+def test_the_coefficient_follows_the_kl_and_the_reference_the_policy():
+    policy = Table()
+    learner, cfg = Learner(policy, 0.1), config(kl_coef=0.1, kl_target=0.05, ref_sync=3)
+    with torch.no_grad():
+        policy.logits.add_(1.0)
+    for step, kl in enumerate((0.06, 0.5)):
+        learner.after(step, {"kl_ref": kl}, cfg)
+    assert learner.kl_coef.item() == pytest.approx(0.1 * 1.02 * 1.02)          # both errors are held at .2
+    learner.after(3, {"kl_ref": 0.0475}, cfg)
+    assert learner.kl_coef.item() == pytest.approx(0.1 * 1.02 * 1.02 * 0.995)
+    assert not torch.equal(learner.reference.logits, policy.logits)
+    learner.after(5, {}, cfg)
+    assert torch.equal(learner.reference.logits, policy.logits)
+    assert not any(p.requires_grad for p in learner.reference.parameters())
+
+
+def test_an_update_ends_early_when_the_policy_has_gone_far():
+    policy, e = problem()
+    whole, found, *_ = run_update(policy, e, config(mini_batches=3))
+    assert len(whole) == 3 and found["stopped"] == 0
+    taken, found, *_ = run_update(policy, e, config(mini_batches=3, kl_stop=1e-3))
+    assert found["stopped"] == 1 and found["updates"] == 0
+
+
+# ---------------------------------------------------------------- what is not finite
+
+class Saved(dict):
+    def __call__(self, path, state):
+        self[path.name] = state
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_saved_and_ends_the_run_in_the_end(where, tmp_path):
+    policy, e = problem()
+    learner, cfg, files = make_learner(policy, D, config()), config(epochs=2), Saved()
+    optimizer = make_optimizer(learner, 0.95, 0.0)
+    guard = Guard(tmp_path, "rl", 4, files)
+    e, _ = estimated(learner, replace(e, values=torch.zeros(0), ref_logp=torch.zeros(0)), WEIGHTS, cfg)
+    bad = replace(e, advantage=e.advantage * float("nan")) if where == "loss" else e
+    hook = policy.logits.register_hook(lambda g: g * float("inf")) if where == "gradient" else None
+    before = policy.logits.detach().clone()
+
+    def go(part):
+        return update(learner, part, cfg, stepper(optimizer, 0.1, 1.0, learner), lambda *_: None, guard)
+
+    assert go(bad)["updates"] == 0 and torch.equal(policy.logits, before) and policy.logits.grad is None
+    assert list(files) == ["bad-rl-1.pt", "bad-rl-2.pt"]
+    assert torch.equal(files["bad-rl-1.pt"]["ids"], e.ids) and "pixels" in files["bad-rl-1.pt"]["batch"]
+    if hook:
+        hook.remove()
+    assert go(e)["updates"] == 2 and guard.count == 0 and not torch.equal(policy.logits, before)
+    if where == "loss":
+        with pytest.raises(ValueError, match="4 in a row, training diverged. The last checkpoint is intact"):
+            go(bad), go(bad)
+
+
+def test_the_saved_batch_of_a_bad_step_can_be_opened(tmp_path):
+    _, e = problem()
+    Guard(tmp_path, "rl", 2, checkpoint.save).bad(e, float("nan"), {"grad_norm": 1.0})
+    state = checkpoint.load(tmp_path / "bad-rl-1.pt")
+    assert torch.equal(state["old_logp"], e.old_logp) and torch.equal(state["batch"]["ids"], e.batch.ids)
+
+
+# ---------------------------------------------------------------- what is said
+
+def test_the_preflight_warns_of_what_cannot_be_learned():
+    costs = dict(tokens_per_second=100.0, seconds_decode=1.0, seconds_update=3.0)
+
+    def said(rewards, **fields):
+        rollout = rollout_of(rewards, **fields)
+        rollout.parts = {"correctness": rollout.reward}
+        return preflight(rollout, costs, 30)
+
+    fine = said([[1.0, 0.0], [0.0, 0.0]])
+    assert "warning" not in fine and "pass@2 0.500" in fine and "flat groups 0.50" in fine
+    assert "correctness 0.250" in fine and "4.00 s a step (update 3.00), about 2.0 minutes in all" in fine
+    assert "almost no completion is right" in said([[0.0, 0.0]]) and "nothing to learn from" in said([[0.0, 0.0]])
+    assert "every completion is right already" in said([[1.0, 1.0]])
+    assert "cut off before they answer" in said([[1.0, 0.0]], ended=[[False, False]])
+
+
+def test_metrics_of_advantages_and_values_by_hand():
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]]).bool()
+    found = metrics.of_advantages(double([[[1, -2, 50], [3, 0, 0]]]), mask)
+    assert found == pytest.approx(dict(advantage_abs=2, advantage_std=math.sqrt(19 / 3), advantage_max=3,
+                                       advantage_min=-2))
+    returns = double([[[1, 2, 50], [3, 0, 0]]])
+    found = metrics.of_values(returns / 2, returns, mask)
+    assert found == pytest.approx({"explained_variance": 0.75, "value": 1, "return": 2, "return_std": 1})
+    assert "explained_variance" not in metrics.of_values(returns, torch.ones_like(returns), mask)
+
+
+def test_every_number_a_run_logs_is_defined(tmp_path):
+    train.main(["--preset=tiny", f"--out={tmp_path / 'run'}", "--stage=clip,align,cot,ppo,grpo,dapo", "--clip-steps=2",
+                "--align-steps=2", "--cot-steps=2", "--epochs=2", "--rl-steps=2", "--eval-greedy=2", "--eval-sampled=2",
+                "--rewards=correctness:1,format:0.5,repetition:1"])
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    known = [re.sub(r"<\w+>", r"[a-z]+", name) for name in metrics.DEFINITIONS]
+    for stage in ("ppo", "grpo", "dapo"):
+        logged = {name for line in lines if line["stage"] == stage for name in line} - {"stage", "step"}
+        assert [name for name in logged if not any(re.fullmatch(form, name) for form in known)] == []
+        assert {"reward", "reward_std", "repetition", "repetition_std", "flat", "length", "lr", "samples"} <= logged
+        assert ({"value", "lr_critic", "grad_norm_critic"} <= logged) == (stage == "ppo")
+        assert ("overlong" in logged) == (stage == "dapo") and (stage == "dapo") == ("kl_coef" not in logged)
