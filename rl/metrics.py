@@ -27,7 +27,7 @@ DEFINITIONS = {
     "clip_high": "share of tokens whose ratio is over the upper clip with a positive advantage",
     "ratio_off": "mean |ratio - 1|", "ratio_off_max": "max |ratio - 1|",
     "kl": "k3 estimate of KL(old policy || policy), in nats a token; of sequences' ratios where those are used",
-    "kl_ref": "KL(policy || reference), in nats a token: k3 estimate, or exact where --kl=exact",
+    "kl_ref": "KL(policy || reference), in nats a token: in the loss the k3 estimate or exact, in the reward as --kl",
     "kl_coef": "coefficient of that KL", "updates": "optimizer steps taken", "stopped": "1 when --kl-stop ended it",
     "value_loss": "half the squared error of the critic", "value_clipped": "share of tokens where its clip acts",
     "explained_variance": "1 - Var(return - value) / Var(return), before the update",

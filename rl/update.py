@@ -89,6 +89,8 @@ def estimated(learner, experience, weights, cfg):
     advantage, returns = advantages(experience, weights, cfg.baseline, cfg.std, cfg.combine,
                                     learner.kl_coef.item() if in_reward else 0.0, cfg.gamma, cfg.lam, cfg.bootstrap)
     found = metrics.of_advantages(advantage, experience.mask)
+    if len(experience.kl):
+        found["kl_ref"] = metrics.mean(experience.kl[experience.mask])
     if learner.critic is not None:
         found |= metrics.of_values(experience.values[..., :-1], returns, experience.mask)
         learner.critic.see(returns[experience.mask])

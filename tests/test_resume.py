@@ -101,8 +101,8 @@ def command_line(*argv):
 def log_of(out):
     """The lines of log.jsonl without wall time."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("seconds", "tokens_per_second"))}
-            for line in lines]
+    return [{name: value for name, value in line.items()
+             if not name.startswith("seconds") and not name.endswith("tokens_per_second")} for line in lines]
 
 
 def flat(value, name=""):

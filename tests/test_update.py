@@ -77,7 +77,7 @@ def test_top_entropy_trains_the_highest_tokens_alone():
 
 
 def test_value_loss_by_hand():
-    values, old, returns = double([[[1.0, 0.5, 2.0, 9.0]]]), double([[[0.5, 0.5, 2.5, 0.0]]]), double([[[1.0, 0, 3, 0]]])
+    values, old, returns = (double([[row]]) for row in ([1.0, 0.5, 2.0, 9.0], [0.5, 0.5, 2.5, 0.0], [1.0, 0, 3, 0]))
     mask = torch.tensor([[[1, 1, 1, 0]]]).bool()
     # Errors 0, .5, 1. Held within .2 of old: .7, .5, 2.3, errors .3, .5, .7: the larger are .3, .5, 1.
     loss, stats = losses.value_loss(values, old, returns, mask, 3, 0.2)
@@ -168,7 +168,8 @@ def rollout_of(rewards, ended=None, lengths=None):
 
 
 @pytest.mark.parametrize("switches, kept", [
-    ({}, [0, 2]), (dict(kl_coef=0.1), [0, 1, 2]), (dict(entropy_coef=0.1), [0, 1, 2]), (dict(combine="each"), [0, 1, 2]),
+    ({}, [0, 2]), (dict(kl_coef=0.1), [0, 1, 2]), (dict(entropy_coef=0.1), [0, 1, 2]),
+    (dict(combine="each"), [0, 1, 2]),
     (dict(baseline="critic", std="none"), [0, 1, 2]), (dict(baseline="batch", std="batch"), [0, 1, 2]),
     (dict(drop_truncated=True), [0]), (dict(drop_truncated=True, kl_coef=0.1), [0, 1])])
 def test_groups_that_cannot_move_the_policy_are_left_out(switches, kept):
@@ -477,3 +478,34 @@ def test_every_number_a_run_logs_is_defined(tmp_path):
         assert {"reward", "reward_std", "repetition", "repetition_std", "flat", "length", "lr", "samples"} <= logged
         assert ({"value", "lr_critic", "grad_norm_critic"} <= logged) == (stage == "ppo")
         assert ("overlong" in logged) == (stage == "dapo") and (stage == "dapo") == ("kl_coef" not in logged)
+
+
+def test_an_interrupted_run_goes_on_with_critic_reference_and_coefficient_as_they_were(tmp_path, monkeypatch):
+    small = ["--preset=tiny", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1", "--rl-steps=5"]
+    train.main([*small, "--stage=clip,align,cot", "--clip-steps=2", "--align-steps=2", "--cot-steps=2",
+                f"--out={tmp_path / 'start'}"])
+    flags = [*small, "--stage=rl", "--algorithm=ppo", f"--init={tmp_path / 'start/cot.pt'}", "--save-every=1",
+             "--critic=separate", "--return-norm", "--kl-target=0.001", "--ref-sync=2", "--epochs=2",
+             "--rewards=repetition:1"]
+    train.main([*flags, f"--out={tmp_path / 'whole'}"])
+    log = train.Run.log
+
+    def stop(self, **line):
+        if line.get("step") == 3:
+            raise KeyboardInterrupt
+        log(self, **line)
+
+    monkeypatch.setattr(train.Run, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, f"--out={tmp_path / 'stopped'}"])
+    monkeypatch.undo()
+    train.main(["--resume", f"--out={tmp_path / 'stopped'}"])
+    one, two = (checkpoint.load(tmp_path / name / "rl.pt")["vlm"] for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+             for name in ("whole", "stopped")]
+    for one, two in zip(*lines, strict=True):
+        timed = {name for name in one if name.startswith("seconds") or name.endswith("per_second")}
+        assert {name: one[name] for name in one if name not in timed} == {
+            name: two[name] for name in two if name not in timed}
+    assert lines[0][-1]["kl_coef"] != 0.01
