@@ -206,7 +206,7 @@ class Config:
         for name in self.stages():
             if name not in STAGES:
                 raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
-        need(not self.explain or "rl" in self.stage or self.stage in {**algorithms.ALGORITHMS, **algorithms.REWARDS},
+        need(not self.explain or self.stage in ("rl", "grpo_zero", *algorithms.ALGORITHMS, *algorithms.REWARDS),
              "explain", "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
         notes = algorithms.check(self, need)
         if self.gated and "correctness" in self.rewards and "format" not in self.rewards:

@@ -13,6 +13,7 @@ STYLE = {"teacher": ("#000000", ""), "cot": ("#0072B2", "o"), "cot_continued": (
          "filtered": ("#D99400", "^"), "grpo": ("#D55E00", "D"), "rl": ("#D55E00", "D"), "rejection": ("#009E73", "v"),
          "sft_direct": ("#CC79A7", "P"), "perfect": ("#777777", "*"), "grpo_zero": ("#7A4B00", "X")}
 OTHER = ("#555555", "h")
+CYCLE = ("#0072B2", "#D99400", "#009E73", "#CC79A7", "#7A4B00", "#3D9FDC", "#555555")
 REWARD_COLORS = {"correctness": "#D55E00", "format": "#3D9FDC", "reward": "#333333"}
 SPLITS = {"id": "like training", "crowded": "more objects", "pairs": "unseen pairs", "walk3": "3 hops, unseen",
           "walk4": "4-5 hops, unseen"}
@@ -111,30 +112,38 @@ def _losses(ax, stages):
 
 
 def _learning(figure, stages, teacher):
-    """Rewards against step, the teacher's accuracy dashed; beside them length, entropy and flat groups."""
-    big, *small = figure.subplot_mosaic("AB;AC;AD", width_ratios=(1.25, 1)).values()
-    (first, lines), *others = stages.items()
+    """Rewards against step, the teacher's accuracy dashed; beside them length, entropy and flat groups.
+
+    Of several runs the big panel shows correctness alone, and a small one the format.
+    """
+    several = len(stages) > 1
+    small = {"format": "Format"} if several else {}
+    small |= {"length": "Tokens of a completion", "entropy": "Entropy, nats a token", "flat": "Share of flat groups"}
+    names = "BCDE"[:len(small)]
+    big, *axes = figure.subplot_mosaic(";".join(f"A{name}" for name in names), width_ratios=(1.25, 1)).values()
+    colors = {stage: STYLE["rl"][0] if n == 0 and not several else STYLE.get(stage, (CYCLE[n % len(CYCLE)],))[0]
+              for n, stage in enumerate(stages)}
     ends = [(y, f"teacher's\nanswers {y:.2f}", "black") for y in teacher[:1]]
     for y, *_ in ends:
         big.axhline(y, color="black", linestyle="--", linewidth=1.4)
-    for name in dict.fromkeys(("reward", "format", "correctness", *REWARDS)):
-        color = REWARD_COLORS.get(name, "#009E73")
-        ends += [(y, name, color) for y in _draw(big, lines, name, color, 3 if name == "correctness" else 1.8)]
-    for stage, lines in others:
-        color = STYLE.get(stage, OTHER)[0]
-        ends += [(y, f"correctness,\n{stage}", color) for y in _draw(big, lines, "correctness", color)]
-    big.set(title="RL: rewards", xlabel="step", ylabel="mean over completions")
+    for stage, lines in stages.items():
+        if several:
+            ends += [(y, stage, colors[stage]) for y in _draw(big, lines, "correctness", colors[stage])]
+            continue
+        for name in dict.fromkeys(("reward", "format", "correctness", *REWARDS)):
+            color = REWARD_COLORS.get(name, "#009E73")
+            ends += [(y, name, color) for y in _draw(big, lines, name, color, 3 if name == "correctness" else 1.8)]
+    big.set(title="RL: correctness" if several else "RL: rewards", xlabel="step", ylabel="mean over completions")
     big.set_ylim(min(0, big.get_ylim()[0]), max(1.05, big.get_ylim()[1]))
     _label_ends(big, ends)
-    for ax, name, words in zip(small, ("length", "entropy", "flat"), (
-            "Tokens of a completion", "Entropy, nats a token", "Share of flat groups")):
+    for ax, (name, words) in zip(axes, small.items()):
         for stage, lines in stages.items():
-            _draw(ax, lines, name, STYLE.get("grpo" if stage == first else stage, OTHER)[0])
+            _draw(ax, lines, name, colors[stage])
         ax.set_title(words, fontsize=12, fontweight="normal")
-        ax.set_ylim(0, max(1.05 if name == "flat" else 1e-3, 1.1 * ax.dataLim.y1 if ax.has_data() else 1))
+        ax.set_ylim(0, max(1.05 if name in ("flat", "format") else 1e-3, 1.1 * ax.dataLim.y1 if ax.has_data() else 1))
         ax.locator_params(axis="y", nbins=3)
         ax.tick_params(labelbottom=name == "flat")
-    small[-1].set_xlabel("step")
+    axes[-1].set_xlabel("step")
 
 
 def _accuracies(ax, rows):

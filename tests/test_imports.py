@@ -64,6 +64,14 @@ def test_kernels_import_torch_triton_and_the_standard_library_only():
     assert found <= {"torch", "triton", "kernels", *sys.stdlib_module_names}
 
 
+def test_grpo_zero_no_source_evaluates_text():
+    # A reward that called eval() hung on "99**98**97". torch's Module.eval() is a method, not this.
+    for name, path in SOURCES.items():
+        called = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
+                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert not called & {"eval", "exec", "compile", "__import__"}, name
+
+
 def test_no_high_level_training_framework_is_imported():
     found = {module.split(".")[0] for path in LIBRARY.values() for module in imported(path.read_text())}
     assert not found & {"trl", "accelerate", "deepspeed", "lightning", "pytorch_lightning", "transformers", "peft"}

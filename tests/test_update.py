@@ -295,6 +295,14 @@ def test_nothing_is_scored_when_no_switch_asks_for_it():
     assert not spent
 
 
+def test_nano_aha_scoring_by_the_reference_overwrites_nothing():
+    learner, e, cfg, _ = setting(kl="k3", kl_coef=0.1)
+    tensors = [*vars(e.batch).values(), *e._tensors().values()]
+    before = [tensor.clone() for tensor in tensors]
+    scored(learner, e, cfg, lambda *_: None)
+    assert all(map(torch.equal, tensors, before))
+
+
 # ---------------------------------------------------------------- the critic, and PPO on a toy
 
 def test_a_critic_whose_units_change_says_the_same_and_learns_in_the_new_ones():
@@ -509,3 +517,29 @@ def test_an_interrupted_run_goes_on_with_critic_reference_and_coefficient_as_the
         assert {name: one[name] for name in one if name not in timed} == {
             name: two[name] for name in two if name not in timed}
     assert lines[0][-1]["kl_coef"] != 0.01
+
+
+def test_the_numbers_of_the_log_go_to_tensorboard_when_asked(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.main(["--preset=tiny", f"--out={tmp_path / 'run'}", "--stage=clip", "--clip-steps=3", "--tensorboard"])
+    board = reader.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [event.value for event in board.Scalars("clip/loss")] == pytest.approx([line["loss"] for line in lines])
+    assert len(lines) == 3
+
+
+def test_explain_prints_every_completion_with_its_rewards_and_stops(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--preset=tiny", "--clip-steps=2", "--align-steps=2", "--cot-steps=2"]
+    train.main([*small, "--stage=clip,align,cot", "--out=start", "--eval-greedy=1", "--eval-sampled=1"])
+    capsys.readouterr()
+    train.main([*small, "--stage=ppo", "--init=start/cot.pt", "--explain=3", "--group=2",
+                "--rewards=correctness:1,format:0.5,consistency:0.1"])
+    said = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert said.count("picture  drawn, 48 x 48") == said.count("gold ") == 3 and said.count("think .'") == 3
+    assert len(re.findall(r"^  [12]\. \d+ tokens.*: reward [-\d.]+, advantage [-+][\d.]+$", said, re.M)) == 6
+    for name, count in (("correctness", 6), ("format ", 6), ("consistency", 6)):
+        assert len(re.findall(rf"^     {name} +[\d.]+ x [\d.]+(, gated)?   \S", said, re.M)) == count
+    with pytest.raises(ValueError, match="--explain=3 must come with one stage of reinforcement learning"):
+        train.main(["--explain=3"])
