@@ -241,17 +241,21 @@ def compare(folder, cfg, checkpoints, tests, teacher):
             print(f"evaluated {method:<16}{time.perf_counter() - began:7.1f} s", flush=True)
     results = [row for method, of in scores.items() for split, raw in of.items()
                for row in statistics.rows(method, split, raw, cfg.seed)]
+    log = report.read_log(Path(folder) / "log.jsonl")
+    training = statistics.training_rows(log, cfg.seed)
     write_json(Path(folder) / "kinds.json", statistics.kind_rows(scores, cfg.seed))
+    write_json(Path(folder) / "training.json", training)
     write_json(Path(folder) / "differences.json",
                [dict(row, seed=cfg.seed) for row in statistics.differences(scores)])
     page = samples_page(f"Samples of {Path(folder).name}, T = 1", tests, scores, cfg)
     checkpoint.write_atomically(Path(folder) / "samples.html", lambda file: file.write(page))
-    if curves := report.curves(report.read_log(Path(folder) / "log.jsonl"), results):
+    if curves := report.curves(log, results):
         checkpoint.write_atomically(Path(folder) / "curves.png", lambda file: file.write(curves))
     else:
         print('no curves.png: pip install -e ".[report]" brings matplotlib')
     write_json(Path(folder) / "results.json", results)      # last: a run that has it is finished
     print("\n" + statistics.table(results, scores))
+    print("\n" + statistics.training_table(training))
     for split, samples in tests.items():
         walks = [scenes.guess(sample) for sample in samples[:cfg.eval_sampled] if "/walk" in sample.source]
         if walks:
@@ -277,8 +281,8 @@ def samples_page(title, tests, scores, cfg, each=8):
 def many_seeds(script, cfg):
     """Runs `script`, train.py, for each seed in a process of its own, --jobs at a time.
 
-    Prints mean, spread and 95 % t-intervals over the seeds; results.json, differences.json and kinds.json hold the
-    rows of all. What no seed could start with is said before the folder is made.
+    Prints mean, spread and 95 % t-intervals over the seeds; results.json, differences.json, kinds.json and
+    training.json hold the rows of all. What no seed could start with is said before the folder is made.
     """
     real, _ = real_data(cfg.data, cfg.val_percent)
     samples = [sample for split in (real or {}).values() for sample in split]
@@ -318,8 +322,9 @@ def many_seeds(script, cfg):
         for process in running.values():
             process.terminate()
     of_all = {name: [row for seed in seeds for row in json.loads((root / f"seed-{seed}" / f"{name}.json").read_text())]
-              for name in ("results", "differences", "kinds") if (root / f"seed-{cfg.seed}" / f"{name}.json").exists()}
-    for name, rows in sorted(of_all.items()):                       # results.json last
+              for name in ("differences", "kinds", "training", "results")       # a run that has results is finished
+              if (root / f"seed-{cfg.seed}" / f"{name}.json").exists()}
+    for name, rows in of_all.items():
         write_json(root / f"{name}.json", rows)
     probes = [root / f"seed-{seed}" / "probe.json" for seed in seeds]
     if all(probe.exists() for probe in probes):

@@ -102,6 +102,41 @@ def kind_rows(scores, seed):
             for kind, (value, n) in by_kind(raw).items()]
 
 
+def training_rows(log, seed, last=10):
+    """Lines of log.jsonl -> rows on how each RL stage went, decoding "training", metric "RL", a column each as split.
+
+    s/step: median; clipped, %: tokens beyond the clip on either side, mean over all rollouts with an update; right,
+    format, entropy, in nats a token: means over the `last` rollouts; 1000 samples: completions drawn in all.
+    """
+    stages, out = {}, []
+    for line in log:
+        if "reward" in line:
+            stages.setdefault(line["stage"], []).append(line)
+    for stage, lines in stages.items():
+        def mean(name, of):
+            values = [line[name] for line in of if name in line]
+            return float(np.mean(values)) if values else 0.0
+
+        columns = {
+            "1000 samples": lines[-1]["samples"] / 1000,
+            "s/step": float(np.median([sum(line[name] for name in line if name.startswith("seconds_"))
+                                       for line in lines])),
+            "clipped, %": 100 * (mean("clip_low", lines) + mean("clip_high", lines)),
+            "right": mean("correctness", lines[-last:]), "format": mean("format", lines[-last:]),
+            "entropy": mean("entropy", lines[-last:])}
+        out += [dict(method="grpo" if stage == "rl" else stage, split=name, decoding="training", metric="RL",
+                     value=value, seed=seed) for name, value in columns.items()]
+    return out
+
+
+def training_table(rows):
+    """training_rows of one run as text; "" without any."""
+    columns, at = list(dict.fromkeys(row["split"] for row in rows)), {}
+    for row in rows:
+        at.setdefault(row["method"], []).append(f"{row['value']:.3f}")
+    return _grid("Training, RL", columns, list(at.items())) if rows else ""
+
+
 def _grid(title, columns, lines):
     """Text table: title, column heads, lines of (label, cells)."""
     width = max([len(label) for label, _ in lines] + [10])

@@ -10,7 +10,7 @@ import eval as evaluation
 import train
 from rl import report
 from rl.statistics import (by_kind, differences, interval, majority_right, over_seeds, per_prompt, rows, seeds_table,
-                           table)
+                           table, training_rows, training_table)
 
 
 def scored(right, answer=None, gold="two", **more):
@@ -231,3 +231,17 @@ def test_what_eval_does_not_understand_is_one_sentence(run, flags, said):
     with pytest.raises(ValueError) as caught:
         evaluation.main([f"--checkpoint={run / 'cot.pt'}", *flags])
     assert str(caught.value).startswith(said) and str(caught.value).isprintable()
+
+
+def test_training_rows_by_hand():
+    log = [dict(stage="cot", step=0, loss=1.0)]
+    log += [dict(stage="rl", step=n, reward=1.0, correctness=n / 4, format=1.0, samples=8 * (n + 1), seconds=9.0,
+                 seconds_decode=1.0, seconds_update=float(n), **(dict(clip_low=0.1, clip_high=0.3, entropy=0.5) if n
+                                                                 else {})) for n in range(3)]
+    found = training_rows(log, 7, last=2)
+    assert {row["split"]: row["value"] for row in found} == pytest.approx({
+        "1000 samples": 0.024, "s/step": 2.0, "clipped, %": 40, "right": 0.375, "format": 1, "entropy": 0.5})
+    assert all(row["method"] == "grpo" and row["seed"] == 7 for row in found)
+    assert training_table(found).splitlines()[2].split() == ["grpo", "0.024", "2.000", "40.000", "0.375",
+                                                                      "1.000", "0.500"]
+    assert training_table([]) == "" == training_table(training_rows(log[:1], 0))
