@@ -322,9 +322,9 @@ def many_seeds(script, cfg):
         for process in running.values():
             process.terminate()
     of_all = {name: [row for seed in seeds for row in json.loads((root / f"seed-{seed}" / f"{name}.json").read_text())]
-              for name in ("differences", "kinds", "training", "results")       # a run that has results is finished
+              for name in ("results", "differences", "kinds", "training")
               if (root / f"seed-{cfg.seed}" / f"{name}.json").exists()}
-    for name, rows in of_all.items():
+    for name, rows in reversed(of_all.items()):                     # a run that has results.json is finished
         write_json(root / f"{name}.json", rows)
     probes = [root / f"seed-{seed}" / "probe.json" for seed in seeds]
     if all(probe.exists() for probe in probes):
