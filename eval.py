@@ -4,6 +4,7 @@
     python eval.py --checkpoint=out/embedded-1/rl.pt --ask="what is at b2 ?" --image=picture.png
 """
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from model.clip import Clip
 from model.config import from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
 from model.generate import Sampler, generate
-from model.optim import seed_of, stepper
+from model.optim import make_optimizer, optimizer_step, seed_of
 from model.vlm import VLM
 from model.runfolder import RunFolder, choose, write_json
 from rl import explain, metrics, report, rewards, statistics
@@ -139,23 +140,27 @@ def look_ahead(run, stage, vlm, samples, method, cfg):
     """Before reinforcement learning: one rollout and an update that is thrown away, as the preflight says it; with
     --explain as many prompts in full, instead."""
     count, weights = cfg.explain or cfg.rl_batch, rewards.weights_of(cfg)
-    learner, guard = make_learner(vlm, vlm.config.llm.width, cfg), Guard(run.folder, stage, 1, checkpoint.save)
+    learner = make_learner(vlm, vlm.config.llm.width, cfg)
+    optimizer = make_optimizer(learner, 0.0, 0.0)           # never steps
+    guard = Guard(run.folder, f"{stage}-preflight", math.inf, checkpoint.save)
     asked = [samples[i] for i in batch_indices(len(samples), count, 0, seed_of(cfg.seed, stage, "order"))]
     generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "preflight"))
     clock, spend = metrics.Clock(run.device), lambda *_: None
     batch, rollout = roll_out(run, vlm, asked, method, cfg, weights, generator, clock)
     experience = informative(batch, rollout, cfg, everyone=bool(cfg.explain))
-    if len(experience.ids):
+    active, passed = int(experience.active.sum()), 0
+    if active:
         experience, _ = estimated(learner, scored(learner, experience, cfg, spend), weights, cfg)
     if cfg.explain:
         asked_as = [chat.prompt_text(sample, method, cfg.template) for sample in asked]
         print(explain.explanation(asked, asked_as, rollout, experience.advantage, weights))
     else:
-        if len(experience.ids):
-            update(learner, experience, cfg, stepper(None, 0.0, 1.0, learner), spend, guard)
+        if active:
+            passed = update(learner, experience, cfg, lambda drop=False: {"grad_norm": optimizer_step(
+                optimizer, 0.0, 1.0, drop=True)[0]}, spend, guard).get("passed", 0)
         clock.lap("update")
-        costs = metrics.costs(clock.laps, rollout, experience, cfg.epochs)
-        print(explain.preflight(rollout, costs, cfg.rl_steps))
+        print(explain.preflight(rollout, active / count, metrics.costs(clock.laps, rollout, passed), cfg.rl_steps,
+                                cfg.refill))
     run.flops = 0
 
 
@@ -242,7 +247,7 @@ def compare(folder, cfg, checkpoints, tests, teacher):
     results = [row for method, of in scores.items() for split, raw in of.items()
                for row in statistics.rows(method, split, raw, cfg.seed)]
     log = report.read_log(Path(folder) / "log.jsonl")
-    training = statistics.training_rows(log, cfg.seed)
+    training = statistics.training_rows(log, cfg.seed, cfg.algorithm or "grpo")
     write_json(Path(folder) / "kinds.json", statistics.kind_rows(scores, cfg.seed))
     write_json(Path(folder) / "training.json", training)
     write_json(Path(folder) / "differences.json",
@@ -265,7 +270,7 @@ def compare(folder, cfg, checkpoints, tests, teacher):
 
 def samples_page(title, tests, scores, cfg, each=8):
     """HTML: the first prompts of every split with each method's first completion at T = 1, and what it earned."""
-    entries, weights = [], rewards.parse_weights(cfg.rewards)
+    entries, weights = [], rewards.parse_weights(cfg.rewards, cfg.reward_timeout, cfg.reward_errors)
     for split, samples in tests.items():
         for n, sample in enumerate(samples[:min(each, cfg.eval_sampled)]):
             texts = {method: of[split]["t1"]["text"][n] for method, of in scores.items()

@@ -56,6 +56,7 @@ class Config:
     jobs: int = 1                   # seeds that run side by side, the threads shared among them
     explain: int = 0                # n: print n prompts' completions, rewards and advantages, train nothing, stop
     bench: str = ""                 # step: time the parts of an RL step | prefix: what sharing prompts saves; and stop
+    flags: str = ""                 # names of the flags that were given, which no stage overrides; filled in by itself
     # the machine
     device: str = "auto"            # auto: CUDA when present | cpu | cuda:N
     dtype: str = "float32"          # of weights and activations: float32 | bfloat16 | float64
@@ -138,6 +139,7 @@ class Config:
     bound: float = 0.0              # largest ratio in front of a negative advantage (dual clip); 0: none
     norm: str = "token"             # sequence: each completion alike | token: each token | constant: budget | sum
     baseline: str = "mean"          # mean | leave_one_out (RLOO) | batch (REINFORCE++) | critic (PPO)
+    flat: str = "drop"              # groups of equal rewards: drop | count in denominators, at no cost
     std: str = "group"              # advantages over the deviation of the group | batch | none
     combine: str = "sum"            # rewards are summed, then normalised | each normalised, then summed (GDPO)
     kl: str = "k3"                  # KL to the starting policy: estimators k1 | k2 | k3, or exact over the vocabulary
@@ -195,7 +197,6 @@ class Config:
         need(self.rl_batch % self.mini_batches == 0, "rl_batch", f"be a multiple of --mini-batches={self.mini_batches}")
         need(self.min_new <= self.max_new, "min_new", f"not exceed --max-new={self.max_new}")
         need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
-        rewards.parse_weights(self.rewards)
         pick_dtype(self.dtype)
         source, _, where = self.data.partition(":")
         need(source in ("scenes", "images", "jsonl") and (source != "scenes") == bool(where), "data",
@@ -206,10 +207,14 @@ class Config:
         for name in self.stages():
             if name not in STAGES:
                 raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
-        need(not self.explain or self.stage in ("rl", "grpo_zero", *algorithms.ALGORITHMS, *algorithms.REWARDS),
+        need(not self.explain or self.stage in ("rl", "grpo_zero", *algorithms.VARIANTS),
              "explain", "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
-        notes = algorithms.check(self, need)
-        if self.gated and "correctness" in self.rewards and "format" not in self.rewards:
+        need(not self.algorithm or not {*self.stages()} & {*algorithms.ALGORITHMS}, "algorithm",
+             "be left out where stages are named after algorithms")
+        notes = list(dict.fromkeys(note for stage in self.stages() for variant in [algorithms.of_stage(self, stage)]
+                                   for note in algorithms.check(variant, needs(variant))))
+        weights = rewards.parse_weights(self.rewards)
+        if self.gated and "correctness" in weights and "format" not in weights:
             notes.append("correctness is gated on the format although the format itself earns nothing")
         if source != "scenes" and (self.slip, self.confuse, self.drop_hop) != (0.06, 0.65, 0.60):
             notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
@@ -344,7 +349,7 @@ def fit(run, stage, module, count, losses_of, steps, batch, peak):
         for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"))):
             loss.backward()
             total += loss.item()
-        norm = optimizer_step(optimizer, lr, cfg.grad_clip)
+        norm = optimizer_step(optimizer, lr, cfg.grad_clip)[0]
         if not math.isfinite(norm):
             raise ValueError(diverged(norm, lr))
         run.log(stage=stage, step=step, loss=total, lr=lr, grad_norm=norm, flops=run.flops,
@@ -377,24 +382,25 @@ def reinforce(run, stage, vlm, samples, method, steps, cfg):
             kept.append(informative(batch, rollout, cfg))
         rollout, experience = Rollout.join(rollouts), Experience.join(kept).first(cfg.rl_batch)
         learner.samples += rollout.reward.numel()
-        line = metrics.of_rollout(rollout) | dict(groups=len(experience.ids), rollouts=len(rollouts))
-        if len(experience.ids):
+        line = metrics.of_rollout(rollout) | dict(groups=int(experience.active.sum()), rollouts=len(rollouts),
+                                                  reward_failures=rewards.failures())
+        if line["groups"]:
             experience = scored(learner, experience, cfg, spend)
             experience, found = estimated(learner, experience, weights, cfg)
-            take_step = stepper(optimizer, lr, cfg.grad_clip, learner, projector=vlm.projector, llm=vlm.llm,
-                                critic=learner.critic)
+            take_step = stepper(optimizer, lr, cfg.grad_clip, projector=vlm.projector, llm=vlm.llm)
             line |= found | update(learner, experience, cfg, take_step, spend, guard)
             updates += line["updates"]
         learner.after(step, line, cfg)
         clock.lap("update")
         run.log(stage=stage, step=step, lr=lr, **learner.rates(lr, cfg), flops=run.flops,
                 samples=int(learner.samples), seconds=round(time.perf_counter() - began, 3),
-                **metrics.costs(clock.laps, rollout, experience, cfg.epochs), **line)
+                **metrics.costs(clock.laps, rollout, line.pop("passed", 0)), **line)
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_progress(stage, step + 1, learner, optimizer, generator, run.flops)
     if not updates:
-        print(f"  note: the rewards of every group of {stage} were all equal, so the model did not change")
+        print(f"  note: no group of {stage} could move the model: in each all rewards were equal, or all completions "
+              "were left out")
     return time.perf_counter() - began
 
 
@@ -503,10 +509,10 @@ def cot_stage(run, stage, like):
     return supervise(run, stage, vlm, chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
 
 
-def rl(run, stage, like, method="think", changes=()):
-    """RL on correctness and format, with the switches `changes` otherwise than in the config; as `grpo_zero` without
-    chains to imitate, the prompt alone asks for the tags."""
-    vlm, cfg = run.start(stage), replace(run.cfg, **dict(changes))
+def rl(run, stage, like, method="think"):
+    """RL on correctness and format, with the switches of the stage's name if it is an algorithm's; as `grpo_zero`
+    without chains to imitate, the prompt alone asks for the tags."""
+    vlm, cfg = run.start(stage), algorithms.of_stage(run.cfg, stage)
     vlm.visual.requires_grad_(False)
     show_trained(stage, vlm)
     samples = run.samples("train", cfg.rl_prompts, part=6)
@@ -591,8 +597,7 @@ STAGES = {
     # the tags only asked for, nothing to imitate
     "grpo_zero": (partial(rl, method="asked"), ("sft", "align"), ()),
     # RL by another paper's switches, or for another reward
-    **{name: (partial(rl, changes=changes), ("cot",), ())
-       for name, changes in {**algorithms.ALGORITHMS, **algorithms.REWARDS}.items()},
+    **{name: (rl, ("cot",), ()) for name in algorithms.VARIANTS},
 }
 
 
@@ -604,6 +609,8 @@ def open_run(cfg):
     real = [sample for split in (run.real or {}).values() for sample in split]
     if cfg.resume:
         run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages(), real)
+    if "iou" in rewards.start(cfg) and not any(sample.boxes for sample in real):
+        raise ValueError(f"--rewards={cfg.rewards}: iou needs samples with boxes, and --data={cfg.data} has none")
     run.check_origins(cfg.stages(), *({name: of[n] for name, of in STAGES.items()} for n in (1, 2)), cfg.init)
     run.prepare_tokenizer()
     run.notes = chat.too_long(real, run.tokenizer, cfg.max_new, cfg.text_length) if real else []
@@ -655,6 +662,7 @@ def main(argv):
     if cfg.bench:
         return run_bench(cfg)
     if cfg.explain:
+        print("".join(f"note: {note}\n" for note in notes), end="")
         with tempfile.TemporaryDirectory() as folder:
             return STAGES[cfg.stage][0](open_run(replace(cfg, out=folder)), stage=cfg.stage, like=())
     began = time.perf_counter()
@@ -669,7 +677,7 @@ def main(argv):
             continue
         seconds = STAGES[stage][0](run, stage=stage, like=STAGES[stage][2])
         print(f"{stage:<16}{seconds:7.1f} s training" + (f", {run.flops / 1e12:8.2f} TFLOP" if run.flops else ""))
-    methods = {"grpo" if stage == "rl" else stage: run.path(stage) for stage in cfg.stages()
+    methods = {cfg.algorithm or "grpo" if stage == "rl" else stage: run.path(stage) for stage in cfg.stages()
                if stage not in ("clip", "align", "sft", "rejection_first")}
     if methods:
         tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.teacher)

@@ -3,7 +3,8 @@
     words       case, the white space between them, full stops at the end; the gold answer or one of its aliases
     numbers     the way they are written ("1,000" and "1000.0"); a unit, if the sample names one, or none; and as much
                 as the sample's tolerance allows
-    choices     the text of the choice, its letter ("B", "(b)", "B.") or both ("B. blue")
+    choices     the text of the choice; where the question shows them with letters ("(A) red (B) blue", "A. red ..") its
+                letter ("B", "(b)", "B.") or both ("B. blue") as well
 
 Whatever is not one of these, a list of answers, an answer with a reason, a part of a word, is wrong. Linear time.
 """
@@ -41,16 +42,18 @@ def number(text, unit=""):
 
 
 @lru_cache(maxsize=4096)
-def _gold(answer, aliases, choices):
+def _gold(answer, aliases, choices, question):
     """-> accepted texts, and {letter: accepted text after it} of the right choices."""
     texts = {normalise(gold) for gold in (answer, *aliases)} - {""}
-    choices = [normalise(choice) for choice in choices]
-    letters = {"abcdefghijklmnopqrstuvwxyz"[i]: choice for i, choice in enumerate(choices[:26])}
-    if any(len(choice) == 1 and choice.isalpha() for choice in choices):
-        return texts, {}                # "a" is a choice itself: letters would be ambiguous
+    letters = {"abcdefghijklmnopqrstuvwxyz"[i]: normalise(choice) for i, choice in enumerate(choices[:26])}
+    question = normalise(question)
+    shown = all(re.search(rf"(?<!\w)\(?{letter}[).:]\s*{re.escape(choice)}(?!\w)", question)
+                for letter, choice in letters.items())
+    if not letters or not shown or any(len(choice) == 1 and choice.isalpha() for choice in letters.values()):
+        return texts, {}                # a choice that is itself a letter would make letters ambiguous
     # A gold answer that is a letter names its choice.
-    right = {letter: choice for letter, choice in letters.items() if choice in texts or letter in texts}
-    return texts | set(right.values()) if len(right) == 1 else texts, right
+    right = {letter: choice for letter, choice in letters.items() if choice in texts or letter == normalise(answer)}
+    return texts | set(right.values()), right
 
 
 def verdict(sample, answer):
@@ -59,13 +62,13 @@ def verdict(sample, answer):
     >>> from data.sample import Sample
     >>> verdict(Sample(answer="3", tolerance=0.5, unit="cm"), "3.2 cm")
     (True, 'within 0.5 of 3')
-    >>> verdict(Sample(answer="blue", choices=("red", "blue")), "(B)")
+    >>> verdict(Sample(question="Which? (A) red (B) blue", answer="blue", choices=("red", "blue")), "(B)")
     (True, 'choice b')
     """
     given = normalise(answer)
     if not given:
         return False, "no answer"
-    texts, letters = _gold(sample.answer, tuple(sample.aliases), tuple(sample.choices))
+    texts, letters = _gold(sample.answer, tuple(sample.aliases), tuple(sample.choices), sample.question)
     if given in texts:
         return True, "the gold answer"
     if letters and (found := LETTER.fullmatch(given)):

@@ -129,7 +129,10 @@ def parse(text):
     think = _between(text, "<think>", "</think>")
     if answer is None or any(tag in answer for tag in TAGS):
         return Parsed("", (think or "").strip(), "no single <answer>..</answer>")
+    before, after = text.split("<answer>")[0], text.split("</answer>")[1]
     fault = ""
+    if think is None and "<think>" in before and "</think>" in after:
+        return Parsed("", "", "<answer> stands inside <think>")
     if think is None:
         fault = "no single <think>..</think>"
     elif "<answer>" in think or "</answer>" in think:

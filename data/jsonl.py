@@ -2,13 +2,15 @@
 
     {"image": "pictures/cat.jpg", "question": "What colour is the cat?", "answer": "black", "reasoning": "..."}
 
-`image` is relative to the file. Optional: reasoning, caption (else the answer), aliases, choices, id, and split
+`image` is relative to the file. Optional: reasoning, caption (else the answer), aliases, choices (the answer is one of
+them, or its letter), tolerance and unit of a number, boxes ([[x1, y1, x2, y2], ..], for the reward iou), id, and split
 ("train" or "val"; else the hash of the pixels decides, so that all lines about one picture fall together).
 
     splits, report_line = load("mine.jsonl")       # splits["train"], splits["val"]: lists of Sample
 """
 import codecs
 import json
+import math
 import os
 import re
 
@@ -16,7 +18,7 @@ from data.sample import Sample
 from data.splits import pixel_hash, split_of
 
 REQUIRED = ("image", "question", "answer")
-FIELDS = REQUIRED + ("reasoning", "caption", "aliases", "choices", "id", "split")
+FIELDS = REQUIRED + ("reasoning", "caption", "aliases", "choices", "tolerance", "unit", "boxes", "id", "split")
 # The template sets these itself; a second copy inside a text would add a picture or end an answer early.
 TAGS = re.compile(r"<image>|</?(think|answer|summary|caption|reasoning|conclusion)>", re.IGNORECASE)
 
@@ -39,6 +41,22 @@ def texts(record, field):
     if not isinstance(value, list):
         raise ValueError(f"field {field!r} must be a list of strings, not {type(value).__name__}")
     return tuple(text({f"{field}[{i}]": item}, f"{field}[{i}]", numbers=True) for i, item in enumerate(value))
+
+
+def finite(value, field):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"field {field!r} must be a finite number, not {value!r}")
+    return float(value)
+
+
+def boxes(record):
+    found = record.get("boxes", [])
+    if not isinstance(found, list) or not all(isinstance(box, list) and len(box) == 4 for box in found):
+        raise ValueError("field 'boxes' must be a list of [x1, y1, x2, y2]")
+    found = tuple(tuple(finite(value, "boxes") for value in box) for box in found)
+    if not all(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in found):
+        raise ValueError("field 'boxes' must hold boxes [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
+    return found
 
 
 def parse(line, folder, name):
@@ -65,12 +83,17 @@ def parse(line, folder, name):
         id=text(record, "id", numbers=True) or name, images=(os.path.join(folder, record["image"]),),
         question=text(record, "question"), answer=answer, caption=text(record, "caption") or answer,
         reasoning=reasoning, conclusion=answer if reasoning else "", aliases=texts(record, "aliases"),
-        choices=texts(record, "choices"), split=split, source="jsonl")
+        choices=texts(record, "choices"), tolerance=finite(record.get("tolerance", 0), "tolerance"),
+        unit=text(record, "unit"), boxes=boxes(record), split=split, source="jsonl")
+    if sample.tolerance < 0:
+        raise ValueError(f"field 'tolerance' must not be negative, it is {sample.tolerance:g}")
     for field in ("question", "answer", "reasoning", "caption", "aliases", "choices"):
         tag = TAGS.search(str(getattr(sample, field)))
         if tag:
             raise ValueError(f"field {field!r} holds the tag {tag.group()}, which the prompt template sets itself")
-    if sample.choices and not {answer, *sample.aliases} & set(sample.choices):
+    letters = "abcdefghijklmnopqrstuvwxyz"[:len(sample.choices)]
+    if sample.choices and not {answer, *sample.aliases} & set(sample.choices) and (
+            len(answer) != 1 or answer.lower() not in letters):
         raise ValueError(f"the answer {answer!r} is not among the choices {list(sample.choices)}")
     return sample, set(record) - set(FIELDS)
 

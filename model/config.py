@@ -76,6 +76,8 @@ def from_command_line(cls, presets, argv, doc, saved=lambda given: None, more=la
     if earlier is not None:
         return replace(cls(), **{name: earlier[name] for name in cls.__dataclass_fields__ if name in earlier} | given)
     preset = given.get("preset") or presets[""](given)
+    if "flags" in cls.__dataclass_fields__:
+        given.setdefault("flags", " ".join(sorted(given)))
     if preset not in presets or not preset:
         names = ", ".join(name for name in presets if name)
         raise ValueError(f"--preset={preset} must be one of {names}")

@@ -31,9 +31,9 @@ def make_optimizer(module, beta2, weight_decay, other=None, other_lr=1.0):
 
 
 def optimizer_step(optimizer, lr, grad_clip, drop=False):
-    """Clip each group to `grad_clip`, step, clear; -> the first group's norm before clipping.
+    """Clip each group to `grad_clip`, step, clear; -> the groups' norms before clipping.
 
-    Without a step, only cleared, to `drop` the gradient, or when a norm is not finite: that norm is returned.
+    Without a step, only cleared, to `drop` the gradient, or when a norm is not finite.
     """
     norms = [torch.nn.utils.clip_grad_norm_(group["params"], grad_clip).item() for group in optimizer.param_groups]
     if not drop and all(map(math.isfinite, norms)):
@@ -41,23 +41,19 @@ def optimizer_step(optimizer, lr, grad_clip, drop=False):
             group["lr"] = lr * group["scale"]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return next((norm for norm in norms if not math.isfinite(norm)), norms[0])
+    return norms
 
 
-def stepper(optimizer, lr, grad_clip, whole, **parts):
-    """-> take_step(drop=False): the gradient's L2 norms, {"grad_norm": of the module `whole`, "grad_norm_NAME": of its
-    parts}, of those that have a gradient; then optimizer_step. Without an optimizer the gradient is only cleared."""
+def stepper(optimizer, lr, grad_clip, **parts):
+    """-> take_step(drop=False): optimizer_step; returns the gradient's L2 norms before it, "grad_norm" and, of a critic
+    with a group of its own, "grad_norm_critic", and "grad_norm_NAME" of the modules `parts`."""
     def take_step(drop=False):
         norms = {}
-        for name, module in {"grad_norm": whole, **{f"grad_norm_{name}": part for name, part in parts.items()}}.items():
-            gradients = [p.grad for p in module.parameters() if p.grad is not None] if module is not None else []
-            if gradients:
-                norms[name] = torch.nn.utils.get_total_norm(gradients).item()
-        if optimizer is None:
-            whole.zero_grad(set_to_none=True)
-        else:
-            optimizer_step(optimizer, lr, grad_clip, drop)
-        return norms
+        for name, module in parts.items():
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            norms[f"grad_norm_{name}"] = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+        whole = optimizer_step(optimizer, lr, grad_clip, drop)
+        return dict(zip(("grad_norm", "grad_norm_critic"), whole)) | norms
 
     return take_step
 

@@ -1,29 +1,32 @@
 """What the papers' algorithms set, and which switches make no sense together.
 
 An algorithm is a line: the switches of train.py's Config that it sets otherwise than the defaults, which are GRPO over
-the tokens of the whole step, without KL. None sets learning rates, epochs or mini-batches.
+the tokens of the groups that are not flat, without KL. None sets the policy's learning rate, epochs or mini-batches.
 """
+from dataclasses import replace
+
 from rl.advantages import BASELINES
 from rl.learner import CRITICS
 from rl.losses import LOSSES, NORMS
 
 ALGORITHMS = {
     # arXiv 2402.03300, eq. 3, 4; beta as there
-    "grpo": dict(norm="sequence", kl_coef=0.04),
+    "grpo": dict(norm="sequence", flat="count", kl_coef=0.04),
     # arXiv 2503.20783: neither length nor deviation divides
-    "dr_grpo": dict(norm="constant", std="none"),
-    # arXiv 2503.14476: clip-higher, dynamic sampling, tokens of the step, soft penalty; there a fifth of the budget
+    "dr_grpo": dict(norm="constant", std="none", flat="count"),
+    # arXiv 2503.14476: clip-higher, tokens of the step, soft penalty (there on a fifth of the budget), dynamic
+    # sampling; here a group is left out when its whole reward is flat, there when its correctness is
     "dapo": dict(clip_high=0.28, refill=3, overlong_share=0.2),
     # arXiv 2507.18071, eq. 5, 7; clips of section 5.1
-    "gspo": dict(ratio="sequence", norm="sequence", clip_low=3e-4, clip_high=4e-4),
+    "gspo": dict(ratio="sequence", norm="sequence", clip_low=3e-4, clip_high=4e-4, flat="count"),
     # arXiv 2506.13585, eq. 4, 5: no lower clip; the upper one is tuned there and not told; PPO's
-    "cispo": dict(loss="cispo", clip_low=1.0),
+    "cispo": dict(loss="cispo", clip_low=1.0, flat="count"),
     # arXiv 2511.20347, eq. 5
-    "sapo": dict(loss="sapo", norm="sequence"),
+    "sapo": dict(loss="sapo", norm="sequence", flat="count"),
     # arXiv 2602.05261: GSPO whose sequences count by their length
-    "luspo": dict(ratio="sequence", norm="sum", clip_low=3e-4, clip_high=4e-4),
+    "luspo": dict(ratio="sequence", norm="sum", clip_low=3e-4, clip_high=4e-4, flat="count"),
     # arXiv 2402.14740, eq. 1, 9: KL in the reward; the clip matters from the second update of a rollout on
-    "rloo": dict(baseline="leave_one_out", std="none", norm="sum", kl="k1", kl_in="reward", kl_coef=0.03),
+    "rloo": dict(baseline="leave_one_out", std="none", norm="sum", kl="k1", kl_in="reward", kl_coef=0.03, flat="count"),
     # arXiv 2501.03262, eq. 5-7
     "reinforce++": dict(baseline="batch", std="batch", kl="k1", kl_in="reward", kl_coef=0.01),
     # arXiv 1707.06347 as RLHF uses it (arXiv 2203.02155, section 3.5): KL in the reward, whitened advantages
@@ -39,56 +42,67 @@ REWARDS = {
 }
 
 
+# field -> values it may have
+ALLOWED = dict(algorithm=("", *ALGORITHMS), loss=tuple(LOSSES), ratio=("token", "sequence"), norm=NORMS,
+               baseline=BASELINES, std=("group", "batch", "none"), flat=("drop", "count"), combine=("sum", "each"),
+               kl=("k1", "k2", "k3", "exact"), kl_in=("loss", "reward"), correct=("none", "truncate", "mask"),
+               correct_level=("token", "sequence"), critic=CRITICS, reward_errors=("zero", "stop"))
+
+VARIANTS = {**ALGORITHMS, **REWARDS}        # stages of train.py by these names
+
+
 def of_flags(given):
     """What the algorithm among the flags given sets; other flags override it."""
     return ALGORITHMS.get(given.get("algorithm"), {})
 
 
-# field -> values it may have
-ALLOWED = dict(algorithm=("", *ALGORITHMS), loss=tuple(LOSSES), ratio=("token", "sequence"), norm=NORMS,
-               baseline=BASELINES, std=("group", "batch", "none"), combine=("sum", "each"),
-               kl=("k1", "k2", "k3", "exact"), kl_in=("loss", "reward"), correct=("none", "truncate", "mask"),
-               correct_level=("token", "sequence"), critic=CRITICS, reward_errors=("zero", "stop"))
+def of_stage(cfg, stage):
+    """The config of an RL stage: one named after a variant has its switches, but for flags that were given."""
+    changes = VARIANTS.get(stage, {})
+    return replace(cfg, **{name: value for name, value in changes.items() if name not in cfg.flags.split()})
 
 
 def check(cfg, need):
     """need(ok, name, expected) raises; returns notes on switches that have no effect."""
     for name in ("kl_coef", "kl_target", "entropy_coef", "kl_stop", "value_clip", "value_coef", "bound"):
         need(0 <= getattr(cfg, name) < float("inf"), name, "be a number that is not negative")
-    need(cfg.correct_cap >= 1, "correct_cap", "be at least 1")
+    need(1 <= cfg.correct_cap < float("inf"), "correct_cap", "be a number of at least 1")
     need(0 < cfg.top_entropy <= 1, "top_entropy", "lie in (0, 1]")
-    need(cfg.value_lr > 0, "value_lr", "be positive")
+    need(0 < cfg.value_lr < float("inf"), "value_lr", "be positive")
     need(not cfg.bound or cfg.bound >= 1 + cfg.clip_high, "bound", f"be 0 or at least 1 + --clip-high={cfg.clip_high}")
-    need(cfg.group >= 2 or cfg.baseline in ("batch", "critic"), "group",
+    whole = cfg.baseline in ("batch", "critic")         # rewards are compared with those of other groups
+    need(cfg.group >= 2 or whole, "group",
          "be at least 2: a group of one has no baseline but itself (--baseline=batch and critic need none)")
-    need(cfg.std != "group" or cfg.baseline in ("mean", "leave_one_out") or cfg.combine == "each", "std",
-         f"be batch or none with --baseline={cfg.baseline}")
+    need(cfg.std != "group" or not whole, "baseline", "come with --std=batch or --std=none")
     need(cfg.combine == "sum" or cfg.baseline == "mean", "baseline", "be mean with --combine=each")
-    need(cfg.refill == 0 or not (cfg.baseline in ("batch", "critic") or cfg.combine == "each"), "refill",
+    need(not cfg.refill or not (whole or cfg.combine == "each"), "refill",
          "be 0 where groups of equal rewards teach something too")
-
-    several, notes = cfg.epochs * cfg.mini_batches > 1, []
+    need(not cfg.refill or cfg.flat == "drop", "flat", "be drop with --refill, which replaces flat groups")
+    notes = []
 
     def idle(names, why):
-        defaults = type(cfg)
-        moved = [name for name in names if getattr(cfg, name) != getattr(defaults, name)]
+        moved = [name for name in names if getattr(cfg, name) != getattr(type(cfg), name)]
         if moved:
             said = " and ".join(f"--{name.replace('_', '-')}" for name in moved)
             notes.append(f"{said} {'have' if len(moved) > 1 else 'has'} no effect {why}")
 
-    if not several:
+    if cfg.epochs * cfg.mini_batches == 1:
         idle(("clip_low", "clip_high", "bound", "kl_stop", "ratio"), "with one update a rollout: every ratio is 1")
+    elif cfg.loss == "cispo":
+        idle(("bound",), "with --loss=cispo")
+    elif cfg.loss == "sapo":
+        idle(("clip_low", "clip_high", "bound"), "with --loss=sapo, which fades out instead of clipping")
     if not cfg.kl_coef:
         idle(("kl", "kl_in", "kl_target", "ref_sync"), "without --kl-coef")
-    if cfg.kl_coef and cfg.kl == "k1" and cfg.kl_in == "loss":
+    elif cfg.kl == "k1" and cfg.kl_in == "loss":
         notes.append("--kl=k1 in the loss has a gradient that is zero in expectation; --kl-in=reward is where it works")
-    if cfg.loss == "sapo":
-        idle(("clip_low", "clip_high", "bound"), "with --loss=sapo, which fades out instead of clipping")
     if cfg.baseline != "critic":
-        idle(("critic", "lam", "value_lr", "value_coef", "value_clip", "return_norm", "bootstrap"),
+        idle(("critic", "gamma", "lam", "value_lr", "value_coef", "value_clip", "return_norm", "bootstrap"),
              "without --baseline=critic")
-        if cfg.baseline != "critic":
-            idle(("gamma",), "without --baseline=critic")
+    if cfg.combine == "each":
+        idle(("std",), "with --combine=each, which divides each reward by its group's deviation")
     if cfg.correct == "none":
         idle(("correct_cap", "correct_level"), "without --correct")
+    if ".py:" not in cfg.rewards:
+        idle(("reward_timeout", "reward_errors"), "without a reward of one's own")
     return notes

@@ -2,9 +2,9 @@
 import textwrap
 
 from data.chat import parse, verdict
-from kernels import is_flat
 from rl import metrics
 from rl.rewards import REWARDS
+from rl.worker import Worker
 
 
 def reason(name, sample, text):
@@ -15,10 +15,12 @@ def reason(name, sample, text):
     if name == "format":
         return parsed.fault or "well-formed"
     if name == "length":
-        return f"{len(parsed.think.split())} words of thought, {verdict(sample, parsed.answer)[1]}"
+        return verdict(sample, parsed.answer)[1]
     if name == "iou":
         return f"{parsed.answer!r} against {list(sample.boxes)}"
-    return (REWARDS[name].__doc__ or "").strip().split("\n")[0] if name in REWARDS else "tokens near the budget"
+    if name not in REWARDS:
+        return "tokens near the budget"
+    return "" if isinstance(REWARDS[name], Worker) else (REWARDS[name].__doc__ or "").strip().split("\n")[0]
 
 
 def explanation(samples, prompts, rollout, advantage, weights):
@@ -29,7 +31,7 @@ def explanation(samples, prompts, rollout, advantage, weights):
     for p, (sample, prompt) in enumerate(zip(samples, prompts)):
         picture = ", ".join(image if isinstance(image, str) else f"drawn, {image.shape[1]} x {image.shape[0]}"
                             for image in sample.images) or "none"
-        flat = ", a flat group: it teaches nothing against itself" if is_flat(rollout.reward[p:p + 1]).item() else ""
+        flat = "" if advantage[p].any() else "; all advantages are 0: this group teaches nothing"
         lines += ["", f"picture  {picture}", f"prompt   {prompt!r}", f"gold     {sample.answer!r}{flat}"]
         for g, text in enumerate(rollout.texts[p]):
             ended = "" if rollout.ended[p, g] else ", cut off at the budget"
@@ -42,28 +44,29 @@ def explanation(samples, prompts, rollout, advantage, weights):
     return "\n".join(lines)
 
 
-def preflight(rollout, costs, steps):
+def preflight(rollout, active, costs, steps, refill=0):
     """Text: what a batch of rollouts from the model as it is looks like, how long the run will take, and warnings.
 
-    costs: what metrics.costs says of it and of its update.
+    active: share of the groups that can move the model; costs: what metrics.costs says of rollout and update; refill:
+    how many more rollouts a step may take.
     """
     line, (P, G) = metrics.of_rollout(rollout), rollout.reward.shape
     text = [f"  preflight, {P} prompts x {G}: reward {line['reward']:.3f}, flat groups {line['flat']:.2f}, "
             f"{line['length']:.1f} tokens, {100 * line['truncated']:.0f} % cut off, "
             f"{costs['tokens_per_second']:.0f} tokens/s"]
     shares = [f"{name} {line[name]:.3f}" for name in rollout.parts]
-    right = rollout.parts.get("correctness")
-    if right is not None:
-        shares.append(f"pass@{G} {(right > 0).any(1).float().mean():.3f}")
-    each = sum(seconds for name, seconds in costs.items() if name.startswith("seconds_"))
+    shares.append(f"pass@{G} {(rollout.parts['correctness'] > 0).any(1).float().mean():.3f}")
+    tries = min(1 + refill, 1 / max(active, 1e-9)) if refill else 1
+    each = costs["seconds_update"] + tries * sum(seconds for name, seconds in costs.items()
+                                                 if name.startswith("seconds_") and name != "seconds_update")
     text.append(f"  {', '.join(shares)}; {each:.2f} s a step (update {costs['seconds_update']:.2f}), about "
                 f"{each * steps / 60:.1f} minutes in all")
-    if line["flat"] > 0.95:
-        text.append("  warning: in almost every group all rewards are equal: there is (almost) nothing to learn from. "
-                    "Easier or harder prompts, a larger --group, a warmer start or another reward would help")
-    if right is not None and line["correctness"] < 0.02:
+    if active < 0.05:
+        text.append("  warning: almost no group can move the model, all rewards in it being equal or all completions "
+                    "left out: easier or harder prompts, a larger --group, a warmer start or another reward would help")
+    if line["correctness"] < 0.02:
         text.append("  warning: almost no completion is right; RL finds only what the model sometimes does already")
-    if right is not None and line["correctness"] > 0.98:
+    if line["correctness"] > 0.98:
         text.append("  warning: almost every completion is right already")
     if line["truncated"] > 0.5:
         text.append("  warning: most completions are cut off before they answer; see --max-new")

@@ -31,6 +31,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.zeros((), **exact))
         self.register_buffer("scale", torch.ones((), **exact))
+        self.register_buffer("square", torch.ones((), **exact))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     def forward(self, batch, completions, hidden):
@@ -48,7 +49,8 @@ class Critic(nn.Module):
             return
         keep = self.momentum if self.seen else 0.0
         mean = keep * self.mean + (1 - keep) * returns.mean()
-        scale = (keep * self.scale + (1 - keep) * returns.std()).clamp(min=1e-4)
+        self.square.copy_(keep * self.square + (1 - keep) * returns.square().mean())
+        scale = (self.square - mean.square()).clamp(min=1e-8).sqrt()
         self.head.bias.copy_((self.scale * self.head.bias + self.mean - mean) / scale)
         self.head.weight.mul_(self.scale / scale)
         self.mean.copy_(mean)
@@ -96,7 +98,7 @@ class Guard:
     stops. save(path, dict): writes a checkpoint file."""
 
     def __init__(self, folder, stage, limit, save):
-        self.folder, self.stage, self.limit, self.save, self.count = folder, stage, limit, save, 0
+        self.folder, self.stage, self.limit, self.save, self.count, self.files = folder, stage, limit, save, 0, 0
 
     def good(self):
         self.count = 0
@@ -104,10 +106,12 @@ class Guard:
     def bad(self, experience, loss, norms):
         """Raises ValueError at the limit."""
         self.count += 1
-        path = self.folder / f"bad-{self.stage}-{self.count}.pt"
+        self.files += 1
+        path = self.folder / f"bad-{self.stage}-{self.files}.pt"
         tensors = {name: value for name, value in vars(experience).items() if name != "batch"}
         self.save(path, dict(stage=self.stage, loss=loss, norms=norms, batch=vars(experience.batch), **tensors))
-        said = f"loss {loss:g}, gradient norm {norms['grad_norm']:g}: the step is skipped, its batch is in {path}"
+        what = f"loss {loss:g}, gradient norm {norms['grad_norm']:g}" if norms else "advantages that are not finite"
+        said = f"{what}: the step is skipped, its batch is in {path}"
         if self.count >= self.limit:
             raise ValueError(f"{said}; {self.count} in a row, training diverged. The last checkpoint is intact; start "
                              "again from one with a lower rate")

@@ -65,7 +65,7 @@ def drift_weights(old_logp, sampled_logp, mask, kind, cap, level):
     if level == "sequence":
         off = off.sum(-1, keepdim=True).expand_as(off)
     w = off.exp()
-    return w.clamp(max=cap) if kind == "truncate" else w * ((w <= cap) & (w >= 1 / cap))
+    return w.clamp(max=cap) if kind == "truncate" else torch.where((w <= cap) & (w >= 1 / cap), w, 0.0)
 
 
 def top_entropy(entropy, mask, share):

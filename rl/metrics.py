@@ -13,17 +13,20 @@ DEFINITIONS = {
     "format": "share of completions that are exactly <think>..</think><answer>..</answer>",
     "<reward>": "mean over completions of a reward, before gate and weight", "<reward>_std": "its deviation",
     "flat": "share of groups whose rewards are all equal; as a rule they are left out of the update",
-    "groups": "groups in the update", "rollouts": "batches of prompts sampled for it, refills included",
+    "groups": "groups that went through the update", "reward_failures": "calls of rewards of one's own that raised, "
+    "hung or gave no finite number, so far", "rollouts": "batches of prompts sampled for it, refills included",
     "length": "mean tokens of a completion, EOS included", "length_right": "the same over right completions",
     "length_wrong": "the same over wrong completions", "truncated": "share of completions that hit the budget, no EOS",
     "words_<word>": "share of completions with a word of reflection (wait, again, ...), as a whole word",
-    # of the update: means over the tokens that train, weighted by nothing, of all its optimizer steps
+    # of the update: advantages and values over all sampled tokens of its groups; the rest are means over the tokens
+    # that train, weighted by nothing, of all its optimizer steps
     "advantage_abs": "mean |advantage|", "advantage_std": "deviation of the advantage", "advantage_max": "its largest",
     "advantage_min": "its smallest",
     "entropy": "exact entropy of the policy, in nats", "loss": "the policy loss with its penalties; near zero by "
     "construction where advantages average to zero: it says nothing about progress",
     "drift_max": "max |ratio - 1| between the update's log-prob and the one at sampling time, before any step",
     "clip_low": "share of tokens whose ratio is under the lower clip with a negative advantage",
+    "ratio_max": "its largest ratio", "ratio_min": "its smallest",
     "clip_high": "share of tokens whose ratio is over the upper clip with a positive advantage",
     "ratio_off": "mean |ratio - 1|", "ratio_off_max": "max |ratio - 1|",
     "kl": "k3 estimate of KL(old policy || policy), in nats a token; of sequences' ratios where those are used",
@@ -32,8 +35,8 @@ DEFINITIONS = {
     "value_loss": "half the squared error of the critic", "value_clipped": "share of tokens where its clip acts",
     "explained_variance": "1 - Var(return - value) / Var(return), before the update",
     "value": "mean of the critic before the update", "return": "mean return", "return_std": "its deviation",
-    "grad_norm": "global L2 norm of the gradient before clipping, mean over the steps",
-    "grad_norm_<module>": "the same of projector, decoder, critic alone",
+    "grad_norm": "L2 norm of the policy's gradient before clipping, mean over the steps; the critic's is clipped apart",
+    "grad_norm_<module>": "the same of projector, decoder (llm), critic alone",
     "lr": "learning rate", "lr_critic": "that of the critic",
     # cost
     "flops": "matmul FLOPs executed since the stage began: encoding, sampling, scoring, update",
@@ -59,16 +62,16 @@ def deviation(values):
 def of_rollout(rollout):
     """Rollout -> the metrics that need no update."""
     length = rollout.mask.sum(-1).float()
-    right = rollout.parts.get("correctness", torch.zeros_like(rollout.reward)) > 0
+    right = rollout.parts["correctness"] > 0
     words = [set(re.findall(r"[a-z]+", text.lower())) for group in rollout.texts for text in group]
     return {
         "reward": mean(rollout.reward), "reward_std": deviation(rollout.reward),
         **{name: mean(part) for name, part in rollout.parts.items()},
         **{f"{name}_std": deviation(part) for name, part in rollout.parts.items()},
-        "flat": mean(is_flat(rollout.reward)), "length": mean(length), "length_right": mean(length[right]),
-        "length_wrong": mean(length[~right]), "truncated": mean(~rollout.ended),
-        **{f"words_{word}": sum(word in said for said in words) / max(1, len(words)) for word in REFLECTION
-           if any(word in said for said in words)},
+        "flat": mean(is_flat(rollout.reward)), "length": mean(length), "truncated": mean(~rollout.ended),
+        **{f"length_{name}": mean(some) for name, some in (("right", length[right]), ("wrong", length[~right]))
+           if len(some)},
+        **{f"words_{word}": sum(word in said for said in words) / max(1, len(words)) for word in REFLECTION},
     }
 
 
@@ -87,22 +90,22 @@ def of_values(values, returns, mask):
 
 
 def add(sums, statistics):
-    """The statistics of a micro-batch join those before: sums add up, of a name ending in _max the largest stays."""
+    """The statistics of a micro-batch join those before: sums add up, of names in _max or _min the extreme stays."""
     for name, value in statistics.items():
-        before = sums.get(name, torch.zeros_like(value))
-        sums[name] = torch.maximum(before, value) if name.endswith("_max") else before + value
+        join = {"_max": torch.maximum, "_min": torch.minimum}.get(name[-4:], torch.add)
+        sums[name] = join(sums[name], value) if name in sums else value
 
 
 def means(sums, tokens):
-    """Sums over tokens -> means; what ends in _max as it is."""
-    return {name: (value if name.endswith("_max") else value / tokens).item() for name, value in sums.items()}
+    """Sums over tokens -> means; extremes as they are."""
+    return {name: (value if name[-4:] in ("_max", "_min") else value / tokens).item() for name, value in sums.items()}
 
 
-def costs(laps, rollout, experience, epochs):
-    """Seconds of each part of a step -> what is logged of them."""
+def costs(laps, rollout, passed):
+    """Seconds of each part of a step, and the tokens that went through its update -> what is logged of them."""
     sampling = sum(laps[name] for name in ("encode", "prefill", "decode"))
     return {"tokens_per_second": int(rollout.mask.sum()) / sampling,
-            "update_tokens_per_second": int(experience.mask.sum()) * epochs / laps["update"],
+            "update_tokens_per_second": passed / laps["update"],
             **{f"seconds_{name}": round(seconds, 4) for name, seconds in laps.items()}}
 
 

@@ -10,11 +10,13 @@ import re
 
 import torch
 
-from data.chat import is_right, parse, verdict
+from data.chat import TAGS, is_right, parse, verdict
 from rl.worker import Worker
 
-COSINE_WORDS = 64               # words of a thought at which the length reward has gone all its way
-WORD = re.compile(r"\w+")
+COSINE_WORDS = 64               # words of a completion at which the length reward has gone all its way; for you to edit
+GATED = ("correctness", "iou")  # earn nothing in a malformed completion, where the gate is on
+TAG = re.compile("|".join(TAGS))
+WORD = re.compile(r"[-+]?\w+(?:[.,]\w+)*|%")
 NUMBERS = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 
@@ -64,12 +66,11 @@ def iou(sample, text):
 
 
 def length(sample, text):
-    """Cosine in the length of the thought (arXiv 2502.03373, section 4.1): right answers earn more for fewer words, 1
-    down to .5, wrong ones less for fewer, -1 up to -.5: think when it is needed."""
-    parsed = parse(text)
-    share = min(1.0, len(parsed.think.split()) / COSINE_WORDS)
+    """Cosine in the words of the completion (arXiv 2502.03373, section 4.1): right answers earn more for fewer words, 1
+    down to .5, wrong ones less for fewer, -1 up to -.5: think when it is needed. Words count wherever they stand."""
+    share = min(1.0, len(TAG.sub(" ", text).split()) / COSINE_WORDS)
     saved = 0.25 * (1 + math.cos(math.pi * share))              # .5 for no word, 0 from COSINE_WORDS on
-    return 0.5 + saved if is_right(sample, parsed.answer) else -0.5 - saved
+    return 0.5 + saved if is_right(sample, parse(text).answer) else -0.5 - saved
 
 
 def repetition(sample, text, n=3):
@@ -80,17 +81,17 @@ def repetition(sample, text, n=3):
 
 
 def consistency(sample, text):
-    """+1 when the thought's last sentence names the answer, as whole words, and no other of the sample's choices."""
+    """+1 when the thought ends in the answer: its last words are those of the answer, a unit at the end aside. What is
+    said before them, "not" for instance, it does not see."""
     parsed = parse(text)
 
     def words(text):
-        return f" {' '.join(re.findall(WORD, text.lower()))} "
+        found = WORD.findall(text.lower())
+        unit = WORD.findall(sample.unit.lower())
+        return found[:-len(unit)] if unit and found[-len(unit):] == unit else found
 
-    answer, sentences = words(parsed.answer), [s for s in re.split(r"[.!?\n]", parsed.think) if s.strip()]
-    if not answer.strip() or not sentences:
-        return 0.0
-    others = {words(choice) for choice in sample.choices} - {answer}
-    return float(answer in words(sentences[-1]) and not any(other in words(sentences[-1]) for other in others))
+    answer, thought = words(parsed.answer), words(parsed.think)
+    return float(bool(answer) and thought[-len(answer):] == answer)
 
 
 REWARDS = {"correctness": correctness, "format": format, "iou": iou, "length": length, "repetition": repetition,
@@ -106,9 +107,16 @@ def _of_file(spec, path, name, timeout, errors):
             tree = ast.parse(file.read())
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"--rewards={spec}: {path!r} is not Python: {error}") from None
-    if not any(isinstance(node, ast.FunctionDef) and node.name == name and len(node.args.args) == 2
-               for node in tree.body):
-        raise ValueError(f"--rewards={spec}: {path!r} defines no function {name}(sample, text)")
+    defined = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    bound = {alias.asname or alias.name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+             for alias in node.names} | {target.id for node in tree.body if isinstance(node, ast.Assign)
+                                         for target in node.targets if isinstance(target, ast.Name)}
+    if not defined and name not in bound:
+        raise ValueError(f"--rewards={spec}: {path!r} defines no {name}(sample, text)")
+    arguments = defined[-1].args if defined else None
+    if arguments and not arguments.vararg and not len(arguments.args) - len(arguments.defaults) <= 2 <= len(
+            arguments.args):
+        raise ValueError(f"--rewards={spec}: {name} of {path!r} must take two arguments, sample and text")
     if name in REWARDS:
         if not isinstance(REWARDS[name], Worker):
             raise ValueError(f"--rewards={spec}: {name!r} is the name of a built-in reward; give yours another")
@@ -152,6 +160,15 @@ def weights_of(cfg):
     return weights | ({"overlong": 1.0} if cfg.overlong_share else {})
 
 
+def start(cfg):
+    """Starts the workers of rewards of one's own, so that what cannot be loaded is said first; -> the weights."""
+    weights = weights_of(cfg)
+    for name in weights:
+        if isinstance(REWARDS.get(name), Worker):
+            REWARDS[name].start()
+    return weights
+
+
 def failures():
     """How often rewards of one's own raised or hung so far."""
     return sum(reward.failed for reward in REWARDS.values() if isinstance(reward, Worker))
@@ -160,16 +177,15 @@ def failures():
 def score(samples, texts, weights, gated):
     """P samples, P lists of G texts -> (parts {name: (P, G)}, rewards (P, G, R)), fp32.
 
-    gated: a right answer in a malformed completion earns nothing for being right: in `rewards`, not in `parts`.
+    parts: of every reward in `weights`, and of correctness and format in any case. rewards: of those in `weights`, in
+    their order; gated: an answer in a malformed completion earns nothing for being right.
     """
+    names = [name for name in weights if name in REWARDS]
     parts = {name: torch.tensor([[REWARDS[name](sample, text) for text in group]
-                                 for sample, group in zip(samples, texts)]) for name in weights if name in REWARDS}
-    earned = dict(parts)
-    if gated and "correctness" in weights:
-        well_formed = torch.tensor([[format(sample, text) for text in group]
-                                    for sample, group in zip(samples, texts)])
-        earned["correctness"] = parts["correctness"] * well_formed
-    return parts, torch.stack(list(earned.values()), -1)
+                                 for sample, group in zip(samples, texts)])
+             for name in dict.fromkeys([*names, "correctness", "format"])}
+    return parts, torch.stack([parts[name] * parts["format"] if gated and name in GATED else parts[name]
+                               for name in names], -1)
 
 
 def total(rewards, weights):

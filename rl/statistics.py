@@ -102,8 +102,9 @@ def kind_rows(scores, seed):
             for kind, (value, n) in by_kind(raw).items()]
 
 
-def training_rows(log, seed, last=10):
-    """Lines of log.jsonl -> rows on how each RL stage went, decoding "training", metric "RL", a column each as split.
+def training_rows(log, seed, name="grpo", last=10):
+    """Lines of log.jsonl -> rows on how each RL stage went, decoding "training", metric "RL", a column each as split;
+    `name`: what the stage rl is called.
 
     s/step: median; clipped, %: tokens beyond the clip on either side, mean over all rollouts with an update; right,
     format, entropy, in nats a token: means over the `last` rollouts; 1000 samples: completions drawn in all.
@@ -124,8 +125,8 @@ def training_rows(log, seed, last=10):
             "clipped, %": 100 * (mean("clip_low", lines) + mean("clip_high", lines)),
             "right": mean("correctness", lines[-last:]), "format": mean("format", lines[-last:]),
             "entropy": mean("entropy", lines[-last:])}
-        out += [dict(method="grpo" if stage == "rl" else stage, split=name, decoding="training", metric="RL",
-                     value=value, seed=seed) for name, value in columns.items()]
+        out += [dict(method=name if stage == "rl" else stage, split=column, decoding="training", metric="RL",
+                     value=value, seed=seed) for column, value in columns.items()]
     return out
 
 

@@ -75,10 +75,11 @@ class Rollout:
 
 @dataclass
 class Experience:
-    """What a loss takes: the groups of a rollout that have something to teach.
+    """What a loss takes: the groups of a rollout that have something to teach, or count.
 
     ids, mask (P, G, C) as sampled; trained (P, G, C): the part of the mask that the loss is about (not completions that
-    were cut off, when those are left out); ended (P, G), rewards (P, G, R), sampled_logp (P, G, C): of the rollout.
+    were cut off, when those are left out); ended (P, G), rewards (P, G, R), sampled_logp (P, G, C): of the rollout;
+    active (P,): groups that can move the policy. The others are only counted.
     Scored before the update, empty where no switch asks for it: old_logp, ref_logp, entropy, kl (P, G, C), of the
     policy as it was, of the reference, and between them; values (P, G, C + 1), before each token and after the last.
     Then advantage (P, G, C) and, with a critic, returns (P, G, C). All are constants.
@@ -95,6 +96,7 @@ class Experience:
     ended: torch.Tensor
     rewards: torch.Tensor
     sampled_logp: torch.Tensor
+    active: torch.Tensor
     old_logp: torch.Tensor = empty()
     ref_logp: torch.Tensor = empty()
     entropy: torch.Tensor = empty()
@@ -124,10 +126,14 @@ class Experience:
         return self if len(self.ids) <= count else self.rows(torch.arange(count, device=self.ids.device))
 
     def split(self, minis, micro):
-        """Indices of the prompts: a list for each of at most `minis` optimizer steps, of at most `micro` (0: all)."""
+        """Of each of at most `minis` optimizer steps: the indices of its prompts, and those of the active ones in parts
+        of at most `micro` (0: all)."""
         P, device = len(self.ids), self.ids.device
-        parts = torch.arange(P, device=device).split(max(1, -(-P // minis)))
-        return [part.split(micro or len(part)) for part in parts]
+        split = []
+        for rows in torch.arange(P, device=device).split(max(1, -(-P // minis))):
+            active = rows[self.active[rows]]
+            split.append((rows, active.split(micro or len(active)) if len(active) else ()))
+        return split
 
     def trim(self):
         """Completions cut to the longest of them: padding costs as much as tokens do."""

@@ -17,15 +17,17 @@ def informative(batch, rollout, cfg, everyone=False):
     """The Experience of the groups that can move the policy, or of `everyone`.
 
     A group whose rewards are all equal cannot, unless its tokens' KL or entropy count, or its rewards are compared with
-    more than each other; nor can one none of whose tokens train.
+    more than each other; nor can one none of whose tokens train. With --flat=count they stay, to be counted in the
+    denominators and in the deviation of the batch, but no forward is spent on them.
     """
     trained = rollout.mask & rollout.ended[..., None] if cfg.drop_truncated else rollout.mask
-    kept = trained.flatten(1).any(1)
-    if cfg.baseline in ("mean", "leave_one_out") and cfg.combine == "sum" and not cfg.kl_coef and not cfg.entropy_coef:
-        kept &= ~is_flat(rollout.reward)
-    kept |= everyone
-    return Experience(batch, rollout.ids, rollout.mask, trained, rollout.ended, rollout.rewards,
-                      rollout.logp).rows(kept.nonzero()[:, 0])
+    active = trained.flatten(1).any(1)
+    alone = cfg.baseline in ("mean", "leave_one_out") and cfg.combine == "sum"
+    if alone and (cfg.refill or not cfg.kl_coef and not cfg.entropy_coef):
+        active &= ~is_flat(rollout.reward)
+    whole = Experience(batch, rollout.ids, rollout.mask, trained, rollout.ended, rollout.rewards, rollout.logp,
+                       active | everyone)
+    return whole if cfg.flat == "count" or everyone else whole.rows(active.nonzero()[:, 0])
 
 
 @torch.no_grad()
@@ -51,7 +53,7 @@ def scored(learner, experience, cfg, spend):
         e = replace(e, values=logp.new_zeros(*shape[:2], shape[2] + 1))
     if not (needs_policy or needs_reference):
         return e
-    for index in (index for mini in e.split(cfg.mini_batches, cfg.micro_batch) for index in mini):
+    for index in (index for _, indices in e.split(cfg.mini_batches, cfg.micro_batch) for index in indices):
         part = e.rows(index).trim()
         C = part.mask.shape[-1]
         if needs_policy:
@@ -88,12 +90,12 @@ def estimated(learner, experience, weights, cfg):
     weights = experience.rewards.new_tensor(list(weights.values()))
     advantage, returns = advantages(experience, weights, cfg.baseline, cfg.std, cfg.combine,
                                     learner.kl_coef.item() if in_reward else 0.0, cfg.gamma, cfg.lam, cfg.bootstrap)
-    found = metrics.of_advantages(advantage, experience.mask)
+    mask = experience.mask & experience.active[:, None, None]
+    found = metrics.of_advantages(advantage, mask)
     if len(experience.kl):
-        found["kl_ref"] = metrics.mean(experience.kl[experience.mask])
+        found["kl_ref"] = metrics.mean(experience.kl[mask])
     if learner.critic is not None:
-        found |= metrics.of_values(experience.values[..., :-1], returns, experience.mask)
-        learner.critic.see(returns[experience.mask])
+        found |= metrics.of_values(experience.values[..., :-1], returns, mask)
     return replace(experience, advantage=advantage, returns=returns), found
 
 
@@ -112,12 +114,17 @@ def token_weights(experience, cfg):
     return weight
 
 
+def drift(old_logp, part):
+    """Largest |ratio - 1| between log-probs (P, G, C) of the policy as it was and those at sampling time."""
+    return ((old_logp - part.sampled_logp).exp() - 1).abs().masked_fill(~part.mask, 0.0).max()
+
+
 def loss_of(learner, part, weight, denominator, tokens, cfg, spend):
     """Forward of one micro-batch -> (loss, statistics as sums over its trained tokens)."""
     out = learner.policy(part.batch, part.ids, cfg.temperature)
     spend("update", part.batch, part.ids.shape)
     old = part.old_logp if len(part.old_logp) else out.logp.detach()
-    drift = ((old - part.sampled_logp).exp() - 1).abs().masked_fill(~part.mask, 0.0).max()
+    stats_of_drift = {} if len(part.old_logp) else {"drift_max": drift(old, part)}
     if cfg.ratio == "sequence":
         old = losses.sequence_ratio(out.logp, old, part.trained)
     in_loss = learner.reference is not None and cfg.kl_in == "loss"
@@ -132,14 +139,18 @@ def loss_of(learner, part, weight, denominator, tokens, cfg, spend):
         kl = exact_kl(learner, part, out, cfg, spend).masked_fill(~part.trained, 0.0)
         loss = loss + kl_coef * (kl if weight is None else kl * weight).sum() / denominator
         stats["kl_ref"] = kl.detach().sum()
-    stats |= {"entropy": (out.entropy.detach() * part.trained).sum(), "drift_max": drift,
-              "loss": loss.detach() * tokens}
+    if cfg.loss == "sapo":
+        del stats["clip_low"], stats["clip_high"]               # it has none
+    ratio = (out.logp.detach() - old).masked_fill(~part.trained, 0.0).exp()
+    stats |= stats_of_drift | {"entropy": (out.entropy.detach() * part.trained).sum(), "loss": loss.detach() * tokens,
+                               "ratio_max": ratio.max(), "ratio_min": ratio.min()}
     if learner.critic is not None:
         values = learner.critic(part.batch, part.ids, out.hidden)[..., :-1]
         if cfg.critic == "separate":
             spend("update", part.batch, part.ids.shape, False)
-        error, clipped = losses.value_loss(values, part.values[..., :-1], part.returns, part.trained, tokens,
-                                           cfg.value_clip)
+        # In the critic's own units, so that the gradient that reaches a shared decoder does not grow with the reward.
+        units = (x / learner.critic.scale for x in (values, part.values[..., :-1], part.returns))
+        error, clipped = losses.value_loss(*units, part.trained, tokens, cfg.value_clip)
         loss = loss + cfg.value_coef * error
         stats |= clipped | {"value_loss": error.detach() * tokens}
     return loss, stats
@@ -152,22 +163,29 @@ def update(learner, experience, cfg, take_step, spend, guard):
     the gradient. What is not finite is shown to the guard and left out. The update ends early when the KL of a
     mini-batch from the old policy exceeds cfg.kl_stop.
     """
-    sums, total, norms, first, stopped = {}, 0, [], None, False
+    sums, total, norms, first, stopped, passed = {}, 0, [], {}, False, 0
+    if not all(torch.isfinite(x[experience.mask]).all() for x in (experience.advantage, experience.returns) if len(x)):
+        guard.bad(experience, math.nan, {})
+        return {"updates": 0, "stopped": 0.0}
+    if learner.critic is not None:
+        learner.critic.see(experience.returns[experience.mask])
     weight = token_weights(experience, cfg)
-    minis = [[(experience.rows(index).trim(), None if weight is None else weight[index]) for index in mini]
-             for mini in experience.split(cfg.mini_batches, cfg.micro_batch)]
-    for mini in minis * cfg.epochs:
-        denominator = sum(losses.denominator(part.trained, cfg.norm, cfg.max_new) for part, _ in mini)
-        tokens = sum(part.trained.sum() for part, _ in mini)
-        if not tokens:
+    minis = []
+    for rows, indices in experience.split(cfg.mini_batches, cfg.micro_batch):
+        trained = experience.trained[rows]
+        parts = [(experience.rows(index).trim(), None if weight is None else weight[index]) for index in indices]
+        minis.append((losses.denominator(trained, cfg.norm, cfg.max_new), parts))
+    for denominator, parts in minis * cfg.epochs:
+        tokens, here = sum(part.trained.sum() for part, _ in parts), {}
+        if not parts:
             continue
-        here = {}
-        for part, some in mini:
+        for part, some in parts:
             some = some if some is None else some[..., :part.mask.shape[-1]]
             loss, stats = loss_of(learner, part, some, denominator, tokens, cfg, spend)
             loss.backward()
             metrics.add(here, stats)
-        first = here if first is None else first
+            passed += int(part.mask.sum())
+        first = first or here
         stopped = bool(cfg.kl_stop and (here["kl"] / tokens).item() > cfg.kl_stop)
         if stopped:
             take_step(drop=True)
@@ -175,14 +193,16 @@ def update(learner, experience, cfg, take_step, spend, guard):
         finite = math.isfinite(here["loss"].item())
         norm = take_step(drop=not finite)
         if not finite or not all(map(math.isfinite, norm.values())):
-            guard.bad(Experience.join([part for part, _ in mini]), here["loss"].item() / tokens.item(), norm)
+            guard.bad(Experience.join([part for part, _ in parts]), here["loss"].item() / tokens.item(), norm)
             continue
         guard.good()
         metrics.add(sums, here)
         total = total + tokens
         norms.append(norm)
     found = metrics.means(sums, total) if norms else {}
-    if first is not None:
-        found["drift_max"] = first["drift_max"].item()          # before any step: sampling against update alone
+    if stopped:
+        found["kl"] = (here["kl"] / tokens).item()
     found |= {name: sum(norm[name] for norm in norms) / len(norms) for name in (norms[0] if norms else ())}
-    return found | {"updates": len(norms), "stopped": float(stopped)}
+    before = drift(experience.old_logp, experience) if len(experience.old_logp) else first.get("drift_max")
+    return found | ({} if before is None else {"drift_max": before.item()}) | {
+        "updates": len(norms), "stopped": float(stopped), "passed": passed}

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START_SECONDS = 60              # for its imports
+HANGS = 3                       # in a row, and it is given up: each costs its whole timeout
+DIED = {"error": "its process died"}
 
 
 class Worker:
@@ -28,31 +31,36 @@ class Worker:
         if errors not in ("zero", "stop"):
             raise ValueError(f"--reward-errors={errors} must be zero or stop")
         self.path, self.name, self.timeout, self.errors = os.path.abspath(path), name, timeout, errors
-        self.process, self.failed, self.said = None, 0, set()
+        self.process, self.failed, self.hung, self.said = None, 0, 0, set()
 
     def __call__(self, sample, text):
-        if self.process is None:
-            self._start()
+        self.start()
         self._send(dict(sample=_plain(sample), text=text))
         answer = self._receive(self.timeout)
-        if answer is None:
-            self.close()
-            answer = {"error": f"no answer within {self.timeout:g} s, or the process died"}
-        if "error" not in answer:
+        self.hung = 0 if answer else self.hung + 1
+        answer = answer or {"error": f"no answer within {self.timeout:g} s"}
+        if not self.hung and answer is not DIED and "error" not in answer:
             return answer["value"]
         self.failed += 1
         said = (f"reward {self.name} of {self.path}: {answer['error']}; sample {sample.id or sample.question!r}, "
                 f"text {text[:200]!r}")
-        if self.errors == "stop":
-            raise ValueError(said)
+        if self.hung or answer is DIED:
+            self.close()
+        if self.errors == "stop" or self.hung == HANGS:
+            raise ValueError(said + (f"; {HANGS} times in a row" if self.hung == HANGS else ""))
         if answer["error"] not in self.said and len(self.said) < 10:
             self.said.add(answer["error"])
             print(f"  note: {said}; it counts 0", flush=True)
         return 0.0
 
-    def _start(self):
+    def start(self):
+        """Raises ValueError when the file cannot be loaded; nothing when it is up already."""
+        if self.process is not None:
+            return
         program = f"import sys; sys.path.insert(0, {ROOT!r}); from rl.worker import serve; serve()"
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A group of its own, so that what it starts is killed with it.
+        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        start_new_session=True)
         self.answers = queue.Queue()
         # A thread reads, because waiting on a pipe with a limit in time works differently everywhere.
         threading.Thread(target=_read, args=(self.process.stdout, self.answers), daemon=True).start()
@@ -65,7 +73,7 @@ class Worker:
 
     def _send(self, message):
         try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.write(json.dumps(message, default=_listed).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
             pass                # it died; no answer will come
@@ -78,7 +86,10 @@ class Worker:
 
     def close(self):
         if self.process is not None:
-            self.process.kill()
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
             self.process.wait()
             self.process.stdin.close()
             self.process = None
@@ -87,27 +98,31 @@ class Worker:
 def _read(stream, answers):
     for line in stream:
         answers.put(json.loads(line))
-    answers.put(None)           # it died
+    answers.put(DIED)
 
 
 def _plain(sample):
     """Sample -> what JSON can say."""
-    images = [image if isinstance(image, str) else dict(
-        shape=image.shape, bytes=base64.b64encode(image.tobytes()).decode()) for image in sample.images]
+    images = [dict(shape=image.shape, bytes=base64.b64encode(image.tobytes()).decode())
+              if hasattr(image, "tobytes") and hasattr(image, "shape") else str(image) for image in sample.images]
     return {**vars(sample), "images": images}
+
+
+def _listed(value):
+    """Arrays and numpy's numbers as JSON has them, anything else by its name."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _sample(fields):
     import numpy as np
     images = tuple(image if isinstance(image, str) else np.frombuffer(
-        base64.b64decode(image["bytes"]), np.uint8).reshape(image["shape"]) for image in fields["images"])
+        base64.b64decode(image["bytes"]), np.uint8).reshape(image["shape"]).copy() for image in fields["images"])
     return SimpleNamespace(**{**fields, "images": images})
 
 
 def serve():
     """The worker's side: reads requests from stdin until it is closed."""
     import importlib.util
-    import signal
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)               # what the function prints must not end up among the answers
 
@@ -119,7 +134,7 @@ def serve():
     try:
         sys.path.insert(0, os.path.dirname(first["path"]))
         spec = importlib.util.spec_from_file_location("reward_file", first["path"])
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules["reward_file"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, first["name"])
         answer(ready=True)

@@ -13,8 +13,8 @@ from data.sample import Batch
 from model.vlm import Output
 from rl.algorithms import ALGORITHMS
 from rl.learner import Guard, make_learner
-from rl.types import Experience
-from rl.update import estimated, update
+from rl.types import Experience, Rollout
+from rl.update import estimated, informative, update
 from tiny import difference
 from train import Config
 
@@ -62,8 +62,9 @@ def batch_of(prompts):
     return Batch(ids, torch.ones(prompts).long(), torch.zeros_like(ids).bool(), nothing, nothing.long(), nothing)
 
 
-def problem(seed=0, spread=0.4):
-    """An experience far enough off-policy for every clip to act, with all that any algorithm reads."""
+def problem(seed=0, spread=0.4, flat=None):
+    """An experience far enough off-policy for every clip to act, with all that any algorithm reads; the rewards of the
+    group `flat` are all equal."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -75,8 +76,11 @@ def problem(seed=0, spread=0.4):
     old, ref = (torch.where(MASK, logp + spread * normal(P, G, C), 7.0) for _ in range(2))
     rewards = torch.stack([torch.rand(P, G, generator=generator, dtype=torch.float64).round(),
                            torch.rand(P, G, generator=generator, dtype=torch.float64)], -1)
+    if flat is not None:
+        rewards[flat] = torch.tensor([1.0, 0.5])
     return policy, Experience(
-        batch_of(P), ids, MASK, MASK, LENGTH < C, rewards, old + 0.1 * normal(P, G, C), old_logp=old, ref_logp=ref,
+        batch_of(P), ids, MASK, MASK, LENGTH < C, rewards, old + 0.1 * normal(P, G, C), torch.ones(P).bool(),
+        old_logp=old, ref_logp=ref,
         entropy=torch.rand(P, G, C, generator=generator, dtype=torch.float64),
         values=torch.where(torch.arange(C + 1) <= LENGTH[..., None], 0.3 * normal(P, G, C + 1), 9.0))
 
@@ -118,11 +122,11 @@ def run_update(policy, experience, cfg):
 class Paper:
     """What the formulas speak of, one completion i and token t at a time."""
 
-    def __init__(self, policy, experience, cfg):
+    def __init__(self, policy, experience, cfg, without=None):
         e = experience
         out = policy(e.batch, e.ids, 1.0)
         self.cfg, self.groups = cfg, [[(p, g) for g in range(G)] for p in range(P)]
-        self.all = [i for group in self.groups for i in group]
+        self.all = [i for group in self.groups for i in group if i[0] != without]
         self.n = {i: int(LENGTH[i]) for i in self.all}
         self.logp, self.old, self.ref = ({i: list(x[i]) for i in self.all} for x in (out.logp, e.old_logp, e.ref_logp))
         self.R = {i: (e.rewards[i] * torch.tensor([1.0, 0.5])).sum().item() for i in self.all}
@@ -251,6 +255,26 @@ def test_an_algorithm_equals_its_paper_in_value_and_gradient(name, seed):
         assert found["loss"] == pytest.approx(wanted.item(), rel=1e-12)
     if name not in ("cispo", "sapo"):
         assert found["clip_low"] > 0.04 and found["clip_high"] > 0.04       # both clips are at work
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("minis", [1, 3])
+def test_flat_groups_count_as_the_paper_counts_them(name, minis):
+    policy, experience = problem(flat=1)
+    cfg = config(name, **(dict(clip_low=0.05, clip_high=0.08) if name in ("gspo", "luspo") else {}))
+    rollout = Rollout(experience.ids, experience.mask, experience.sampled_logp, experience.ended, [], {},
+                      experience.rewards, (experience.rewards * torch.tensor([1.0, 0.5])).sum(-1))
+    found = informative(experience.batch, rollout, cfg)
+    kept = found.batch.ids[:, 0]
+    assert kept.tolist() == ([0, 2] if name == "dapo" else [0, 1, 2])
+    assert found.active.tolist() == [True, bool(cfg.kl_coef), True][:3] if name != "dapo" else [True, True]
+    rest = {field: getattr(experience, field)[kept] for field in ("old_logp", "ref_logp", "entropy", "values")}
+    taken, *_ = run_update(policy, replace(found, **rest), replace(cfg, mini_batches=minis))
+    if minis == 1:
+        paper = PAPERS[name](Paper(policy, experience, cfg, without=1 if name == "dapo" else None))
+        assert difference(taken[0]["policy.logits"], torch.autograd.grad(paper, policy.logits)[0]) < 1e-12
+    else:           # a mini-batch of nothing but flat groups is no step
+        assert len(taken) == (2 if name == "dapo" or not cfg.kl_coef else 3)
 
 
 def test_every_algorithm_has_a_paper():

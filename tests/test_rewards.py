@@ -50,7 +50,10 @@ CHEATS = {
                               "<think> the count is two .</think><answer> seven</answer>",
                               "<think> a <answer>two</think></answer>",
                               "<think><answer>two</think><answer>two</answer>",
-                              "<think><answer>two</answer></think><answer>one</answer>"],
+                              "<think><answer>two</answer></think><answer>one</answer>",
+                              "<think> x <answer>two</answer> y</think></think>",
+                              "<think><think> x <answer>two</answer> y</think>",
+                              "<think> a</think><answer>two</answer></think>"],
     "nested": ["<answer><answer>two</answer></answer>", "<answer><answer>two</answer>",
                "<answer><think>two</think></answer>", "<answer>two<think></answer>", "<answer></think>two</answer>",
                "<answer>two<think>so</think></answer>"],
@@ -146,7 +149,7 @@ def test_thousands():
     assert correctness(gold("12500"), says("1,2500")) == correctness(gold("12500"), says("12,50")) == 0
 
 
-CHOICES = dict(choices=("red", "blue", "dark green"))
+CHOICES = dict(choices=("red", "blue", "dark green"), question="Which colour? (A) red (B) blue (C) dark green")
 
 
 @pytest.mark.parametrize("answer, given, right", [
@@ -160,8 +163,24 @@ def test_multiple_choice(answer, given, right):
     assert correctness(gold(answer, **CHOICES), says(given)) == right
 
 
+@pytest.mark.parametrize("question", ["", "Which colour?", "red, blue or dark green?",
+                                      "A) red B) blueish C) dark green", "(A) red (B) dark green (C) blue"])
+def test_a_letter_counts_only_where_the_question_shows_it(question):
+    sample = gold("blue", **{**CHOICES, "question": question})
+    assert correctness(sample, says("b")) == 0 and correctness(sample, says("blue")) == 1
+    for shown in ("A. red\nB. blue\nC. dark green", "a: Red, b: Blue, c: Dark green"):
+        assert correctness(gold("blue", **{**CHOICES, "question": shown}), says("b")) == 1
+
+
+def test_an_alias_that_is_a_letter_names_no_choice():
+    gases = ("oxygen", "nitrogen", "helium", "carbon")
+    shown = "".join(f"({letter}) {gas} " for letter, gas in zip("ABCD", gases))
+    sample = gold("carbon", aliases=("C",), choices=gases, question=shown)
+    assert [correctness(sample, says(text)) for text in ("c) helium", "helium", "C", "d", "carbon")] == [0, 0, 1, 1, 1]
+
+
 def test_letters_are_no_names_of_choices_that_are_letters():
-    sample = gold("b", choices=("b", "a"))
+    sample = gold("b", choices=("b", "a"), question="(A) b (B) a")
     assert correctness(sample, says("b")) == 1 and correctness(sample, says("a")) == 0
 
 
@@ -205,7 +224,7 @@ def test_gold_answers_of_drawn_scenes_are_right_and_their_neighbours_wrong():
 UNITS = ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "a", " ", "<think></think>",
          "99**98**97 ", "1,", "(", "a) ", "\n", ".", "3 ", "<think>a</think><answer>b</answer>", "1e"]
 FUNCTIONS = [function for function in rewards.REWARDS.values() if not isinstance(function, Worker)]
-ODD = gold("two", choices=("one", "two"), boxes=((0, 0, 1, 1),), unit="cm", tolerance=0.5)
+ODD = gold("two", choices=("one", "two"), question="(A) one (B) two", boxes=((0, 0, 1, 1),), unit="cm", tolerance=0.5)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -266,11 +285,12 @@ def test_iou_by_hand():
 
 def test_length_by_hand():
     words = rewards.COSINE_WORDS
-    assert length(gold("two"), says("two", "")) == 1 and length(gold("two"), says("one", "")) == -1
+    assert 0.999 < length(gold("two"), says("two", "")) < 1 and -1 < length(gold("two"), says("one", "")) < -0.999
     for n in (words, 5 * words):
-        assert length(gold("two"), says("two", "a " * n)) == pytest.approx(0.5)
+        for text in (says("two", "a " * n), f"<think> {'a ' * n}<answer> two</answer>", "a " * n + says("two", "")):
+            assert length(gold("two"), text) == pytest.approx(0.5)
         assert length(gold("two"), says("one", "a " * n)) == pytest.approx(-0.5)
-    assert length(gold("two"), says("two", "a " * (words // 2))) == pytest.approx(0.75)
+    assert length(gold("two"), says("two", "a " * (words // 2 - 1))) == pytest.approx(0.75)
 
 
 def test_repetition_by_hand():
@@ -282,9 +302,11 @@ def test_repetition_by_hand():
 @pytest.mark.parametrize("think, answer, value", [
     ("it is a cat .", "cat", 1), ("it is a cat . no , a dog .", "cat", 0), ("it is a catfish", "cat", 0),
     ("a sea gull", "Sea gull.", 1), ("", "cat", 0), ("cat", "", 0), ("a cat or a dog", "cat", 0),
-    ("cat dog bird", "dog", 0), ("I count 3", "3", 1)])
+    ("cat dog bird", "dog", 0), ("I count 3", "3", 1), ("I count 3", "-3", 0), ("it is -3.5", "-3.5", 1),
+    ("the length is 3.5 cm .", "3.5", 1), ("3.5", "3.5 cm", 1), ("it is dark green", "green", 1),
+    ("it is dark green", "dark green", 1), ("3 . 5", "3.5", 0)])
 def test_consistency_by_hand(think, answer, value):
-    assert consistency(gold("bird", choices=("cat", "dog", "bird")), says(answer, think)) == value
+    assert consistency(gold("bird", unit="cm"), says(answer, think)) == value
 
 
 # ---------------------------------------------------------------- a reward of one's own
@@ -302,7 +324,11 @@ def brevity(sample, text):
         sys.exit(3)
     if "nan" in text:
         return float("nan")
+    if "die" in text:
+        import os
+        os._exit(1)
     if "picture" in text:
+        sample.images[0][1] = 0
         return float(sample.images[0][0, 1, 2]) + len(sample.images[1])
     return 1 / (1 + len(text))
 '''
@@ -331,6 +357,8 @@ def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mi
     said = capfd.readouterr().out
     assert said.count("RuntimeError: no; sample 's7', text 'raise'; it counts 0") == 1
     assert "no answer within 1 s" in said and "SystemExit" in said and "it returned nan" in said
+    assert reward(gold("two"), "die") == 0 and reward(gold("two"), "") == 1
+    assert "its process died" in capfd.readouterr().out
     parts, earned = rewards.score([gold("two")], [[FORMED, "nan"]], weights, gated=False)
     assert parts["brevity"].tolist() == [[pytest.approx(1 / (1 + len(FORMED))), 0]]
 
@@ -341,6 +369,25 @@ def test_it_sees_pictures_as_arrays_and_paths(mine):
     assert rewards.REWARDS["brevity"](gold("two", images=(picture, "a.png")), "picture") == 5 + 5
 
 
+def test_one_that_hangs_again_and_again_is_given_up(mine):
+    parse_weights(f"{mine}:brevity", timeout=0.2)
+    reward = rewards.REWARDS["brevity"]
+    assert reward(gold("two"), "hang") == reward(gold("two"), "hang") == 0 and reward(gold("two"), "") == 1
+    with pytest.raises(ValueError, match="no answer within 0.2 s; .*3 times in a row"):
+        for _ in range(3):
+            reward(gold("two"), "hang")
+
+
+@pytest.mark.parametrize("source", ["def f(sample, text, k=3):\n    return k", "f = lambda sample, text: 3",
+                                    "from three import f", "from __future__ import annotations\nimport dataclasses\n"
+                                    "@dataclasses.dataclass\nclass A:\n    x: int\ndef f(*args):\n    return A(3).x"])
+def test_any_callable_of_two_arguments_will_do(source, tmp_path, mine):
+    (tmp_path / "three.py").write_text("def f(sample, text): return 3")
+    (tmp_path / "x.py").write_text(source)
+    parse_weights(f"{tmp_path}/x.py:f")
+    assert rewards.REWARDS["f"](gold("two", id=torch.tensor(3).numpy()), "") == 3
+
+
 def test_one_that_fails_can_stop_the_run_instead(mine):
     parse_weights(f"{mine}:brevity:1", timeout=1.0, errors="stop")
     with pytest.raises(ValueError, match="reward brevity of .*mine.py: RuntimeError: no; sample 'why', text 'raise'"):
@@ -348,8 +395,10 @@ def test_one_that_fails_can_stop_the_run_instead(mine):
 
 
 @pytest.mark.parametrize("text, spec, said", [
-    (None, "none.py:f:1", "the file .*none.py' does not exist"), ("def f(x): pass", "x.py:f", "defines no function f"),
-    ("def g(a, b): pass", "x.py:f:1", "defines no function f"), ("def f(:", "x.py:f:1", "is not Python"),
+    (None, "none.py:f:1", "the file .*none.py' does not exist"),
+    ("def f(x): pass", "x.py:f", "f of .* must take two arguments"),
+    ("def f(x, y, z): pass", "x.py:f", "f of .* must take two arguments"),
+    ("def g(a, b): pass", "x.py:f:1", "defines no f"), ("def f(:", "x.py:f:1", "is not Python"),
     ("def format(a, b): pass", "x.py:format:1", "name of a built-in reward"),
     ("def f(a, b): 0", "x.py:f:x", "must be a number"),
     ("def f(a, b): 0", "x.py:f:1,{folder}/x.py:f:2", "f is given twice")])

@@ -3,6 +3,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,10 @@ def test_weights_against_drift_by_hand():
     assert losses.drift_weights(*args, "mask", 2.0, "token")[0, 0, :3].tolist() == pytest.approx([0, 1.5, 0])
     assert losses.drift_weights(*args, "truncate", 2.0, "sequence")[0, 0, :3].tolist() == pytest.approx([1.5] * 3)
     assert losses.drift_weights(*args, "mask", 1.2, "sequence")[0, 0, :3].tolist() == [0, 0, 0]
+    far = torch.full((1, 1, 2000), 0.05)                # exp(100) is not finite in fp32: masked, not NaN
+    args = (far, torch.zeros_like(far), torch.ones_like(far).bool())
+    assert not losses.drift_weights(*args, "mask", 2.0, "sequence").any()
+    assert (losses.drift_weights(*args, "truncate", 2.0, "sequence") == 2).all()
 
 
 def test_without_drift_the_correction_changes_nothing():
@@ -127,7 +132,8 @@ def experience_of(rewards, lengths, values=None, ended=None):
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[None]
     return Experience(batch_of(1), torch.zeros_like(mask).long(), mask, mask,
                       torch.tensor([ended or [True] * len(lengths)]), double([[[r] for r in rewards]]),
-                      torch.zeros(mask.shape), values=torch.zeros(0) if values is None else double([values]))
+                      torch.zeros(mask.shape), torch.ones(1).bool(),
+                      values=torch.zeros(0) if values is None else double([values]))
 
 
 def test_lambda_0_is_temporal_difference_and_lambda_1_monte_carlo():
@@ -164,14 +170,15 @@ def rollout_of(rewards, ended=None, lengths=None):
     mask = torch.arange(3) < (torch.full(shape, 3) if lengths is None else torch.tensor(lengths))[..., None]
     return Rollout(torch.zeros(*shape, 3).long(), mask, torch.zeros(*shape, 3),
                    torch.ones(shape).bool() if ended is None else torch.tensor(ended), [["a"] * shape[1]] * shape[0],
-                   {"format": reward}, reward[..., None], reward)
+                   {"format": reward, "correctness": reward}, reward[..., None], reward)
 
 
 @pytest.mark.parametrize("switches, kept", [
     ({}, [0, 2]), (dict(kl_coef=0.1), [0, 1, 2]), (dict(entropy_coef=0.1), [0, 1, 2]),
     (dict(combine="each"), [0, 1, 2]),
     (dict(baseline="critic", std="none"), [0, 1, 2]), (dict(baseline="batch", std="batch"), [0, 1, 2]),
-    (dict(drop_truncated=True), [0]), (dict(drop_truncated=True, kl_coef=0.1), [0, 1])])
+    (dict(drop_truncated=True), [0]), (dict(drop_truncated=True, kl_coef=0.1), [0, 1]),
+    (dict(refill=2, kl_coef=0.1), [0, 2])])
 def test_groups_that_cannot_move_the_policy_are_left_out(switches, kept):
     rollout = rollout_of([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], [[True, False], [True, True], [False, False]])
     batch = batch_of(3)
@@ -180,6 +187,10 @@ def test_groups_that_cannot_move_the_policy_are_left_out(switches, kept):
     assert found.trained.any(-1).tolist() == ([[True, False]] + [[True, True]] * (len(kept) - 1)
                                               if "drop_truncated" in switches else [[True, True]] * len(kept))
     assert len(informative(batch, rollout, config(), everyone=True).ids) == 3
+    if "refill" not in switches:
+        counted = informative(batch, rollout, config(flat="count", **switches))
+        assert counted.batch.ids[:, 0].tolist() == [0, 1, 2] and counted.active.nonzero()[:, 0].tolist() == kept
+        assert [[part.tolist() for part in parts] for _, parts in counted.split(1, 1)] == [[[row] for row in kept]]
 
 
 def test_a_completion_that_was_cut_off_counts_in_the_baseline_but_does_not_train():
@@ -234,7 +245,7 @@ def setting(**switches):
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
     e = Experience(vlm.encode(to_batch(rows)), ids, mask, mask, torch.ones(len(rows), 2).bool(),
                    torch.rand(len(rows), 2, 2, generator=torch.Generator().manual_seed(3)).double(),
-                   torch.zeros(mask.shape).double())
+                   torch.zeros(mask.shape).double(), torch.ones(len(rows)).bool())
     spent = []
     return learner, scored(learner, e, cfg, lambda *args: spent.append(args)), cfg, spent
 
@@ -314,10 +325,34 @@ def test_a_critic_whose_units_change_says_the_same_and_learns_in_the_new_ones():
     for _ in range(3):
         critic.see(double([5.0, 7.0, 12.0]))
         assert difference(critic(None, None, hidden), before) < 1e-12
-    assert critic.mean.item() == pytest.approx(8) and critic.scale.item() == pytest.approx(double([5.0, 7, 12]).std())
+    assert critic.mean.item() == pytest.approx(8)
+    assert critic.scale.item() == pytest.approx(double([5.0, 7, 12]).std(correction=0).item())
     plain = Critic(Table(), "shared", D)
     plain.see(double([5.0, 7.0]))
     assert plain.mean == 0 and plain.scale == 1
+
+
+def test_the_gradient_that_reaches_a_shared_decoder_does_not_grow_with_the_rewards():
+    gradients = []
+    for size in (1.0, 100.0):
+        policy, e = problem()
+        cfg = config("ppo", return_norm=True, value_clip=0.0, kl_coef=0.0, std="none", value_coef=1e6)
+        learner = make_learner(policy, D, cfg)
+        with torch.no_grad():
+            learner.critic.head.weight.copy_(torch.tensor([[0.3, -0.2, 0.1]]))
+        learner.critic.momentum = 0.0
+        e = replace(e, rewards=size * e.rewards, values=size * e.values, ref_logp=torch.zeros(0))
+        e, _ = estimated(learner, e, WEIGHTS, cfg)
+        learner.critic.see(e.returns[e.mask])           # the head speaks in the new units ..
+        with torch.no_grad():
+            learner.critic.head.weight.copy_(torch.tensor([[0.3, -0.2, 0.1]]))      # .. and says the same in them
+            learner.critic.head.bias.zero_()
+        learner.zero_grad(set_to_none=True)
+        taken = []
+        update(learner, e, cfg, lambda drop=False: taken.append(policy.hidden.grad.clone()) or {"grad_norm": 1.0},
+               lambda *_: None, Guard(None, "rl", 1, None))
+        gradients.append(taken[0])
+    assert difference(gradients[1], gradients[0]) < 1e-6 and gradients[0].abs().max() > 1
 
 
 @pytest.mark.parametrize("critic", ["shared", "detached", "separate"])
@@ -367,10 +402,10 @@ def test_ppo_on_two_states_reaches_the_known_values_and_the_better_action(critic
         ids = torch.stack([first, second], -1)[None]
         mask = torch.ones_like(ids).bool()
         e = Experience(batch_of(1), ids, mask, mask, torch.ones(1, 64).bool(), pays[first, second][None, :, None],
-                       policy(None, ids, 1.0).logp.detach())
+                       policy(None, ids, 1.0).logp.detach(), torch.ones(1).bool())
         e = scored(learner, e, cfg, lambda *_: None)
         e, found = estimated(learner, e, {"pay": 1.0}, cfg)
-        update(learner, e, cfg, stepper(optimizer, 0.02, 10.0, learner), lambda *_: None, Guard(None, "rl", 1, None))
+        update(learner, e, cfg, stepper(optimizer, 0.02, 10.0), lambda *_: None, Guard(None, "rl", 1, None))
     with torch.no_grad():
         p = policy.logits[:, 0].softmax(-1)
         ids = torch.tensor([[[0, 1], [1, 0]]])
@@ -403,7 +438,8 @@ def test_an_update_ends_early_when_the_policy_has_gone_far():
     whole, found, *_ = run_update(policy, e, config(mini_batches=3))
     assert len(whole) == 3 and found["stopped"] == 0
     taken, found, *_ = run_update(policy, e, config(mini_batches=3, kl_stop=1e-3))
-    assert found["stopped"] == 1 and found["updates"] == 0
+    assert found["stopped"] == 1 and found["updates"] == 0 and found["kl"] > 1e-3
+    assert found["passed"] == int(e.mask[0].sum())
 
 
 # ---------------------------------------------------------------- what is not finite
@@ -413,29 +449,41 @@ class Saved(dict):
         self[path.name] = state
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["advantage", "loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_saved_and_ends_the_run_in_the_end(where, tmp_path):
     policy, e = problem()
     learner, cfg, files = make_learner(policy, D, config()), config(epochs=2), Saved()
     optimizer = make_optimizer(learner, 0.95, 0.0)
     guard = Guard(tmp_path, "rl", 4, files)
     e, _ = estimated(learner, replace(e, values=torch.zeros(0), ref_logp=torch.zeros(0)), WEIGHTS, cfg)
-    bad = replace(e, advantage=e.advantage * float("nan")) if where == "loss" else e
+    bad = {"advantage": replace(e, advantage=e.advantage * float("nan")), "gradient": e,
+           "loss": replace(e, old_logp=e.old_logp - 1e4)}[where]         # a ratio of exp(1e4)
     hook = policy.logits.register_hook(lambda g: g * float("inf")) if where == "gradient" else None
-    before = policy.logits.detach().clone()
+    before, each = policy.logits.detach().clone(), 1 if where == "advantage" else 2       # one a rollout, or a step
 
     def go(part):
-        return update(learner, part, cfg, stepper(optimizer, 0.1, 1.0, learner), lambda *_: None, guard)
+        return update(learner, part, cfg, stepper(optimizer, 0.1, 1.0), lambda *_: None, guard)
 
     assert go(bad)["updates"] == 0 and torch.equal(policy.logits, before) and policy.logits.grad is None
-    assert list(files) == ["bad-rl-1.pt", "bad-rl-2.pt"]
+    assert list(files) == ["bad-rl-1.pt", "bad-rl-2.pt"][:each] and guard.count == each
     assert torch.equal(files["bad-rl-1.pt"]["ids"], e.ids) and "pixels" in files["bad-rl-1.pt"]["batch"]
     if hook:
         hook.remove()
     assert go(e)["updates"] == 2 and guard.count == 0 and not torch.equal(policy.logits, before)
-    if where == "loss":
+    if where != "gradient":
         with pytest.raises(ValueError, match="4 in a row, training diverged. The last checkpoint is intact"):
-            go(bad), go(bad)
+            for _ in range(4):
+                go(bad)
+        assert list(files)[-1] == f"bad-rl-{each + 4}.pt"
+
+
+def test_a_return_that_is_not_finite_does_not_reach_the_critics_units():
+    policy, e = problem()
+    cfg, saved = config("ppo", return_norm=True), Saved()
+    learner = make_learner(policy, D, cfg)
+    e, _ = estimated(learner, replace(e, rewards=e.rewards * float("inf"), kl=torch.zeros(0)), WEIGHTS, cfg)
+    update(learner, e, cfg, None, lambda *_: None, Guard(Path("."), "rl", 3, saved))
+    assert len(saved) == 1 and learner.critic.mean == 0 and learner.critic.scale == 1
 
 
 def test_the_saved_batch_of_a_bad_step_can_be_opened(tmp_path):
@@ -450,15 +498,16 @@ def test_the_saved_batch_of_a_bad_step_can_be_opened(tmp_path):
 def test_the_preflight_warns_of_what_cannot_be_learned():
     costs = dict(tokens_per_second=100.0, seconds_decode=1.0, seconds_update=3.0)
 
-    def said(rewards, **fields):
-        rollout = rollout_of(rewards, **fields)
-        rollout.parts = {"correctness": rollout.reward}
-        return preflight(rollout, costs, 30)
+    def said(rewards, active=0.5, refill=0, **fields):
+        return preflight(rollout_of(rewards, **fields), active, costs, 30, refill)
 
     fine = said([[1.0, 0.0], [0.0, 0.0]])
     assert "warning" not in fine and "pass@2 0.500" in fine and "flat groups 0.50" in fine
     assert "correctness 0.250" in fine and "4.00 s a step (update 3.00), about 2.0 minutes in all" in fine
-    assert "almost no completion is right" in said([[0.0, 0.0]]) and "nothing to learn from" in said([[0.0, 0.0]])
+    assert "5.00 s a step (update 3.00), about 2.5 minutes in all" in said([[1.0, 0.0], [0.0, 0.0]], refill=3)
+    assert "almost no completion is right" in said([[0.0, 0.0]])
+    assert "almost no group can move the model" in said([[0.0, 0.0]], active=0.0)
+    assert "almost no group can move" not in said([[0.0, 0.0]], active=1.0)         # a critic learns from flat ones too
     assert "every completion is right already" in said([[1.0, 1.0]])
     assert "cut off before they answer" in said([[1.0, 0.0]], ended=[[False, False]])
 
