@@ -8,10 +8,12 @@ from kernels import is_flat
 
 DEFINITIONS = {
     # of the rollout
-    "reward": "mean over all completions of the weighted reward, in reward units", "reward_std": "its deviation",
+    "reward": "mean over all completions of the weighted reward, in reward units",
+    "reward_std": "deviation of that",
     "correctness": "share of completions whose answer is right, whatever their form",
     "format": "share of completions that are exactly <think>..</think><answer>..</answer>",
-    "<reward>": "mean over completions of a reward, before gate and weight", "<reward>_std": "its deviation",
+    "<reward>": "mean over completions of a reward, before gate and weight",
+    "<reward>_std": "deviation of that",
     "flat": "share of groups whose rewards are all equal; as a rule they are left out of the update",
     "groups": "groups that went through the update", "reward_failures": "calls of rewards of one's own that raised, "
     "hung or gave no finite number, so far", "rollouts": "batches of prompts sampled for it, refills included",
@@ -20,21 +22,21 @@ DEFINITIONS = {
     "words_<word>": "share of completions with a word of reflection (wait, again, ...), as a whole word",
     # of the update: advantages and values over all sampled tokens of its groups; the rest are means over the tokens
     # that train, weighted by nothing, of all its optimizer steps
-    "advantage_abs": "mean |advantage|", "advantage_std": "deviation of the advantage", "advantage_max": "its largest",
-    "advantage_min": "its smallest",
+    "advantage_abs": "mean |advantage|", "advantage_std": "deviation of the advantage", "advantage_max": "largest advantage",
+    "advantage_min": "smallest advantage",
     "entropy": "exact entropy of the policy, in nats", "loss": "the policy loss with its penalties; near zero by "
     "construction where advantages average to zero: it says nothing about progress",
     "drift_max": "max |ratio - 1| between the update's log-prob and the one at sampling time, before any step",
     "clip_low": "share of tokens whose ratio is under the lower clip with a negative advantage",
-    "ratio_max": "its largest ratio", "ratio_min": "its smallest",
     "clip_high": "share of tokens whose ratio is over the upper clip with a positive advantage",
     "ratio_off": "mean |ratio - 1|", "ratio_off_max": "max |ratio - 1|",
+    "ratio_max": "largest ratio", "ratio_min": "smallest ratio",
     "kl": "k3 estimate of KL(old policy || policy), in nats a token; of sequences' ratios where those are used",
     "kl_ref": "KL(policy || reference), in nats a token: in the loss the k3 estimate or exact, in the reward as --kl",
     "kl_coef": "coefficient of that KL", "updates": "optimizer steps taken", "stopped": "1 when --kl-stop ended it",
     "value_loss": "half the squared error of the critic", "value_clipped": "share of tokens where its clip acts",
     "explained_variance": "1 - Var(return - value) / Var(return), before the update",
-    "value": "mean of the critic before the update", "return": "mean return", "return_std": "its deviation",
+    "value": "mean of the critic before the update", "return": "mean return", "return_std": "deviation of the returns",
     "grad_norm": "L2 norm of the policy's gradient before clipping, mean over the steps; the critic's is clipped apart",
     "grad_norm_<module>": "the same of projector, decoder (llm), critic alone",
     "lr": "learning rate", "lr_critic": "that of the critic",

@@ -592,3 +592,9 @@ def test_explain_prints_every_completion_with_its_rewards_and_stops(tmp_path, ca
         assert len(re.findall(rf"^     {name} +[\d.]+ x [\d.]+(, gated)?   \S", said, re.M)) == count
     with pytest.raises(ValueError, match="--explain=3 must come with one stage of reinforcement learning"):
         train.main(["--explain=3"])
+
+
+def test_the_readme_defines_what_is_logged_as_the_code_does():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name, words in metrics.DEFINITIONS.items():
+        assert f"| `{name}` | {words.replace('|', '&#124;')} |" in readme, name
