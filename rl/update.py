@@ -109,14 +109,16 @@ def token_weights(experience, cfg):
                                           cfg.correct_level)
         weight = correction if weight is None else weight * correction
     if cfg.top_entropy < 1:
-        chosen = losses.top_entropy(e.entropy, e.trained, cfg.top_entropy).to(e.entropy.dtype)
+        chosen = losses.top_entropy(e.entropy, e.trained & e.active[:, None, None], cfg.top_entropy)
+        chosen = chosen.to(e.entropy.dtype)
         weight = chosen if weight is None else weight * chosen
     return weight
 
 
 def drift(old_logp, part):
     """Largest |ratio - 1| between log-probs (P, G, C) of the policy as it was and those at sampling time."""
-    return ((old_logp - part.sampled_logp).exp() - 1).abs().masked_fill(~part.mask, 0.0).max()
+    known = part.mask & part.active[:, None, None]              # the rest was not scored
+    return ((old_logp - part.sampled_logp).exp() - 1).abs().masked_fill(~known, 0.0).max()
 
 
 def loss_of(learner, part, weight, denominator, tokens, cfg, spend):

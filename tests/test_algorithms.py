@@ -269,7 +269,10 @@ def test_flat_groups_count_as_the_paper_counts_them(name, minis):
     assert kept.tolist() == ([0, 2] if name == "dapo" else [0, 1, 2])
     assert found.active.tolist() == [True, bool(cfg.kl_coef), True][:3] if name != "dapo" else [True, True]
     rest = {field: getattr(experience, field)[kept] for field in ("old_logp", "ref_logp", "entropy", "values")}
-    taken, *_ = run_update(policy, replace(found, **rest), replace(cfg, mini_batches=minis))
+    rest["old_logp"] = torch.where(found.active[:, None, None], rest["old_logp"], 0.0)       # as where none was scored
+    taken, metrics, *_ = run_update(policy, replace(found, **rest), replace(cfg, mini_batches=minis))
+    off = (rest["old_logp"] - found.sampled_logp).exp() - 1
+    assert metrics["drift_max"] == off[found.mask & found.active[:, None, None]].abs().max()
     if minis == 1:
         paper = PAPERS[name](Paper(policy, experience, cfg, without=1 if name == "dapo" else None))
         assert difference(taken[0]["policy.logits"], torch.autograd.grad(paper, policy.logits)[0]) < 1e-12
