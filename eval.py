@@ -331,6 +331,9 @@ def many_seeds(script, cfg):
               if (root / f"seed-{cfg.seed}" / f"{name}.json").exists()}
     for name, rows in reversed(of_all.items()):                     # a run that has results.json is finished
         write_json(root / f"{name}.json", rows)
+    log = report.mean_log([report.read_log(root / f"seed-{seed}" / "log.jsonl") for seed in seeds])
+    if curves := report.curves(log, statistics.over_seeds(of_all["results"])):
+        checkpoint.write_atomically(root / "curves.png", lambda file: file.write(curves))
     probes = [root / f"seed-{seed}" / "probe.json" for seed in seeds]
     if all(probe.exists() for probe in probes):
         print("shape probe, seed by seed: " + "; ".join(

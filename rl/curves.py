@@ -11,9 +11,12 @@ MAIN = ("clip", "align", "sft", "cot")      # stages that follow each other; oth
 # each, for print without colour.
 STYLE = {"teacher": ("#000000", ""), "cot": ("#0072B2", "o"), "cot_continued": ("#3D9FDC", "s"),
          "filtered": ("#D99400", "^"), "grpo": ("#D55E00", "D"), "rl": ("#D55E00", "D"), "rejection": ("#009E73", "v"),
-         "sft_direct": ("#CC79A7", "P"), "perfect": ("#777777", "*"), "grpo_zero": ("#7A4B00", "X")}
+         "sft_direct": ("#CC79A7", "P"), "perfect": ("#777777", "*"), "grpo_zero": ("#7A4B00", "X"),
+         "dr_grpo": ("#D99400", "^"), "dapo": ("#009E73", "v"), "gspo": ("#CC79A7", "P"), "cispo": ("#7A4B00", "X"),
+         "rloo": ("#3D9FDC", "s"), "ppo": ("#000000", "*"), "sapo": ("#0072B2", "o"), "luspo": ("#777777", "p"),
+         "reinforce++": ("#8A2BE2", "d"), "right": ("#0072B2", "s"), "right_gated": ("#3D9FDC", "^"),
+         "format": ("#D99400", "v"), "format_gated": ("#D55E00", "D")}
 OTHER = ("#555555", "h")
-CYCLE = ("#0072B2", "#D99400", "#009E73", "#CC79A7", "#7A4B00", "#3D9FDC", "#555555")
 REWARD_COLORS = {"correctness": "#D55E00", "format": "#3D9FDC", "reward": "#333333"}
 SPLITS = {"id": "like training", "crowded": "more objects", "pairs": "unseen pairs", "walk3": "3 hops, unseen",
           "walk4": "4-5 hops, unseen"}
@@ -121,8 +124,7 @@ def _learning(figure, stages, teacher):
     small |= {"length": "Tokens of a completion", "entropy": "Entropy, nats a token", "flat": "Share of flat groups"}
     names = "BCDE"[:len(small)]
     big, *axes = figure.subplot_mosaic(";".join(f"A{name}" for name in names), width_ratios=(1.25, 1)).values()
-    colors = {stage: STYLE["rl"][0] if n == 0 and not several else STYLE.get(stage, (CYCLE[n % len(CYCLE)],))[0]
-              for n, stage in enumerate(stages)}
+    colors = {stage: STYLE["rl"][0] if not several else STYLE.get(stage, OTHER)[0] for stage in stages}
     ends = [(y, f"teacher's\nanswers {y:.2f}", "black") for y in teacher[:1]]
     for y, *_ in ends:
         big.axhline(y, color="black", linestyle="--", linewidth=1.4)

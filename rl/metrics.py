@@ -22,7 +22,8 @@ DEFINITIONS = {
     "words_<word>": "share of completions with a word of reflection (wait, again, ...), as a whole word",
     # of the update: advantages and values over all sampled tokens of its groups; the rest are means over the tokens
     # that train, weighted by nothing, of all its optimizer steps
-    "advantage_abs": "mean |advantage|", "advantage_std": "deviation of the advantage", "advantage_max": "largest advantage",
+    "advantage_abs": "mean |advantage|", "advantage_std": "deviation of the advantage",
+    "advantage_max": "largest advantage",
     "advantage_min": "smallest advantage",
     "entropy": "exact entropy of the policy, in nats", "loss": "the policy loss with its penalties; near zero by "
     "construction where advantages average to zero: it says nothing about progress",

@@ -63,6 +63,18 @@ def read_log(path):
     return log
 
 
+def mean_log(logs):
+    """Logs of several seeds -> one whose numbers are their means, step by step; a number that some lack is left out."""
+    lines = {}
+    for log in logs:
+        for line in log:
+            lines.setdefault((line["stage"], line["step"]), []).append(line)
+    return [{"stage": stage, "step": step} | {
+        name: sum(line[name] for line in same) / len(same) for name in same[0]
+        if name not in ("stage", "step") and all(isinstance(line.get(name), (int, float)) for line in same)}
+        for (stage, step), same in lines.items()]
+
+
 def samples(entries, title):
     """Pictures, questions and what each method answered -> one HTML page, bytes, that needs no other file nor script.
 

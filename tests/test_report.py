@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rl import report
 from rl.report import curves, read_log, samples
 
 
@@ -152,3 +153,10 @@ def test_read_log_names_a_broken_line_in_the_middle(tmp_path):
 
 def test_a_run_without_a_log_has_an_empty_one(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == []
+
+
+def test_the_mean_of_logs_by_hand():
+    one = [dict(stage="rl", step=0, reward=1.0, entropy=2.0), dict(stage="rl", step=1, reward=3.0)]
+    two = [dict(stage="rl", step=0, reward=2.0), dict(stage="cot", step=0, loss=5.0)]
+    assert report.mean_log([one, two]) == [dict(stage="rl", step=0, reward=1.5), dict(stage="rl", step=1, reward=3.0),
+                                           dict(stage="cot", step=0, loss=5.0)]
