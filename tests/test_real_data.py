@@ -404,6 +404,12 @@ def test_a_line_becomes_a_sample(tmp_path):
 
 
 def test_the_answer_zero_is_an_answer(tmp_path):
+    measured = {"answer": 0.5, "tolerance": 0.1, "unit": "cm", "boxes": [[0, 1, 2.5, 3]]}
+    samples = both(jsonl.load(write(tmp_path, GOOD, {**GOOD, "image": "b.png", **measured}), 50)[0])
+    assert {(s.tolerance, s.unit, s.boxes) for s in samples} == {(0.0, "", ()), (0.1, "cm", ((0.0, 1.0, 2.5, 3.0),))}
+    letters = {"answer": "B", "choices": ["blue", "red"], "question": "Which? (A) blue (B) red"}
+    sample = both(jsonl.load(write(tmp_path, {**GOOD, **letters}, {**GOOD, "image": "b.png"}), 50)[0])[0]
+    assert sample.answer in ("B", "red")
     splits, _ = jsonl.load(write(tmp_path, {**GOOD, "answer": 0}, {**GOOD, "image": "b.png", "answer": 0.5}), 50)
     assert [sample.answer for sample in both(splits)] == ["0", "0.5"]
 
@@ -455,6 +461,13 @@ def test_unknown_fields_are_named_in_the_report(tmp_path):
     ({**GOOD, "aliases": "red"}, "field 'aliases' must be a list of strings, not str"),
     ({**GOOD, "choices": ["red", None]}, r"field 'choices\[1\]' must be a string or a number, not NoneType"),
     ({**GOOD, "choices": ["blue", "green"]}, "the answer 'red' is not among the choices"),
+    ({**GOOD, "answer": "c", "choices": ["blue", "green"]}, "the answer 'c' is not among the choices"),
+    ({**GOOD, "tolerance": "1"}, "field 'tolerance' must be a finite number, not '1'"),
+    ({**GOOD, "tolerance": -1}, "field 'tolerance' must not be negative"), ({**GOOD, "unit": 3}, "field 'unit' must be"),
+    ({**GOOD, "boxes": [1, 2, 3, 4]}, "field 'boxes' must be a list of"),
+    ({**GOOD, "boxes": [[0, 0, 1]]}, "field 'boxes' must be a list of"),
+    ({**GOOD, "boxes": [[2, 0, 1, 1]]}, "with x1 < x2 and y1 < y2"),
+    ({**GOOD, "boxes": [[0, 0, 1, True]]}, "field 'boxes' must be a finite number, not True"),
     ({**GOOD, "split": "test"}, "field 'split' must be \"train\" or \"val\", not 'test'"),
     ({**GOOD, "image": "nowhere.png"}, r"nowhere\.png' does not exist"),
     ({**GOOD, "image": "."}, "cannot be read as a picture"),
