@@ -100,8 +100,8 @@ def estimated(learner, experience, weights, cfg):
 
 
 def token_weights(experience, cfg):
-    """What multiplies each token's terms, those of KL and entropy too: normalisation, correction of drift, high entropy;
-    (P, G, C), (P, G, 1) or None."""
+    """What multiplies each token's terms, those of KL and entropy too: normalisation, correction of drift, high
+    entropy; (P, G, C), (P, G, 1) or None."""
     e = experience
     weight = losses.weights(e.trained, cfg.norm, e.sampled_logp.dtype)
     if cfg.correct != "none":
