@@ -228,6 +228,8 @@ def test_joined_batches_of_pictures_give_what_each_gives():
     with torch.no_grad():
         alone = torch.cat([vlm(to_batch(part), some).logp for part, some in zip(parts, ids.split(2))])
         assert difference(vlm(whole, ids).logp, alone) < 1e-12
+        some = torch.tensor([2, 0])                     # pictures stay with their prompts
+        assert difference(vlm(whole.rows(some), ids[some]).logp, alone[some]) < 1e-12
 
 
 # ---------------------------------------------------------------- scoring on a real model
@@ -330,6 +332,19 @@ def test_a_critic_whose_units_change_says_the_same_and_learns_in_the_new_ones():
     plain = Critic(Table(), "shared", D)
     plain.see(double([5.0, 7.0]))
     assert plain.mean == 0 and plain.scale == 1
+
+
+def test_the_update_shows_its_returns_to_the_critic_and_steps_it_at_its_own_rate():
+    policy, e = problem()
+    cfg = config("ppo", return_norm=True, value_lr=7.0)
+    learner = make_learner(policy, D, cfg)
+    optimizer = make_optimizer(learner, 0.95, 0.0, learner.critic, cfg.value_lr)
+    e, _ = estimated(learner, replace(e, ref_logp=torch.zeros(0)), WEIGHTS, cfg)
+    update(learner, e, cfg, stepper(optimizer, 1e-3, 1.0), lambda *_: None, Guard(None, "rl", 1, None))
+    assert learner.critic.mean.item() == pytest.approx(e.returns[e.mask].mean().item())
+    # Adam's first step is the learning rate, whatever the gradient.
+    assert learner.critic.head.weight.abs().max().item() == pytest.approx(7e-3, rel=1e-4)
+    assert (policy.logits - problem()[0].logits).abs().max().item() == pytest.approx(1e-3, rel=1e-4)
 
 
 def test_the_gradient_that_reaches_a_shared_decoder_does_not_grow_with_the_rewards():
