@@ -80,7 +80,8 @@ ALL = [(category, text) for category, texts in CHEATS.items() for text in texts]
 # As numbers, against 3.
 NOT_THREE = {
     "not a number": ["nan", "NaN", "inf", "-inf", "Infinity", "none", "null"],
-    "huge": ["1e999", "-1e999", "1e99999999999", "9" * 400, "3" + "0" * 300, "99**98**97", "3e0e0", "10**1000"],
+    "huge": ["1e999", "-1e999", "1e99999999999", "9" * 400, "3" + "0" * 300, "99**98**97", "3e0e0", "10**1000",
+             "3." + "0" * 60],
     "other digits": ["\u0663", "\uff13", "\u2462", "\u00b3", "\u0969", "III", "three"],
     "written otherwise": ["0x3", "0b11", "3_0", "3,", "3,00", ",3", "3..0", "--3", "+-3", "3 3", "3 4", "3-3", "2+1"],
     "several": ["3 or 4", "2, 3", "[3]", "3;", "{3}", "1 2 3", "3 4 5"],
@@ -276,6 +277,8 @@ def test_iou_by_hand():
     assert iou(one, says("[0, 0, 2, 2] " * 3)) == pytest.approx(1 / 3)
     two = gold("", boxes=((0, 0, 2, 2), (4, 4, 6, 6)))
     assert iou(two, says("[4, 4, 6, 6], [0, 0, 2, 1]")) == pytest.approx(0.75) and iou(two, says("0 0 2 2")) == 0.5
+    nested = gold("", boxes=((0, 0, 2, 2), (0, 0, 2, 4)))
+    assert iou(nested, says("[0, 0, 2, 2]")) == 0.5                     # a box counts once
     for answer in ("[2, 2, 0, 0]", "[0, 0, 0, 0]", "[0, 0, 2]", "[nan, 0, 2, 2]", "[0, 0, inf, 2]", "a [0, 0, 2, 2]",
                    "[0, 0, 2, 2] or [1, 1, 2, 2]", "1e5", "[0, 0, 2, 2" * 300):
         assert iou(one, says(answer)) == 0 or answer.startswith("[0, 0, 2, 2" * 2), answer
