@@ -11,6 +11,7 @@ Whatever is not one of these, a list of answers, an answer with a reason, a part
 import re
 from decimal import Decimal
 from functools import lru_cache
+from string import ascii_lowercase
 
 # ASCII digits alone: int("٣") is 3 in Python, but no gold answer is written so. Nothing longer is a number.
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?", re.ASCII)
@@ -45,7 +46,7 @@ def number(text, unit=""):
 def _gold(answer, aliases, choices, question):
     """-> accepted texts, and {letter: accepted text after it} of the right choices."""
     texts = {normalise(gold) for gold in (answer, *aliases)} - {""}
-    letters = {"abcdefghijklmnopqrstuvwxyz"[i]: normalise(choice) for i, choice in enumerate(choices[:26])}
+    letters = {letter: normalise(choice) for letter, choice in zip(ascii_lowercase, choices)}
     question = normalise(question)
     shown = all(re.search(rf"(?<!\w)\(?{letter}[).:]\s*{re.escape(choice)}(?!\w)", question)
                 for letter, choice in letters.items())

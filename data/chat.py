@@ -138,7 +138,7 @@ def parse(text):
     elif "<answer>" in think or "</answer>" in think:
         return Parsed("", think.strip(), "<answer> stands inside <think>")
     else:
-        rest = text.split("<think>")[0], text.split("</think>")[1].split("<answer>")[0], text.split("</answer>")[1]
+        rest = text.split("<think>")[0], text.split("</think>")[1].split("<answer>")[0], after
         if text.index("<think>") > text.index("<answer>"):
             fault = "<answer> stands before <think>"
         elif any(part.strip() for part in rest):

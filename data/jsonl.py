@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from string import ascii_lowercase
 
 from data.sample import Sample
 from data.splits import pixel_hash, split_of
@@ -91,7 +92,7 @@ def parse(line, folder, name):
         tag = TAGS.search(str(getattr(sample, field)))
         if tag:
             raise ValueError(f"field {field!r} holds the tag {tag.group()}, which the prompt template sets itself")
-    letters = "abcdefghijklmnopqrstuvwxyz"[:len(sample.choices)]
+    letters = ascii_lowercase[:len(sample.choices)]
     if sample.choices and not {answer, *sample.aliases} & set(sample.choices) and (
             len(answer) != 1 or answer.lower() not in letters):
         raise ValueError(f"the answer {answer!r} is not among the choices {list(sample.choices)}")

@@ -108,6 +108,12 @@ def _kernel(logp, old_logp, ref_logp, entropy, advantage, mask, weight, denomina
     tl.store(row + 6, tl.max(tl.where(keep, off, 0.0), 0))
 
 
+def kl_estimates(x):
+    """x = ref_logp - logp -> {name: (estimate of the KL, its derivative with respect to logp)}, each of x's shape."""
+    grown = torch.expm1(x)
+    return {"k1": (-x, torch.ones_like(x)), "k2": (x * x / 2, -x), "k3": (grown - x, -grown)}
+
+
 def _torch(logp, old_logp, ref_logp, entropy, advantage, mask, denominator, clip_low, clip_high, bound, kl, kl_coef,
            entropy_coef, surrogate, weight):
     log_ratio = (logp - old_logp).masked_fill_(~mask, 0.0)         # whatever stands in padding: 0 * inf would be NaN
@@ -130,10 +136,10 @@ def _torch(logp, old_logp, ref_logp, entropy, advantage, mask, denominator, clip
     sums = torch.zeros(7, dtype=logp.dtype, device=logp.device)
     if ref_logp is not None:
         x = (ref_logp - logp).masked_fill_(~mask, 0.0)
-        k3 = torch.expm1(x) - x
-        value, slope = {"k1": (-x, torch.ones_like(x)), "k2": (x * x / 2, -x), "k3": (k3, -torch.expm1(x))}[kl]
+        estimates = kl_estimates(x)
+        value, slope = estimates[kl]
         gain, d = gain - kl_coef * value, d - minus * (kl_coef * slope)
-        sums[5] = k3.sum()
+        sums[5] = estimates["k3"][0].sum()
     if entropy is not None:
         gain = gain + entropy_coef * entropy.masked_fill(~mask, 0.0)
     off = (ratio - 1).abs()

@@ -8,7 +8,7 @@ Shapes: P prompts, G completions, C tokens, R rewards.
 """
 import torch
 
-from kernels import gae, group_advantage
+from kernels import gae, group_advantage, kl_estimates
 
 BASELINES = ("mean", "leave_one_out", "batch", "critic")
 
@@ -39,8 +39,7 @@ def token_rewards(reward, kl, mask, kl_coef):
 
 def sampled_kl(logp, ref_logp, kind):
     """KL(policy || reference) (P, G, C), by Schulman's estimators, at tokens drawn from the policy; see kernels."""
-    x = ref_logp - logp
-    return {"k1": -x, "k2": x ** 2 / 2, "k3": torch.expm1(x) - x}[kind]
+    return kl_estimates(ref_logp - logp)[kind][0]
 
 
 def advantages(experience, weights, baseline="mean", std="group", combine="sum", kl_coef=0.0, gamma=1.0, lam=1.0,

@@ -120,6 +120,8 @@ def _of_file(spec, path, name, timeout, errors):
     if name in REWARDS:
         if not isinstance(REWARDS[name], Worker):
             raise ValueError(f"--rewards={spec}: {name!r} is the name of a built-in reward; give yours another")
+        if REWARDS[name].is_for(path, timeout, errors):
+            return name                 # every stage asks for it anew; one process serves them all
         REWARDS[name].close()
     REWARDS[name] = Worker(path, name, timeout, errors)
     return name
@@ -199,6 +201,5 @@ def why(sample, text, weights, gated):
     right, reason = verdict(sample, parsed.answer)
     answer = repr(parsed.answer) if parsed.answer else "no answer"
     judged = ("right" if right else "wrong") + ("" if reason in ("the gold answer", "no answer") else f", {reason}")
-    known = {name: weight for name, weight in weights.items() if name in REWARDS}
-    earned = total(score([sample], [[text]], known, gated)[1], known).item()
+    earned = total(score([sample], [[text]], weights, gated)[1], weights).item()
     return f"reward {earned:g}; {answer}: {judged}; {parsed.fault or 'well-formed'}"

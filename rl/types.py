@@ -27,8 +27,8 @@ def empty():
 
 def stack(tensors):
     """Tensors (P_i, G, C_i, ..) or (P_i, ..) -> one, (sum P_i, ..), C filled up with zeros to the longest."""
-    if len(tensors) == 1 or tensors[0].ndim < 3:
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if tensors[0].ndim < 3:
+        return torch.cat(tensors)
     longest = max(t.shape[2] for t in tensors)
     out = tensors[0].new_zeros(sum(len(t) for t in tensors), tensors[0].shape[1], longest, *tensors[0].shape[3:])
     row = 0

@@ -39,7 +39,7 @@ class Worker:
         answer = self._receive(self.timeout)
         self.hung = 0 if answer else self.hung + 1
         answer = answer or {"error": f"no answer within {self.timeout:g} s"}
-        if not self.hung and answer is not DIED and "error" not in answer:
+        if "error" not in answer:
             return answer["value"]
         self.failed += 1
         said = (f"reward {self.name} of {self.path}: {answer['error']}; sample {sample.id or sample.question!r}, "
@@ -52,6 +52,10 @@ class Worker:
             self.said.add(answer["error"])
             print(f"  note: {said}; it counts 0", flush=True)
         return 0.0
+
+    def is_for(self, path, timeout, errors):
+        """Whether another of these arguments would do the same."""
+        return (self.path, self.timeout, self.errors) == (os.path.abspath(path), timeout, errors)
 
     def start(self):
         """Raises ValueError when the file cannot be loaded; nothing when it is up already."""

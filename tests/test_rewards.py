@@ -366,6 +366,16 @@ def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mi
     assert parts["brevity"].tolist() == [[pytest.approx(1 / (1 + len(FORMED))), 0]]
 
 
+def test_one_process_serves_all_who_ask_for_the_same_reward(mine):
+    parse_weights(f"{mine}:brevity")
+    reward = rewards.REWARDS["brevity"]
+    reward.start()
+    parse_weights(f"correctness:1,{mine}:brevity:0.5")
+    assert rewards.REWARDS["brevity"] is reward
+    parse_weights(f"{mine}:brevity", timeout=2.0)
+    assert rewards.REWARDS["brevity"] is not reward and reward.process is None
+
+
 def test_it_sees_pictures_as_arrays_and_paths(mine):
     parse_weights(f"{mine}:brevity")
     picture = torch.arange(24, dtype=torch.uint8).view(2, 4, 3).numpy()
