@@ -42,6 +42,7 @@ class Sampler:
         """Runs the prompts once; `capacity`: completion tokens a row may take in all."""
         P, T = batch.ids.shape
         c, device = self.llm.config, batch.ids.device
+        self.llm.check_length(T + capacity)
         if not len(batch.features):
             self.flops += flops.encode(self.vlm, len(batch.pixels))
         x = self.vlm.embed(batch)

@@ -4,11 +4,13 @@
     y (P, G, C, D)   completions: G of each prompt, each attending to its prompt and, causally, to itself
 
 The prompt is the same for the G completions of its group, so no token of it is computed twice. Parameter names are
-Hugging Face's (`layers.N.self_attn.q_proj`, ...); RoPE is the rotate-half form those weights expect.
+Hugging Face's (`layers.N.self_attn.q_proj`, ...); RoPE is the rotate-half form those weights expect. One configuration
+covers LLaMA 1, 2 and 3, Vicuna, TinyLlama, Mistral, SmolLM2, Qwen 2, 2.5 and 3.
 
 Shapes: P prompts, T prompt tokens, G completions of a prompt, C completion tokens, D width, H heads, Hk key/value
 heads (grouped-query attention, arXiv 2305.13245), K width of a head.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,16 +32,25 @@ class LlamaConfig:
     theta: float = 10000.0      # RoPE base (arXiv 2104.09864)
     eps: float = 1e-5
     tied: bool = True           # the head is the embedding
+    head_width: int = 0         # 0: width / heads
+    qkv_bias: bool = False      # on q, k, v: Qwen 2
+    out_bias: bool = False      # on o, too: Hugging Face's attention_bias
+    qk_norm: bool = False       # RMSNorm of each head's q and k: Qwen 3
+    rope_factor: float = 1.0    # by which waves are stretched: all of them, or with rope_context as LLaMA 3.1 does it
+    rope_context: int = 0       # tokens of the first training; a wave that fits into them
+    rope_low: float = 1.0       # this often or less is stretched in full,
+    rope_high: float = 4.0      # this often or more is left alone
+    window: int = 0             # longest sequence for which full attention is right (Mistral); 0: any
 
     def __post_init__(self):
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+        if not self.head_width:
+            if self.width % self.heads or (self.width // self.heads) % 2:
+                raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+            object.__setattr__(self, "head_width", self.width // self.heads)
+        if self.head_width % 2:
+            raise ValueError(f"head_width {self.head_width} must be even: RoPE turns pairs")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
-
-    @property
-    def head_width(self):
-        return self.width // self.heads
 
 
 class RMSNorm(nn.Module):
@@ -53,9 +64,18 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rope_tables(position, head_width, theta, dtype):
+def rope_frequencies(c: LlamaConfig, device=None):
+    """Radians a position (K / 2,) of the pairs of a head, fp64; longer contexts stretch some or all of the waves."""
+    frequency = c.theta ** (-torch.arange(0, c.head_width, 2, dtype=torch.float64, device=device) / c.head_width)
+    if not c.rope_context:
+        return frequency / c.rope_factor
+    fits = c.rope_context * frequency / (2 * math.pi)       # waves of each pair in the first context
+    keep = ((fits - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / c.rope_factor
+
+
+def rope_tables(position, frequency, dtype):
     """cos and signed sin (..., K) of integer positions (...), for `rotate`; angles in fp64, exact at any position."""
-    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=position.device) / head_width)
     angle = position[..., None].double() * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -71,15 +91,19 @@ class Attention(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.c = c
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_width, bias=False)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=False)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=False)
-        self.o_proj = nn.Linear(c.heads * c.head_width, c.width, bias=False)
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_width, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_width, c.width, bias=c.out_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_width, c.eps), RMSNorm(c.head_width, c.eps)
 
     def qkv(self, h, rope):
         """h (..., L, D) -> q (..., H, L, K) and k, v (..., Hk, L, K), q and k rotated."""
         q, k, v = (rearrange(proj(h), "... l (h k) -> ... h l k", k=self.c.head_width)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rope), rotate(k, rope), v
 
     def out(self, attended):
@@ -168,6 +192,8 @@ class Llama(nn.Module):
         # The usual 0.02 for words drowns them in what the first block adds: learning to copy then takes twice as long.
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.25)
         if isinstance(module, Block):
@@ -184,9 +210,15 @@ class Llama(nn.Module):
         """Weight of the language-model head, (V, D)."""
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
+    def check_length(self, tokens):
+        """Raises ValueError when a sequence is longer than the attention window that these weights were trained with."""
+        if 0 < self.config.window < tokens:
+            raise ValueError(f"a sequence of {tokens} tokens is longer than the sliding window of {self.config.window} "
+                             "that this decoder's weights expect; its attention here is full")
+
     def rope(self, position, dtype):
         """position (..., L) -> cos, sin (..., 1, L, K), the 1 standing for the heads."""
-        cos, sin = rope_tables(position, self.config.head_width, self.config.theta, dtype)
+        cos, sin = rope_tables(position, rope_frequencies(self.config, position.device), dtype)
         return cos.unsqueeze(-3), sin.unsqueeze(-3)
 
     def forward(self, x, length, y=None):
@@ -196,6 +228,7 @@ class Llama(nn.Module):
         the prompt's last state, handed to all G; position C, after the last token, bootstraps a value.
         """
         P, T, _ = x.shape
+        self.check_length(T + (0 if y is None else y.shape[2]))
         rope_x = self.rope(torch.arange(T, device=x.device), x.dtype)
         rope_y = mask = None
         if y is not None:
