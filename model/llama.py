@@ -36,7 +36,7 @@ class LlamaConfig:
     qkv_bias: bool = False      # on q, k, v: Qwen 2
     out_bias: bool = False      # on o, too: Hugging Face's attention_bias
     qk_norm: bool = False       # RMSNorm of each head's q and k: Qwen 3
-    rope_factor: float = 1.0    # by which waves are stretched: all of them, or with rope_context as LLaMA 3.1 does it
+    rope_factor: float = 1.0    # by which waves are stretched: all alike, or with rope_context as in LLaMA 3.1
     rope_context: int = 0       # tokens of the first training; a wave that fits into them
     rope_low: float = 1.0       # this often or less is stretched in full,
     rope_high: float = 4.0      # this often or more is left alone
