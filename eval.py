@@ -2,6 +2,8 @@
 
     python eval.py --checkpoint=out/embedded-1/rl.pt                     # all splits of the embedded task
     python eval.py --checkpoint=out/embedded-1/rl.pt --ask="what is at b2 ?" --image=picture.png
+    python eval.py --llava=DIR --dtype=bfloat16 --ask="What is shown?" --image=picture.jpg
+    python eval.py --checkpoint=out/llava-1.5-7b-1/sft.pt --export=hf:DIR
 """
 import json
 import math
@@ -9,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,41 +20,22 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import chat, cot, images, jsonl, scenes
-from data.sample import Sample, batch_indices, collate, read_image, to_pixels
-from data.splits import mixed
-from data.tokenizer import Tokenizer
-from model import checkpoint
+from data import chat, scenes, tokenizer
+from data.sample import Sample, batch_indices, collate, to_pixels
+from data.supply import TEST_SEED, real_data, scene_teacher
+from model import checkpoint, pretrained
 from model.clip import Clip
 from model.config import from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
+from model.export import export_hf
 from model.generate import Sampler, generate
-from model.optim import make_optimizer, optimizer_step, seed_of
-from model.vlm import VLM
+from model.optim import make_optimizer, optimizer_step, seed_of, show_trained
+from model.vlm import VLM, VlmConfig
 from model.runfolder import RunFolder, choose, write_json
-from rl import explain, metrics, report, rewards, statistics
+from rl import bench, explain, metrics, report, rewards, statistics
 from rl.learner import Guard, make_learner
 from rl.rollout import collect, read
 from rl.update import estimated, informative, scored, update
-
-TEST_SEED = {"test": 1_000_001, "val": 2_000_002}     # the same prompts for every method and every training seed
-
-
-def real_data(data, val_percent):
-    """--data -> ({"train": samples, "val": samples}, what was found); (None, "") for drawn scenes."""
-    source, _, where = data.partition(":")
-    if source == "scenes":
-        return None, ""
-    splits, found = {"images": images, "jsonl": jsonl}[source].load(where, val_percent)
-    answers = {sample.answer for sample in splits["train"]}
-    if len(answers) == 1:
-        raise ValueError(f"--data={data}: all training answers are {answers.pop()!r}; there is nothing to tell apart")
-    return {**splits, "val": mixed(splits["val"])}, found
-
-
-def scene_teacher(cfg):
-    """The teacher of drawn scenes. Scenes are drawn together with its chains: another teacher, other scenes."""
-    return cot.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
 
 
 def load_vlm(path, device="cpu"):
@@ -59,16 +43,33 @@ def load_vlm(path, device="cpu"):
     state = checkpoint.load(path, device)
     if "vlm" not in state:
         raise ValueError(f"checkpoint {str(path)!r} holds no vision-language model (stage {state.get('stage')!r})")
-    vlm = VLM.from_config(state["vlm_config"])
-    vlm.load_state_dict(state["vlm"])
-    return vlm.to(device), Tokenizer(state["tokenizer"]), state
+    vlm = VLM.from_config(state["vlm_config"], state.pop("vlm"))
+    return vlm.to(device), tokenizer.from_saved(state["tokenizer"]), state
+
+
+def load_any(cfg):
+    """--checkpoint or --llava -> (vlm, tokenizer, saved state); a folder's state is as if it had been trained here."""
+    device = pick_device(cfg.device)
+    if not cfg.llava:
+        vlm, tok, state = load_vlm(cfg.checkpoint, device)
+        return vlm.to(pick_dtype(cfg.dtype)) if cfg.dtype else vlm, tok, state
+    vlm, tok = pretrained.load_llava(cfg.llava, pick_dtype(cfg.dtype or "float32"), device, cfg.clip)
+    if tok is None:
+        raise ValueError(f"--llava={cfg.llava} holds no tokenizer; expected a tokenizer.model or a tokenizer.json")
+    trained = dict(template=chat.template_for(tok), max_new=128, data="", val_percent=20, seed=0)
+    return vlm, tok, dict(stage="llava", method="direct", config=trained)
+
+
+def export(vlm, tok, where):
+    """Writes a model and its tokenizer as a Hugging Face folder; where: "hf:DIR"."""
+    export_hf(vlm, tok, where.removeprefix("hf:"))
+    print(f"wrote {where.removeprefix('hf:')}, for transformers' LlavaForConditionalGeneration and vLLM")
 
 
 def prompts(vlm, tokenizer, samples, method, template):
     """Samples -> Batch of prompts, on the model's device."""
-    c = vlm.config.clip
-    rows = [chat.encode(sample, tokenizer, c.patches, method, template) for sample in samples]
-    return collate(rows, tokenizer.pad_id, c.image_size).to(vlm.llm.head.device)
+    rows = [chat.encode(sample, tokenizer, vlm.config.clip.patches, method, template) for sample in samples]
+    return collate(rows, tokenizer.pad_id, **vlm.config.pixels).to(vlm.llm.head.device)
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def complete(vlm, tokenizer, samples, settings, group=1, temperature=0.0, seed=0
     for start in range(0, len(samples), size):
         batch = prompts(vlm, tokenizer, samples[start:start + size], settings.method, settings.template)
         done, _ = generate(vlm, batch, group, settings.max_new, tokenizer.eos_id, temperature=temperature,
-                           banned=tokenizer.banned, generator=generator, pad_id=tokenizer.pad_id)
+                           banned=tokenizer.banned(vlm.config.llm.vocab), generator=generator, pad_id=tokenizer.pad_id)
         texts += read(done, tokenizer)
         lengths += done.mask.sum(-1).tolist()
     return texts, np.array(lengths)
@@ -127,8 +128,8 @@ def roll_out(run, vlm, samples, method, cfg, weights, generator, clock=None):
     clock.lap("encode")
     sampler = Sampler(vlm).prefill(batch, cfg.group, cfg.max_new)
     clock.lap("prefill")
-    done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned, generator=generator,
-                          min_new=cfg.min_new, pad_id=tok.pad_id)
+    done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned(vlm.config.llm.vocab),
+                          generator=generator, min_new=cfg.min_new, pad_id=tok.pad_id)
     run.flops += sampler.flops
     clock.lap("decode")
     rollout = collect(done, samples, tok, weights, cfg.gated, cfg.max_new, cfg.overlong_share)
@@ -343,9 +344,38 @@ def many_seeds(script, cfg):
                                   or not row["metric"].startswith("accuracy on")]))
 
 
+def run_bench(cfg, make_run, reinforce, steps=6):
+    """--bench=step: an RL step and its parts, no early stop. --bench=prefix: shared prompts against repeated ones.
+
+    Random weights and pictures, prompts of 12 words; the first step is left out.
+    """
+    rewards.REWARDS["bench"] = bench.varied
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(replace(cfg, rewards="bench:1", gated=False, save_every=steps + 1, min_new=cfg.max_new), folder)
+        pieces = [*chat.TAGS, *(f"▁{word}" for word in bench.WORDS)]
+        run.tokenizer = tokenizer.train([" ".join(bench.WORDS)] * 2, pieces, cfg.vocab)
+        vlm = run.ready(VLM(VlmConfig(cfg.clip_config(cfg.vocab), cfg.llm_config(cfg.vocab), cfg.projector,
+                                      cfg.feature_layer, cfg.image_positions)), "bench")
+        show_trained("bench", vlm)
+        samples = bench.samples(cfg.rl_batch * steps, cfg.image_size)
+        what = (f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {vlm.config.clip.patches} image "
+                f"tokens, {run.device}, {torch.get_num_threads()} threads")
+        if cfg.bench == "prefix":
+            batch = prompts(vlm, run.tokenizer, samples[:cfg.rl_batch], "direct", cfg.template)
+            completions = torch.randint(3, cfg.vocab, (cfg.rl_batch, cfg.group, cfg.max_new), device=run.device)
+            print(bench.prefix_text(what, bench.shared_prefix(vlm, batch, completions)))
+            return
+        reinforce(run, "bench", vlm, samples, "direct", steps, run.cfg)
+        lines = [json.loads(line) for line in run.log_path.read_text().splitlines()][1:]
+    print(bench.step_text(what, lines))
+
+
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = ""            # a stage's .pt file
+    llava: str = ""                 # a LLaVA folder, or its name on the hub, instead
+    clip: str = ""                  # its image tower, where the folder has none: a folder, or open_clip's NAME/TAG
+    export: str = ""                # hf:DIR: write the model there for transformers and vLLM, and stop
     preset: str = ""                # (none)
     set: str = "test"               # prompts to use: test | val (for tuning)
     splits: str = "id,crowded,pairs,walk3,walk4"   # of drawn scenes; other data has its validation split alone
@@ -360,12 +390,15 @@ class Config:
     image: str = ""                 # ... about this picture, and stop
     data: str = ""                  # images:DIR or jsonl:FILE; empty: what the checkpoint was trained on
     device: str = "auto"            # auto | cpu | cuda
+    dtype: str = ""                 # float32 | bfloat16 | float64; empty: the checkpoint's, float32 of a folder
 
 
 def main(argv):
     cfg = from_command_line(Config, {"": lambda given: "default", "default": {}}, argv, __doc__)
-    if not cfg.checkpoint:
-        raise ValueError("--checkpoint= must name a stage's .pt file")
+    if bool(cfg.checkpoint) == bool(cfg.llava):
+        raise ValueError("either --checkpoint= must name a stage's .pt file or --llava= a LLaVA folder")
+    if cfg.export and (not cfg.export.startswith("hf:") or cfg.export == "hf:"):
+        raise ValueError(f"--export={cfg.export} must be hf:DIR")
     for name, allowed in dict(set=tuple(TEST_SEED), method=("", *chat.PROMPTS), template=("", *chat.TEMPLATES)).items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be one of {', '.join(a for a in allowed if a)}")
@@ -377,24 +410,28 @@ def main(argv):
             raise ValueError(f"--splits={cfg.splits}: {split!r} must be one of {', '.join(scenes.SPLITS)}")
     if cfg.image and not cfg.ask:
         raise ValueError(f"--image={cfg.image} has no effect without --ask=, a question about it")
-    vlm, tokenizer, state = load_vlm(cfg.checkpoint, pick_device(cfg.device))
-    vlm.eval()
+    if cfg.llava and not (cfg.ask or cfg.export or cfg.data):
+        raise ValueError(f"--llava={cfg.llava} needs --ask=, --data= or --export=: it was not trained on drawn scenes")
+    vlm, tok, state = load_any(cfg)
     trained = state["config"]
+    if cfg.export:
+        return export(vlm, tok, cfg.export)
     settings = SimpleNamespace(method=cfg.method or state["method"], template=cfg.template or trained["template"],
                                max_new=cfg.max_new or trained["max_new"], eval_batch=cfg.eval_batch,
                                eval_greedy=cfg.eval_greedy, eval_sampled=cfg.eval_sampled,
                                eval_samples=cfg.eval_samples)
     if cfg.ask:
-        pictures = (np.asarray(read_image(cfg.image)),) if cfg.image else ()
-        texts, _ = complete(vlm, tokenizer, [Sample(images=pictures, question=cfg.ask)], settings)
+        pictures = (cfg.image,) if cfg.image else ()
+        texts, _ = complete(vlm, tok, [Sample(images=pictures, question=cfg.ask)], settings)
         print(texts[0][0])
         return
     real, _ = real_data(cfg.data or trained["data"], trained["val_percent"])
-    results, scores, teacher = [], {state["stage"]: {}}, scene_teacher(SimpleNamespace(**trained))
+    results, scores = [], {state["stage"]: {}}
+    teacher = None if real else scene_teacher(SimpleNamespace(**trained))
     for split in ["val"] if real else cfg.splits.split(","):
         count = max(cfg.eval_greedy, cfg.eval_sampled)
         samples = real["val"] if real else scenes.load(split, count, TEST_SEED[cfg.set], teacher)
-        scores[state["stage"]][split] = evaluate(vlm, tokenizer, samples, settings)
+        scores[state["stage"]][split] = evaluate(vlm, tok, samples, settings)
         results += statistics.rows(state["stage"], split, scores[state["stage"]][split], trained["seed"])
     print(statistics.table(results, scores))
 

@@ -5,36 +5,38 @@
     python train.py --seeds=5                          # mean and spread over seeds 0-4
     python train.py --data=images:DIR                  # your own folder of class sub-folders of pictures
     python train.py --data=jsonl:FILE                  # your own questions and answers
+    python train.py --preset=llava-1.5-7b --data=llava:FILE --image-root=DIR       # a published recipe
     python train.py --stage=rl --init=out/NAME/cot.pt  # one stage, from a checkpoint
     python train.py --resume                           # go on with the last interrupted run
     python train.py --preset=bench                     # where the time of an RL step goes
 """
-import json
 import math
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import chat, cot, scenes
-from data.sample import batch_indices, collate, to_pixels
-from data.tokenizer import Tokenizer
-from data.tokenizer import train as train_tokenizer
-from model import checkpoint, flops
+from data import chat, cot, llava, scenes, tokenizer
+from data.sample import batch_indices, collate
+from data.supply import TEST_SEED, Supply
+from model import checkpoint, flops, memory, pretrained
 from model.clip import Clip, ClipConfig, contrastive_loss
 from model.config import adopt, check_ranges, describe, from_command_line, needs
 from model.device import pick_device, pick_dtype
 from model.llama import LlamaConfig
 from model.optim import diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained, stepper
+from model.prepare import prepare
+from model.presets import PRESETS
 from model.runfolder import RunFolder, choose, resumed, write_json
 from model.vlm import VLM, VlmConfig
-from rl import algorithms, bench, metrics, rewards
+from rl import algorithms, metrics, rewards
 from rl.learner import Guard, make_learner
 from rl.types import Experience, Rollout
 from rl.update import estimated, informative, scored, update
@@ -43,10 +45,14 @@ from rl.update import estimated, informative, scored, update
 @dataclass(frozen=True)
 class Config:
     # what to run
-    preset: str = ""                # embedded | images | tiny | bench; empty: by --data and --bench
-    data: str = "scenes"            # scenes | images:DIR | jsonl:FILE
+    preset: str = ""                # model/presets.py has them; empty: by --data, --bench, --clip, --llm, --llava
+    data: str = "scenes"            # scenes | images:DIR | jsonl:FILE | llava:FILE, a JSON of LLaVA's conversations
     stage: str = "all"              # all, or some of clip,align,sft,cot,rl and the comparison's methods, in order
     init: str = ""                  # checkpoint the first stage starts from
+    clip: str = ""                  # CLIP: open_clip's NAME/TAG or NAME:FILE, or a folder; empty: from nothing
+    llm: str = ""                   # decoder: a Hugging Face folder or name; empty: from nothing
+    llava: str = ""                 # a whole LLaVA to go on with, a folder or name
+    export: str = ""                # hf:DIR: the last stage's model, as a folder for transformers and vLLM
     compare: str = "basic"          # none | basic: cot_continued, filtered | all: every method | algorithms | rewards
     out: str = ""                   # run folder; empty: a new one under out/
     resume: bool = False            # go on with the interrupted run in --out (empty: the newest)
@@ -61,6 +67,9 @@ class Config:
     device: str = "auto"            # auto: CUDA when present | cpu | cuda:N
     dtype: str = "float32"          # of weights and activations: float32 | bfloat16 | float64
     compile: bool = False           # torch.compile the decoder's blocks: a minute of compiling, then faster steps
+    checkpointing: bool = False     # activations of a block are computed again in the backward, not kept
+    master: bool = True             # bfloat16 weights: AdamW keeps an fp32 copy of what trains
+    moments: str = "float32"        # bfloat16 weights: AdamW's moments, float32 | bfloat16
     threads: int = 0                # CPU threads; 0: torch's choice. Another number rounds differently
     save_every: int = 100           # steps between checkpoints inside a stage
     # CLIP (OpenAI's architecture but for the options stem and pool)
@@ -89,13 +98,21 @@ class Config:
     theta: float = 10000.0          # RoPE base
     eps: float = 1e-5               # RMSNorm
     tied: bool = True               # the head is the embedding
+    qkv_bias: bool = False          # on q, k, v (Qwen 2)
     vocab: int = 512                # at most this many pieces
-    template: str = "brief"         # brief | vicuna_v1
+    template: str = "brief"         # brief | vicuna_v1 | llama_2 | chatml | auto: by the tokenizer's special tokens
+    lora_rank: int = 0              # adapters in the decoder's blocks, which then stand still; 0: none
+    lora_alpha: float = 16.0        # their output counts alpha / rank
+    lora_targets: str = "q_proj,v_proj"     # Linears that get one, or all
     # data
     pictures: int = 16000           # drawn for clip and for align
     questions: int = 12000          # drawn for sft
     traces: int = 10000             # teacher's chains for cot, and as many fresh ones for its continuations
     rl_prompts: int = 4800          # drawn for rl
+    image_root: str = ""            # folder that the image paths of --data=llava:FILE start from
+    bad_records: str = "skip"       # of --data=llava:FILE, without image, answer, ..: skip, and say which | stop
+    image_fit: str = ""             # crop | pad, how pictures become square; align crops; empty: as the model has it
+    max_length: int = 0             # tokens of a record in supervised stages, cut beyond; 0: any number
     val_percent: int = 20           # of a folder or file without its own split
     slip: float = 0.06              # teacher: each step goes wrong at random
     confuse: float = 0.65           # teacher: purple is read as blue, cyan as green
@@ -109,10 +126,15 @@ class Config:
     clip_lr: float = 1e-3           # peak learning rate
     align_steps: int = 480          # optimizer steps
     align_lr: float = 2e-3          # peak; from nothing the decoder learns language here as well
+    align_batch: int = 0            # records a step; 0: --batch
+    align_epochs: float = 0.0       # passes over the records of align, in the place of its steps; 0: those
     sft_steps: int = 200            # optimizer steps; 0 skips the stage
+    sft_epochs: float = 0.0         # passes over the records of sft, in the place of its steps; 0: those
     sft_lr: float = 2e-3            # peak learning rate
     cot_steps: int = 700            # optimizer steps
     cot_lr: float = 2e-3            # peak learning rate
+    module_lr: str = ""             # rates in units of the stage's, as in projector:0.1,llm.embed_tokens:0; 0 freezes
+    group_lengths: bool = False     # of --data=llava:FILE: batches of records of like length
     batch: int = 32                 # samples a step
     micro_batch: int = 48           # samples, or prompts with their group, at a time; 0: all. No gradient depends on it
     warmup: float = 0.05            # share of the steps
@@ -182,16 +204,17 @@ class Config:
         need = needs(self)
         check_ranges(self, at_least={
             0: "seed seeds explain threads micro_batch min_new clip_steps align_steps sft_steps cot_steps rl_steps eps "
-               "weight_decay clip_high refill ref_sync",
+               "weight_decay clip_high refill ref_sync lora_rank max_length align_batch align_epochs sft_epochs",
             1: "jobs batch rl_batch group bad_steps max_new epochs mini_batches save_every eval_greedy eval_sampled "
                "eval_samples eval_batch image_size patch clip_width clip_layers clip_heads text_width text_layers "
                "text_heads embed layers heads kv_heads ff vocab pictures questions traces rl_prompts",
             2: "clip_batch candidates text_length width"},
             shares="slip confuse drop_hop forget_close teacher_error warmup final_lr gamma lam clip_low overlong_share",
-            positive="reward_timeout clip_lr align_lr sft_lr cot_lr rl_lr temperature grad_clip theta",
+            positive="reward_timeout clip_lr align_lr sft_lr cot_lr rl_lr temperature grad_clip theta lora_alpha",
             one_of=algorithms.ALLOWED | dict(
-                compare=tuple(COMPARISONS), eval_set=tuple(evaluation.TEST_SEED), bench=("", "step", "prefix"),
-                template=tuple(chat.TEMPLATES), projector=("linear", "mlp2x_gelu")))
+                compare=tuple(COMPARISONS), eval_set=tuple(TEST_SEED), bench=("", "step", "prefix"),
+                template=("auto", *chat.TEMPLATES), projector=("linear", "mlp2x_gelu"),
+                bad_records=("skip", "stop"), image_fit=("", "crop", "pad"), moments=("float32", "bfloat16")))
         need(0 <= self.beta2 < 1, "beta2", "lie in [0, 1)")
         need(0 < self.val_percent < 100, "val_percent", "lie between 0 and 100")
         need(self.rl_batch % self.mini_batches == 0, "rl_batch", f"be a multiple of --mini-batches={self.mini_batches}")
@@ -199,14 +222,22 @@ class Config:
         need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
         pick_dtype(self.dtype)
         source, _, where = self.data.partition(":")
-        need(source in ("scenes", "images", "jsonl") and (source != "scenes") == bool(where), "data",
-             "be scenes, images:DIR or jsonl:FILE")
+        need(source in ("scenes", "images", "jsonl", "llava") and (source != "scenes") == bool(where), "data",
+             "be scenes, images:DIR, jsonl:FILE or llava:FILE")
+        need(source != "scenes" or not self.pretrained, "data",
+             "be images:DIR, jsonl:FILE or llava:FILE where --clip, --llm or --llava names a model")
+        need(not (self.llava and (self.init or self.llm)), "llava", "be left out beside --init or --llm")
+        need(not self.export or self.export.startswith("hf:") and self.export != "hf:", "export", "be hf:DIR")
+        need(not Path(self.export[3:] or "..").exists() or self.resume or not self.export, "export",
+             "name a folder that does not exist yet")
         need(source != "scenes" or self.image_size == scenes.SIZE or self.bench, "image_size",
              f"be {scenes.SIZE} for drawn scenes")
         self.clip_config(1), self.llm_config(1)
         for name in self.stages():
             if name not in STAGES:
                 raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
+            need(source != "llava" or name in ("clip", "align", "sft"), "stage",
+                 "be clip, align or sft: conversations of --data=llava:FILE have no single answer to check")
         need(not self.explain or self.stage in ("rl", "grpo_zero", *algorithms.VARIANTS),
              "explain", "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
         need(not self.algorithm or not {*self.stages()} & {*algorithms.ALGORITHMS}, "algorithm",
@@ -227,12 +258,19 @@ class Config:
 
     def llm_config(self, vocab):
         return LlamaConfig(vocab, self.width, self.layers, self.heads, self.kv_heads, self.ff, self.theta, self.eps,
-                           self.tied)
+                           self.tied, qkv_bias=self.qkv_bias)
+
+    @property
+    def pretrained(self):
+        return self.clip or self.llm or self.llava
 
     def stages(self):
         if self.stage != "all":
             return self.stage.split(",")
-        return ["clip", "align", *(["sft"] if self.sft_steps else []), "cot", *COMPARISONS[self.compare]]
+        first = [] if self.llava else ["align"] if self.clip else ["clip", "align"]
+        if self.data.startswith("llava:"):
+            return [*first, "sft"]
+        return [*first, *(["sft"] if self.sft_steps else []), "cot", *COMPARISONS[self.compare]]
 
 
 # what --compare adds to clip, align, sft and cot
@@ -240,22 +278,6 @@ COMPARISONS = {
     "none": ["rl"], "basic": ["rl", "cot_continued", "filtered"],
     "all": ["rl", "cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "grpo_zero"],
     "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"], "rewards": [*algorithms.REWARDS],
-}
-
-PRESETS = {
-    "": lambda given: ("bench" if given.get("bench") else "embedded" if given.get("data", "scenes") == "scenes"
-                       else "images"),
-    "embedded": {},
-    # a few hundred pictures are known by heart after a few epochs; more steps than these gain nothing on others
-    "images": dict(image_size=64, patch=16, clip_steps=200, clip_batch=64, align_steps=30, sft_steps=30, cot_steps=100,
-                   batch=48, rl_steps=30, rl_batch=16, max_new=48, vocab=1024, save_every=50),
-    # the shape of the step that is timed against other trainers
-    "bench": dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", width=192,
-                  heads=6, kv_heads=6, ff=512, tied=False, image_positions=False, rl_batch=8, max_new=48),
-    "tiny": dict(clip_width=32, clip_layers=2, clip_heads=2, text_width=32, text_layers=1, text_heads=2, embed=32,
-                 width=32, layers=2, heads=2, kv_heads=1, ff=64, pictures=256, questions=256, traces=256, rl_prompts=64,
-                 clip_steps=12, clip_batch=32, align_steps=12, sft_steps=8, cot_steps=12, batch=16, rl_steps=8,
-                 rl_batch=4, group=4, max_new=16, eval_greedy=8, eval_sampled=4, eval_samples=2, save_every=3),
 }
 
 
@@ -266,41 +288,31 @@ class Run(RunFolder):
         super().__init__(folder, pick_device(cfg.device))
         self.cfg, self.dtype = cfg, pick_dtype(cfg.dtype)
         self.flops, self.state = 0, {}
-        self.real, found = evaluation.real_data(cfg.data, cfg.val_percent)
-        print(found, end="\n" if found else "")
-        self.teacher = evaluation.scene_teacher(cfg)
-
-    def samples(self, what, count=0, part=0, teacher=None):
-        """Samples of a purpose (clip, align, sft, train) or a split; scenes are drawn anew from the seed and `part`."""
-        if self.real:
-            return self.real["val" if what == "val" else "train"]
-        if what in scenes.SPLITS:
-            return scenes.load(what, count, evaluation.TEST_SEED[self.cfg.eval_set], teacher)
-        return scenes.load(what, count, 1000 * self.cfg.seed + part, teacher)
+        self.supply = Supply(cfg)
+        self.samples, self.real, self.records = self.supply.samples, self.supply.real, self.supply.records
+        print(self.supply.found, end="\n" if self.supply.found else "")
 
     def prepare_tokenizer(self):
-        """From --init, or from the folder, else trained on what the training data says."""
-        saved = self.folder / "tokenizer.model"
-        if self.cfg.init:
-            self.tokenizer = Tokenizer(checkpoint.load(self.cfg.init, self.device)["tokenizer"])
+        """From --init, --llava or --llm, or from the folder, else trained on what the training data says."""
+        cfg, saved = self.cfg, self.folder / "tokenizer.model"
+        if cfg.init:
+            self.tokenizer = tokenizer.from_saved(checkpoint.load(cfg.init, self.device)["tokenizer"])
+        elif cfg.llava or cfg.llm:
+            self.tokenizer = pretrained.load_tokenizer(cfg.llava or cfg.llm)
         elif saved.exists():
-            self.tokenizer = Tokenizer(saved.read_bytes())
+            self.tokenizer = tokenizer.from_saved(saved.read_bytes())
         else:
-            if self.real:
-                texts = [" it looks like or . it is", *(f" {text}" for s in self.real["train"] for text in
-                                                        (s.question, s.answer, s.caption, s.reasoning) if text)]
-            else:
-                texts = [f" {s.question} {s.reasoning} {s.caption}"
-                         for s in self.samples("train", 1000, part=9, teacher=self.teacher)]
-            texts += [f" {prompt.replace(tag, '')}" for prompt in chat.PROMPTS.values() for tag in chat.TAGS]
-            words = [] if self.real else scenes.pieces()
-            self.tokenizer = train_tokenizer(texts, [*chat.TAGS, *words], self.cfg.vocab)
+            self.tokenizer = tokenizer.train(*self.supply.corpus(), cfg.vocab)
+        if cfg.template == "auto":
+            self.cfg = replace(cfg, template=chat.template_for(self.tokenizer))
 
     def start(self, stage):
-        """Loads what `stage` starts from, --init or the stage before; -> its VLM, None when it has none yet."""
+        """Loads what `stage` starts from, --init, --llava or the stage before; -> its VLM, None if it has none yet."""
         torch.manual_seed(seed_of(self.cfg.seed, stage))
         self.flops, self.state = 0, {}
-        if not STAGES[stage][1]:
+        if stage == self.cfg.stages()[0] and self.cfg.llava:
+            return self.ready(pretrained.load_llava(self.cfg.llava, self.dtype, self.device, self.cfg.clip)[0], stage)
+        if not STAGES[stage][1] or stage == "align" and self.cfg.clip and not self.cfg.init:
             return None
         origin = next((path for before in STAGES[stage][1] if (path := self.path(before)).exists()), self.cfg.init)
         if stage == self.cfg.stages()[0] and self.cfg.init:
@@ -308,15 +320,11 @@ class Run(RunFolder):
         self.state = checkpoint.load(origin, self.device)
         if "vlm" not in self.state:
             return None
-        vlm = VLM.from_config(self.state["vlm_config"])
-        vlm.load_state_dict(self.state["vlm"])
-        return self.ready(vlm)
+        return self.ready(VLM.from_config(self.state["vlm_config"], self.state.pop("vlm")), stage)
 
-    def ready(self, vlm):
-        """The model where and as --device, --dtype and --compile want it."""
-        if self.cfg.compile:
-            vlm.llm.compile_blocks()
-        return vlm.to(self.device, self.dtype)
+    def ready(self, vlm, stage):
+        """The model where and as the config wants it in this stage, with what does not train frozen."""
+        return prepare(vlm, self.cfg, stage == "align").to(self.device, self.dtype)
 
     def spend(self, vlm, what, *args):
         """Counts the FLOPs of that name in model/flops.py."""
@@ -331,22 +339,23 @@ class Run(RunFolder):
             new |= dict(clip=clip.state_dict(), clip_config=asdict(clip.config))
         carried = {name: self.state[name] for name in ("clip", "clip_config") if name in self.state}
         self.finish(stage, **{**carried, **new}, method=method, config=asdict(cfg or self.cfg), flops=self.flops,
-                    tokenizer=self.tokenizer.proto)
+                    tokenizer=self.tokenizer.saved)
 
 
 # ---------------------------------------------------------------- the two loops
 
-def fit(run, stage, module, count, losses_of, steps, batch, peak):
+def fit(run, stage, module, count, losses_of, steps, batch, peak, lengths=None):
     """Supervised training. `losses_of(indices)` yields the step's loss in micro-batches, already over the step's
-    denominator; `count`: records to draw indices from, a new seeded order each epoch."""
+    denominator; `count`: records to draw indices from, a new seeded order each epoch, of like `lengths` if given."""
     cfg = run.cfg
-    optimizer = make_optimizer(module, cfg.beta2, cfg.weight_decay)
+    optimizer = make_optimizer(module, cfg.beta2, cfg.weight_decay, module_lr=cfg.module_lr, moments=cfg.moments,
+                               master=cfg.master)
     start, run.flops = run.take_progress(stage, module, optimizer, None) or (0, run.flops)
     began = time.perf_counter()
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
     for step in bar:
         lr, total = learning_rate(step, steps, peak, cfg.warmup, cfg.final_lr), 0.0
-        for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"))):
+        for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"), lengths)):
             loss.backward()
             total += loss.item()
         norm = optimizer_step(optimizer, lr, cfg.grad_clip)[0]
@@ -364,7 +373,8 @@ def reinforce(run, stage, vlm, samples, method, steps, cfg):
     """Reinforcement learning: roll out, reward, estimate advantages, update. One line of log.jsonl a rollout."""
     weights = rewards.weights_of(cfg)
     learner = make_learner(vlm, vlm.config.llm.width, cfg)
-    optimizer = make_optimizer(learner, cfg.beta2, cfg.weight_decay, learner.critic, cfg.value_lr)
+    optimizer = make_optimizer(learner, cfg.beta2, cfg.weight_decay, learner.critic, cfg.value_lr, cfg.module_lr,
+                               cfg.moments, cfg.master)
     generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
     start, run.flops = run.take_progress(stage, learner, optimizer, generator) or (0, run.flops)
     guard, spend, updates = Guard(run.folder, stage, cfg.bad_steps, checkpoint.save), partial(run.spend, vlm), 0
@@ -435,29 +445,42 @@ def clip(run, stage, like):
     return seconds
 
 
-def supervise(run, stage, vlm, records, steps, peak, method):
+def supervise(run, stage, vlm, records, steps, peak, method, batch=0, epochs=0.0):
     """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen. Without records the
     model stays as it is."""
-    cfg, tok = run.cfg, run.tokenizer
-    steps = steps if records else 0
-    vlm.visual.requires_grad_(False)
-    show_trained(stage, vlm)
+    cfg, tok, patches, batch = run.cfg, run.tokenizer, vlm.config.clip.patches, batch or run.cfg.batch
+    steps = math.ceil(epochs * len(records) / batch) if epochs else steps if records else 0
+    memory.announce(stage, vlm, cfg)
 
-    def encode(sample, target):
-        if target is None:
-            return chat.encode_plain(sample, tok, vlm.config.clip.patches)
-        return chat.encode(sample, tok, vlm.config.clip.patches, method, cfg.template, target)
+    def encode(i, sample, target):
+        if run.records:
+            sample = run.records.decoded(sample, vlm.config.pixels)
+        row = (chat.encode_plain(sample, tok, patches, cfg.template) if target is None
+               else chat.encode(sample, tok, patches, method, cfg.template, target))
+        return llava.shortened(row, cfg.max_length, patches, tok.image_id, i, sample.id) if cfg.max_length else row
+
+    def rows_of(indices):
+        for i in indices:
+            try:
+                yield encode(i, *records[i])
+            except llava.BadRecord as error:
+                if run.supply.bad.see(error):
+                    run.log(stage=stage, bad_record=str(error))
 
     def losses_of(indices):
         # Sorted by length, so that micro-batches hold little padding.
-        rows = sorted((encode(*records[i]) for i in indices), key=lambda row: len(row[0]))
-        batch = collate(rows, tok.pad_id, vlm.config.clip.image_size).to(run.device)
+        rows = sorted(rows_of(indices), key=lambda row: len(row[0]))
+        if not rows:
+            return
+        batch = collate(rows, tok.pad_id, **vlm.config.pixels).to(run.device)
         denominator = batch.target[:, 1:].sum()
         for micro in batch.micro_batches(cfg.micro_batch):
             run.flops += flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
             yield -vlm(micro).logp.sum() / denominator
 
-    seconds = fit(run, stage, vlm, len(records), losses_of, steps, cfg.batch, peak)
+    lengths = run.records.lengths(patches) if cfg.group_lengths and run.records else None
+    seconds = fit(run, stage, vlm, len(records), losses_of, steps, batch, peak, lengths)
+    print(run.supply.bad.report(), end="\n" if run.supply.bad.seen else "")
     run.finish_stage(stage, method, vlm)
     return seconds
 
@@ -465,20 +488,25 @@ def supervise(run, stage, vlm, records, steps, peak, method):
 def align(run, stage, like):
     """Projector and, from nothing, decoder on captions. The first stage with a vision-language model."""
     cfg, vlm = run.cfg, run.start(stage)
-    if vlm is None:
-        vision = ClipConfig(**run.state["clip_config"])
-        vlm = run.ready(VLM(VlmConfig(vision, cfg.llm_config(len(run.tokenizer)), cfg.projector, cfg.feature_layer,
-                                      cfg.image_positions)))
-        vlm.visual.load_state_dict({name.removeprefix("visual."): value for name, value in run.state["clip"].items()
-                                    if name.startswith("visual.")})
-    records = [(sample, None) for sample in run.samples("align", cfg.pictures, part=2)]
-    return supervise(run, stage, vlm, records, cfg.align_steps, cfg.align_lr, "direct")
+    if vlm is None and (cfg.clip or cfg.llm):
+        vlm = run.ready(pretrained.assemble(cfg, run.state, len(run.tokenizer), run.dtype, run.device), stage)
+    elif vlm is None:
+        vlm = VLM(VlmConfig(ClipConfig(**run.state["clip_config"]), cfg.llm_config(len(run.tokenizer)), cfg.projector,
+                            cfg.feature_layer, cfg.image_positions))
+        vlm.visual.load_state_dict({name: run.state["clip"][f"visual.{name}"] for name in vlm.visual.state_dict()})
+        vlm = run.ready(vlm, stage)
+    records = (run.records.pairs(captions=True) if run.records else
+               [(sample, None) for sample in run.samples("align", cfg.pictures, part=2)])
+    return supervise(run, stage, vlm, records, cfg.align_steps, cfg.align_lr, "direct", cfg.align_batch,
+                     cfg.align_epochs)
 
 
 def sft(run, stage, like):
-    """Question to answer, without a chain: looking alone, for drawn scenes."""
-    records = [(s, chat.target_text(s.answer)) for s in run.samples("sft", run.cfg.questions, part=3)]
-    return supervise(run, stage, run.start(stage), records, run.cfg.sft_steps, run.cfg.sft_lr, "direct")
+    """Question to answer, without a chain: looking alone, for drawn scenes; LLaVA's conversations as they are."""
+    cfg, vlm = run.cfg, run.start(stage)
+    records = (run.records.pairs() if run.records else
+               [(s, chat.target_text(s.answer)) for s in run.samples("sft", cfg.questions, part=3)])
+    return supervise(run, stage, vlm, records, cfg.sft_steps, cfg.sft_lr, "direct", epochs=cfg.sft_epochs)
 
 
 def chains(run, part, flawless=False):
@@ -491,30 +519,23 @@ def chains(run, part, flawless=False):
                                           run.device, run.dtype)
         samples = cot.candidate_chains(run.real["train"], near, error, 1000 * cfg.seed + part, answers)
     else:
-        samples = run.samples("train", cfg.traces, part, cot.PERFECT if flawless else run.teacher)
-    forgets = np.random.default_rng([cfg.seed, part]).random(len(samples)) < (0 if flawless else cfg.forget_close)
-    wrong = np.mean([not cot.is_conclusion_right(sample) for sample in samples])
-    print(f"  teacher: {len(samples)} chains, {100 * wrong:.1f} % wrong, {100 * forgets.mean():.0f} % without </think>")
-    texts = [chat.target_text(sample.conclusion, sample.reasoning, close_think=not forget)
-             for sample, forget in zip(samples, forgets)]
-    if long := sum(len(run.tokenizer.encode(text)) >= cfg.max_new for text in texts):
-        print(f"note: {long} of {len(texts)} chains are longer than --max-new={cfg.max_new} tokens: what is learned "
-              "from them is cut off before the answer")
-    return list(zip(samples, texts))
+        samples = run.samples("train", cfg.traces, part, cot.PERFECT if flawless else run.supply.teacher)
+    records, said = cot.records(samples, run.tokenizer, 0.0 if flawless else cfg.forget_close, (cfg.seed, part),
+                                cfg.max_new)
+    print(said)
+    return records
 
 
 def cot_stage(run, stage, like):
     """Fine-tuning on the teacher's chains of thought."""
-    vlm = run.start(stage)
-    return supervise(run, stage, vlm, chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
+    return supervise(run, stage, run.start(stage), chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
 
 
 def rl(run, stage, like, method="think"):
     """RL on correctness and format, with the switches of the stage's name if it is an algorithm's; as `grpo_zero`
     without chains to imitate, the prompt alone asks for the tags."""
     vlm, cfg = run.start(stage), algorithms.of_stage(run.cfg, stage)
-    vlm.visual.requires_grad_(False)
-    show_trained(stage, vlm)
+    memory.announce(stage, vlm, cfg, cfg.group)
     samples = run.samples("train", cfg.rl_prompts, part=6)
     if not run.progress:
         evaluation.look_ahead(run, stage, vlm, samples, method, cfg)
@@ -537,7 +558,7 @@ def steps_for(run, vlm, records, method, budget):
         some = [records[i] for i in rng.integers(len(records), size=cfg.batch)]
         rows = [chat.encode(sample, run.tokenizer, vlm.config.clip.patches, method, cfg.template, target)
                 for sample, target in some]
-        batch = collate(sorted(rows, key=lambda row: len(row[0])), run.tokenizer.pad_id, vlm.config.clip.image_size)
+        batch = collate(sorted(rows, key=lambda row: len(row[0])), run.tokenizer.pad_id, **vlm.config.pixels)
         cost.append(sum(flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
                         for micro in batch.micro_batches(cfg.micro_batch)))
     return max(1, round((budget - run.flops) / np.mean(cost)))
@@ -601,72 +622,53 @@ STAGES = {
 }
 
 
-# ---------------------------------------------------------------- what a person sees
-
 def open_run(cfg):
     """A new run folder, or the interrupted one. Whatever cannot work is said before the folder is made."""
     run = Run(cfg, choose(cfg.out, cfg.preset, cfg.resume))
-    real = [sample for split in (run.real or {}).values() for sample in split]
+    real = run.supply.own()
     if cfg.resume:
         run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages(), real)
     if "iou" in rewards.start(cfg) and not any(sample.boxes for sample in real):
         raise ValueError(f"--rewards={cfg.rewards}: iou needs samples with boxes, and --data={cfg.data} has none")
-    run.check_origins(cfg.stages(), *({name: of[n] for name, of in STAGES.items()} for n in (1, 2)), cfg.init)
+    given = {cfg.stages()[0]} if cfg.llava else {"align"} if cfg.clip and not cfg.init else {}
+    run.check_origins(cfg.stages(), {name: () if name in given else of[1] for name, of in STAGES.items()},
+                      {name: of[2] for name, of in STAGES.items()}, cfg.init)
     run.prepare_tokenizer()
-    run.notes = chat.too_long(real, run.tokenizer, cfg.max_new, cfg.text_length) if real else []
+    run.notes = chat.too_long(real, run.tokenizer, cfg.max_new, cfg.text_length) if run.real else []
     if not cfg.resume:
-        run.create(asdict(cfg), real)
+        run.create(asdict(run.cfg), real)
     if cfg.tensorboard:
         run.open_board()
-    checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.proto))
+    if isinstance(run.tokenizer.saved, bytes):
+        checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
     return run
 
 
-def run_bench(cfg, steps=6):
-    """--bench=step: an RL step and its parts, no early stop. --bench=prefix: shared prompts against repeated ones.
-
-    Random weights and pictures, prompts of 12 words; the first step is left out.
-    """
-    rewards.REWARDS["bench"] = bench.varied
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(replace(cfg, rewards="bench:1", gated=False, save_every=steps + 1, min_new=cfg.max_new), folder)
-        pieces = [*chat.TAGS, *(f"▁{word}" for word in bench.WORDS)]
-        run.tokenizer = train_tokenizer([" ".join(bench.WORDS)] * 2, pieces, cfg.vocab)
-        vlm = run.ready(VLM(VlmConfig(cfg.clip_config(cfg.vocab), cfg.llm_config(cfg.vocab), cfg.projector,
-                                      cfg.feature_layer, cfg.image_positions)))
-        vlm.visual.requires_grad_(False)
-        show_trained("bench", vlm)
-        samples = bench.samples(cfg.rl_batch * steps, cfg.image_size)
-        what = (f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {vlm.config.clip.patches} image "
-                f"tokens, {run.device}, {torch.get_num_threads()} threads")
-        if cfg.bench == "prefix":
-            batch = evaluation.prompts(vlm, run.tokenizer, samples[:cfg.rl_batch], "direct", cfg.template)
-            completions = torch.randint(3, cfg.vocab, (cfg.rl_batch, cfg.group, cfg.max_new), device=run.device)
-            print(bench.prefix_text(what, bench.shared_prefix(vlm, batch, completions)))
-            return
-        reinforce(run, "bench", vlm, samples, "direct", steps, run.cfg)
-        lines = [json.loads(line) for line in run.log_path.read_text().splitlines()][1:]
-    print(bench.step_text(what, lines))
+def implied(given):
+    """What flags imply: an algorithm's switches; a whole LLaVA takes the place of a recipe's parts."""
+    return algorithms.of_flags(given) | (dict(clip="", llm="") if given.get("llava") else {})
 
 
 def main(argv):
-    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed, algorithms.of_flags), []
+    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed, implied), []
     if cfg.init:
         names = list(Config.__dataclass_fields__)
         shape = names[names.index("image_size"):names.index("template")]
         cfg, notes = adopt(cfg, checkpoint.load(cfg.init).get("config", {}), shape)
+    else:
+        cfg = replace(cfg, **pretrained.shape(cfg.clip, cfg.llm, cfg.llava))
     notes += cfg.check()
     if cfg.seeds:
         return evaluation.many_seeds(__file__, cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     if cfg.bench:
-        return run_bench(cfg)
+        return evaluation.run_bench(cfg, Run, reinforce)
     if cfg.explain:
         print("".join(f"note: {note}\n" for note in notes), end="")
         with tempfile.TemporaryDirectory() as folder:
             return STAGES[cfg.stage][0](open_run(replace(cfg, out=folder)), stage=cfg.stage, like=())
     began = time.perf_counter()
-    run = open_run(cfg)
+    cfg = (run := open_run(cfg)).cfg
     print(describe(cfg))
     for note in notes + run.notes:
         print(f"note: {note}")
@@ -680,9 +682,11 @@ def main(argv):
     methods = {cfg.algorithm or "grpo" if stage == "rl" else stage: run.path(stage) for stage in cfg.stages()
                if stage not in ("clip", "align", "sft", "rejection_first")}
     if methods:
-        tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.teacher)
+        tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.supply.teacher)
                  for split in (("val",) if run.real else scenes.SPLITS)}
         evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
+    if cfg.export:
+        evaluation.export(*evaluation.load_vlm(run.path(cfg.stages()[-1]))[:2], cfg.export)
     files = [f for f in ("results.json", "samples.html", "curves.png", "log.jsonl") if (run.folder / f).exists()]
     print(f"\n{run.folder}: {', '.join(files)} and checkpoints; {time.perf_counter() - began:.0f} s in all")
 

@@ -4,6 +4,7 @@ Training, evaluation and data generation all come through here, so that what a m
 the same text.
 """
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from data.answers import is_right, normalise, verdict       # noqa: F401: what counts as right belongs to the parser
 
@@ -17,14 +18,79 @@ PROMPTS = {
     "asked": " think inside <think> </think> then answer inside <answer> </answer> .",   # tags only asked for
 }
 
-# Text around question and answer; {image} is where the placeholders go. `system` opens the conversation.
-TEMPLATES = {
-    "brief": dict(system="", user="{image}{question}", assistant="", end=""),
-    "vicuna_v1": dict(
-        system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-               "detailed, and polite answers to the user's questions.",
-        user=" USER: {image}\n{question}", assistant=" ASSISTANT:", end=""),
+
+class Say(NamedTuple):
+    """A stretch of text: `asked`, then what is `taught` in answer to it. Tokenised as a whole, as one text."""
+    asked: str
+    taught: str = ""
+
+
+class Put(NamedTuple):
+    """One token, appended as its id and never spelt: "bos", "eos" or the name of a special token."""
+    token: str
+    taught: bool = False
+
+
+# One template, one function: the parts of a turn. system: the text that opens the conversation, "" for none; None in
+# later turns. answer: None where the model is to speak. vicuna_v1 and llama_2 are LLaVA's (its llava/conversation.py),
+# so that its checkpoints are asked as they were taught; chatml is that of Qwen2.5 and SmolLM2.
+
+def _brief(system, question, answer):
+    # Question and answer are tokenised apart: this template's own tokenizers add no space in front of a text.
+    yield Say(system or "")
+    yield Say(question)
+    if answer is not None:
+        yield Say("", answer)
+        yield Put("eos", True)
+
+
+def _vicuna_v1(system, question, answer):
+    # LLaVA's conversation style TWO: later turns follow the EOS directly.
+    front = "" if system is None else f"{system} "
+    yield Say(f"{front}USER: {question} ASSISTANT:", "" if answer is None else f" {answer}")
+    if answer is not None:
+        yield Put("eos", True)
+
+
+def _llama_2(system, question, answer):
+    # Every turn has a BOS of its own; the first one's opens the text.
+    if system is None:
+        yield Put("bos")
+    front = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    yield Say(f"[INST] {front}{question} [/INST]", "" if answer is None else f" {answer} ")
+    if answer is not None:
+        yield Put("eos", True)
+
+
+def _chatml(system, question, answer):
+    if system:
+        yield from (Put("<|im_start|>"), Say(f"system\n{system}"), Put("<|im_end|>"), Say("\n"))
+    yield from (Put("<|im_start|>"), Say(f"user\n{question}"), Put("<|im_end|>"), Say("\n"), Put("<|im_start|>"))
+    yield Say("assistant\n", answer or "")
+    if answer is not None:
+        yield from (Put("<|im_end|>", True), Say("\n"))
+
+
+TEMPLATES = {"brief": _brief, "vicuna_v1": _vicuna_v1, "llama_2": _llama_2, "chatml": _chatml}
+
+# What opens a conversation unless `encode` is told otherwise.
+SYSTEM = {
+    "brief": "",
+    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+                 "detailed, and polite answers to the user's questions.",
+    "llama_2": "You are a helpful language and vision assistant. You are able to understand the visual content that "
+               "the user provides, and assist the user with a variety of tasks using natural language.",
+    "chatml": "You are a helpful assistant.",
 }
+
+
+def template_for(tokenizer):
+    """Name of the template that a model with this tokenizer was most likely taught: ChatML where it has its tokens."""
+    try:
+        tokenizer.special("<|im_start|>")
+    except ValueError:
+        return "vicuna_v1"
+    return "chatml"
 
 
 def target_text(answer, reasoning=None, close_think=True):
@@ -37,38 +103,81 @@ def target_text(answer, reasoning=None, close_think=True):
     return f"{thought}<answer> {answer}</answer>"
 
 
-def encode(sample, tokenizer, patches, method="think", template="brief", target=None):
-    """Sample -> (ids, target mask, images): the prompt, and `target` text with EOS when given.
+def _turns(sample, method, template, target):
+    """All turns as (question, answer or None), with a placeholder for every picture where it stands.
 
-    Every image becomes `patches` image ids in front of the first question. Each segment is tokenised by itself, so
-    the mask is exact by construction; earlier turns are targets too when there is one.
+    Without a placeholder in the text the pictures stand in front of the first question, each with a new line after it
+    as in LLaVA's data, in brief without one.
     """
-    t = TEMPLATES[template]
-    ids, mask = [tokenizer.bos_id], [False]
+    if template not in TEMPLATES:
+        raise ValueError(f"template={template!r} must be one of {', '.join(TEMPLATES)}")
+    if method not in PROMPTS:
+        raise ValueError(f"method={method!r} must be one of {', '.join(PROMPTS)}")
+    turns = [*sample.turns, (sample.question + PROMPTS[method], target)]
+    if template == "brief":
+        turns = [(f" {question}", f" {answer}") for question, answer in turns[:-1]] + [(f" {turns[-1][0]}", target)]
+    if spoiled := next((answer for _, answer in turns if answer and IMAGE in answer), None):
+        raise ValueError(f"an answer must not hold {IMAGE}, which stands for a picture: {spoiled!r}")
+    placed, images = sum(question.count(IMAGE) for question, _ in turns), len(sample.images)
+    if placed and placed != images:
+        raise ValueError(f"the questions of sample {sample.id!r} hold {placed} {IMAGE} and must hold none or {images}, "
+                         "one for each of its images")
+    if not placed:
+        front = (IMAGE if template == "brief" else f"{IMAGE}\n") * images
+        turns[0] = (front + turns[0][0], turns[0][1])
+    return turns
 
-    def add(tokens, predicted):
-        ids.extend(tokens)
-        mask.extend([predicted] * len(tokens))
 
-    add(tokenizer.encode(t["system"]) if t["system"] else [], False)
-    images = sample.images
-    turns = [*sample.turns, (" " + sample.question + PROMPTS[method], target)]
-    for n, (question, answer) in enumerate(turns):
-        before, after = t["user"].split("{image}")
-        add(tokenizer.encode(before) if before else [], False)
-        if n == 0:
-            add([tokenizer.image_id] * (patches * len(images)), False)
-        add(tokenizer.encode(after.replace("{question}", question) + t["assistant"]), False)
-        if answer is not None:
-            add(tokenizer.encode(answer + t["end"]) + [tokenizer.eos_id], target is not None)
-    return ids, mask, images
+def _stretch(tokenizer, patches, say):
+    """Say -> (ids, mask). The text between two pictures is tokenised as a whole, as LLaVA does it.
+
+    What is taught are the tokens that begin inside the answer. A token that begins before it and ends inside it would
+    make the prompt, without its answer, other ids than in training: then prompt and answer are tokenised apart.
+    """
+    *before, asked = say.asked.split(IMAGE)
+    ids = [i for text in before for i in (*tokenizer.encode(text), *[tokenizer.image_id] * patches)]
+    mask = [False] * len(ids)
+    found, spans = tokenizer.encode_with_offsets(asked + say.taught)
+    border = len(asked)
+    if any(start < border < end for start, end in spans):
+        first, second = tokenizer.encode(asked), tokenizer.encode(say.taught)
+        return ids + first + second, mask + [False] * len(first) + [True] * len(second)
+    return ids + found, mask + [start >= border for start, _ in spans]
+
+
+def encode(sample, tokenizer, patches, method="think", template="brief", target=None, system=None):
+    """Sample -> (ids, target mask, images): the prompt, and `target` text with its end when given.
+
+    Every picture becomes `patches` image ids where an <image> in a question stands for it, without any in front of the
+    first question. system: what opens the conversation, None for the template's own text. With a target the answers of
+    earlier turns are targets too. Prompt ids are the beginning of the ids with a target. ValueError for an unknown
+    template or method, an <image> in an answer or in `system`, and another number of <image> than of pictures.
+    """
+    turns = _turns(sample, method, template, target)
+    system = SYSTEM[template] if system is None else system
+    if IMAGE in system:
+        raise ValueError(f"system must not hold {IMAGE}, which stands for a picture: {system!r}")
+    named = dict(bos=tokenizer.bos_id, eos=tokenizer.eos_id)
+    parts = [Put("bos")]
+    for n, turn in enumerate(turns):
+        parts += TEMPLATES[template](None if n else system, *turn)
+    ids, mask = [], []
+    for part in parts:
+        if isinstance(part, Say):
+            more, taught = _stretch(tokenizer, patches, part)
+        else:
+            token = named[part.token] if part.token in named else tokenizer.special(part.token)
+            more, taught = ([], []) if token is None else ([token], [part.taught])      # a tokenizer without BOS
+        ids += more
+        mask += [target is not None and predicted for predicted in taught]
+    return ids, mask, sample.images
 
 
 def prompt_text(sample, method, template):
-    """What the last turn of `encode` says, as text."""
-    t = TEMPLATES[template]
-    user = t["user"].replace("{image}", IMAGE * len(sample.images))
-    return t["system"] + user.replace("{question}", " " + sample.question + PROMPTS[method]) + t["assistant"]
+    """What the last turn of `encode` says, as text: <image> for a picture, the names of special tokens, no BOS."""
+    turns = _turns(sample, method, template, None)
+    parts = TEMPLATES[template](None if len(turns) > 1 else SYSTEM[template], *turns[-1])
+    return "".join(part.asked if isinstance(part, Say) else part.token for part in parts if part != Put("bos"))
 
 
 def too_long(samples, tokenizer, max_new, text_length):
@@ -86,10 +195,18 @@ def too_long(samples, tokenizer, max_new, text_length):
                                         "only their beginnings")) if max(lengths) > limit]
 
 
-def encode_plain(sample, tokenizer, patches):
-    """LLaVA's alignment format: picture, then the caption as target; the question is discarded."""
-    caption = tokenizer.encode(" " + sample.caption) + [tokenizer.eos_id]
-    front = [tokenizer.bos_id] + [tokenizer.image_id] * (patches * len(sample.images))
+def encode_plain(sample, tokenizer, patches, template="brief"):
+    """Sample -> (ids, target mask, images) of the alignment stage: pictures, then the caption as target; the question
+    is discarded.
+
+    brief: the caption as an answer, with EOS. Any other template: LLaVA's `plain`, the caption and a new line, no EOS.
+    ValueError for a caption that holds <image>.
+    """
+    if IMAGE in sample.caption:
+        raise ValueError(f"a caption must not hold {IMAGE}, which stands for a picture: {sample.caption!r}")
+    caption = (tokenizer.encode(" " + sample.caption) + [tokenizer.eos_id] if template == "brief"
+               else tokenizer.encode(sample.caption + "\n"))
+    front = [i for i in (tokenizer.bos_id,) if i is not None] + [tokenizer.image_id] * (patches * len(sample.images))
     return front + caption, [False] * len(front) + [True] * len(caption), sample.images
 
 

@@ -6,8 +6,10 @@ step by step, and is wrong in ways that do not average out: imitation learns its
 import random
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from data import scenes
-from data.chat import normalise
+from data.chat import normalise, target_text
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,17 @@ def candidate_chains(samples, nearest, error, seed, answers):
         listed = " or ".join(candidates)
         out.append(replace(sample, reasoning=f"it looks like {listed} . it is {choice}", conclusion=choice))
     return out
+
+
+def records(samples, tokenizer, forget_close, seed, max_new):
+    """Samples with a teacher's chain -> [(sample, target text)], </think> left out of a share `forget_close` of them,
+    and what to say of them; max_new: tokens after which a model that learns from them is cut off."""
+    forgets = np.random.default_rng(seed).random(len(samples)) < forget_close
+    wrong = np.mean([not is_conclusion_right(sample) for sample in samples])
+    said = f"  teacher: {len(samples)} chains, {100 * wrong:.1f} % wrong, {100 * forgets.mean():.0f} % without </think>"
+    texts = [target_text(sample.conclusion, sample.reasoning, close_think=not forget)
+             for sample, forget in zip(samples, forgets)]
+    if long := sum(len(tokenizer.encode(text)) >= max_new for text in texts):
+        said += (f"\nnote: {long} of {len(texts)} chains are longer than --max-new={max_new} tokens: what is learned "
+                 "from them is cut off before the answer")
+    return list(zip(samples, texts)), said

@@ -3,14 +3,14 @@
 Absent means empty: a Sample without a picture has `images == ()`, a Batch without targets has an all-False `target`.
 """
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-# OpenAI's channel statistics; every CLIP tower of the project expects pixels normalised with them.
+# OpenAI's channel statistics: what CLIP's towers expect. Other towers (SigLIP: 0.5 everywhere) hand in their own.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -37,6 +37,7 @@ class Sample:
     boxes: tuple = ()
     split: str = ""             # train, val, id, crowded, ...
     source: str = ""            # where it comes from and its kind, "scenes/walk2"
+    number: int = field(default=-1, compare=False, repr=False)      # which record of its file, when a file has many
 
 
 @dataclass
@@ -111,22 +112,33 @@ def read_image(source):
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"image {str(source)!r} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:     # what PIL's readers raise
+    except Exception as error:          # PIL's readers raise OSError, SyntaxError, struct.error and more on odd bytes
         raise ValueError(f"image {str(source)!r} cannot be read as a picture: {error}") from None
 
 
-# (path, size, time of change) -> array. Decoding a photograph takes longer than training on it, and every epoch asks
-# for it again. Nothing is thrown out: epochs visit all pictures alike, so those that do not fit would be read anyway.
+# (path, size, fit, mean, time of change) -> array. Decoding a photograph takes longer than training on it, and every
+# epoch asks for it again. Nothing is thrown out: epochs visit all pictures alike, so those that do not fit would be
+# read anyway.
 CACHE, CACHE_BYTES = {}, 2 ** 29
+FITS = ("crop", "pad")
+MOST_PIXELS = 2 ** 28       # 1 GiB inside PIL, four bytes a pixel; one odd file must not take the machine's memory
 
 
-def to_array(source, size):
-    """Path or array -> (size, size, 3) uint8: short edge resized (bicubic), centre crop, as CLIP preprocesses."""
+def to_array(source, size, fit="crop", mean=CLIP_MEAN):
+    """Path or (H, W, 3) uint8 array -> (size, size, 3) uint8.
+
+    "crop", as CLIP and LLaVA's stage 1 see a picture: the short edge resized to `size` (bicubic), the middle square cut
+    out. "pad", as LLaVA-1.5's stage 2 and its evaluation see it: the whole picture in the middle of a square of the
+    colour `mean` (per channel, 0 to 1), resized. A (size, size, 3) array is returned as it is. Raises ValueError for
+    another fit, and naming the file for what is no picture.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit {fit!r} must be one of {', '.join(map(repr, FITS))}")
     if isinstance(source, np.ndarray):
-        return source if source.shape == (size, size, 3) else _shrink(source, size)
-    key = (source, size, os.stat(source).st_mtime_ns) if os.path.exists(source) else None
+        return source if source.shape == (size, size, 3) else _fitted(source, size, fit, mean)
+    key = (source, size, fit, tuple(mean), os.stat(source).st_mtime_ns) if os.path.exists(source) else None
     if key not in CACHE:
-        array = _shrink(source, size)
+        array = _fitted(source, size, fit, mean)
         array.flags.writeable = False
         if (len(CACHE) + 1) * array.nbytes > CACHE_BYTES:
             return array
@@ -134,25 +146,34 @@ def to_array(source, size):
     return CACHE[key]
 
 
-def _shrink(source, size):
+def _fitted(source, size, fit, mean):
+    """Path or array -> (size, size, 3) uint8, to the byte what transformers' CLIPImageProcessor makes of it."""
     image = read_image(source)
-    scale = size / min(image.size)
-    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
+    (width, height), short, long = image.size, min(image.size), max(image.size)
+    if (long * long if fit == "pad" else size * size * long // short) > MOST_PIXELS:
+        name = "given as an array" if isinstance(source, np.ndarray) else repr(str(source))
+        raise ValueError(f"image {name} of {width} x {height} pixels is too long and narrow to {fit}: expected at most "
+                         f"{MOST_PIXELS} pixels on the way to {size} x {size}")
+    if fit == "pad":
+        square = Image.new("RGB", (long, long), tuple(int(channel * 255) for channel in mean))
+        square.paste(image, ((long - width) // 2, (long - height) // 2))
+        return np.array(square.resize((size, size), Image.BICUBIC))
+    # Cut off, not rounded: one column more or less moves the crop, and every pixel is interpolated anew.
+    image = image.resize([size if side == short else int(size * side / short) for side in image.size], Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
-def to_pixels(images, size):
-    """List of paths or arrays -> (I, 3, size, size) float32, normalised with CLIP's channel statistics."""
+def to_pixels(images, size, fit="crop", mean=CLIP_MEAN, std=CLIP_STD):
+    """List of paths or arrays -> (I, 3, size, size) float32, fitted as `to_array` says, then (x / 255 - mean) / std."""
     if not images:
         return torch.zeros(0, 3, size, size)
-    stack = torch.from_numpy(np.stack([to_array(image, size) for image in images]))
-    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
-    return ((stack.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    stack = torch.from_numpy(np.stack([to_array(image, size, fit, mean) for image in images]))
+    return ((stack.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2).contiguous()
 
 
-def collate(rows, pad_id, image_size):
-    """List of (ids, target mask, images) -> Batch, right-padded with `pad_id`.
+def collate(rows, pad_id, image_size, fit="crop", mean=CLIP_MEAN, std=CLIP_STD):
+    """List of (ids, target mask, images) -> Batch, right-padded with `pad_id`; pictures as `to_pixels` makes them.
 
     >>> batch = collate([([1, 5, 6], [0, 0, 1], ()), ([1], [0], ())], pad_id=0, image_size=8)
     >>> batch.ids.tolist(), batch.length.tolist()
@@ -166,19 +187,46 @@ def collate(rows, pad_id, image_size):
         target[row, :len(mask)] = torch.tensor(mask, dtype=torch.bool)
     length = torch.tensor([len(tokens) for tokens, _, _ in rows])
     image_row = torch.tensor([row for row, (_, _, images) in enumerate(rows) for _ in images], dtype=torch.long)
-    pixels = to_pixels([image for _, _, images in rows for image in images], image_size)
+    pixels = to_pixels([image for _, _, images in rows for image in images], image_size, fit, mean, std)
     return Batch(ids, length, target, pixels, image_row, features=torch.zeros(0))
 
 
-def batch_indices(count, size, step, seed):
+def batch_indices(count, size, step, seed, lengths=None):
     """Indices of step `step`: epochs of a seeded order of `count` records, cut into steps of `size`.
 
     A function of its arguments alone, so a resumed run reads on where it stopped without saved state.
 
     >>> [i for step in range(3) for i in batch_indices(5, 2, step, seed=0)][:5] != [0, 1, 2, 3, 4]
     True
+
+    With `lengths` (count,), in any unit, records of like length share a step, so that little of it is padding: up to 50
+    steps in a row (never across an epoch's end) trade their records, sorted by length, and their places, at random.
+    They hold what they would hold without lengths, an epoch still visits each record once. This is the length grouping
+    of transformers' Trainer; LLaVA's own also keeps steps with and without pictures apart.
+    Raises ValueError when there is not one length a record.
     """
-    epoch, at = divmod(step * size, count)
+    if lengths is None:
+        return _in_order(count, size, step * size, seed)
+    if np.shape(lengths) != (count,):
+        raise ValueError(f"lengths of shape {np.shape(lengths)} must be ({count},), one for each record")
+    steps = max(count // size, 1)                                   # of an epoch
+    epoch, at = divmod(step, steps)
+    first = at // GROUPED * GROUPED
+    group = min(GROUPED, steps - first)
+    first += epoch * steps
+    taken = np.array(_in_order(count, group * size, first * size, seed))
+    taken = taken[np.argsort(np.asarray(lengths)[taken], kind="stable")].reshape(group, size)
+    # The 1 keeps this draw apart from the epochs' own: numpy gives [seed, 0, 0] the stream of [seed, 0].
+    place = np.random.default_rng([seed, first, 1]).permutation(group)
+    return taken[place[step - first]].tolist()
+
+
+GROUPED = 50        # steps that trade records: enough to find like lengths, few enough to stay random
+
+
+def _in_order(count, size, start, seed):
+    """`size` indices from place `start` of the endless row of epochs, each in a seeded order of its own."""
+    epoch, at = divmod(start, count)
     taken = []
     while len(taken) < size:
         order = np.random.default_rng([seed, epoch]).permutation(count)

@@ -1,37 +1,251 @@
-"""Sentencepiece tokenizer, trained on the data's own text; its model travels with the checkpoint as bytes."""
+"""Tokenizers: sentencepiece, trained here or a real model's, and byte-level BPE read from a `tokenizer.json`.
+
+Both kinds answer to the same names; a tokenizer travels inside a checkpoint as what `saved` gives (`from_saved`):
+
+    bos_id, eos_id, pad_id      ids; bos_id is None where texts begin without one
+    image_id                    an image token
+    len(t)                      number of ids, added tokens included: the largest one + 1
+    encode(text)                -> ids, without BOS or EOS; special tokens spelt inside `text` are literal text
+    encode_with_offsets(text)   -> (ids, [(start, end)]), each id's characters text[start:end]
+    decode(ids)                 -> text
+    special(name)               -> id of the token spelt exactly so; ValueError when there is none
+    banned(vocab)               -> ids never sampled from a head of `vocab` rows
+"""
 import io
+import json
 import re
+from pathlib import Path
 
 import sentencepiece as spm
 
-UNK, BOS, EOS = 0, 1, 2
 IMAGE_ID = -200     # an image token; outside the vocabulary, so that it can be neither spelt nor sampled
+TURN_END = "<|im_end|>"
+
+
+def _banned(self, vocab):
+    """Ids never sampled from a head of `vocab` rows: all that give no text, but the EOS."""
+    ids = {*self.silent, *range(len(self), vocab)} - {self.eos_id, None}
+    return tuple(sorted(i for i in ids if i < vocab))       # a padding id may lie outside the head
 
 
 class Tokenizer:
-    """proto: a serialised sentencepiece model. Padding is the unknown piece, as in LLaVA."""
-    bos_id, eos_id, pad_id, image_id = BOS, EOS, UNK, IMAGE_ID
+    """proto: a serialised sentencepiece model. added: name -> id of special tokens that a model's folder adds to it;
+    text never becomes one of them, and they give no text.
 
-    def __init__(self, proto: bytes):
-        self.proto = proto
-        self.model = spm.SentencePieceProcessor(model_proto=proto)
+    names: "bos", "eos" or "pad" -> the token's name where the sentencepiece model's own is not meant; None for "bos":
+    texts begin without one. Padding without a token of its own is the unknown piece, as in LLaVA. ValueError when the
+    bytes are no model, when a name is unknown, or without an EOS.
+    """
+    image_id, banned = IMAGE_ID, _banned
+
+    def __init__(self, proto: bytes, added=None, names=None):
+        self.proto, self.names = proto, dict(names or {})
+        try:
+            self.model = spm.SentencePieceProcessor()
+            self.model.LoadFromSerializedProto(proto)       # the constructor takes no bytes for no model
+        except RuntimeError as error:
+            raise ValueError(f"no sentencepiece model can be read from its {len(proto)} bytes: "
+                             f"{str(error).splitlines()[0]}") from None
+        self.pieces = self.model.get_piece_size()
+        self.added = {name: i for name, i in (added or {}).items()
+                      if i >= self.pieces or self.model.id_to_piece(i) != name}         # folders list <s> as well
+        own = dict(bos=self.model.bos_id(), eos=self.model.eos_id(), pad=self.model.pad_id())
+        own = {role: None if i < 0 else i for role, i in own.items()}           # sentencepiece says -1 for none
+        if own["pad"] is None:
+            own["pad"] = self.model.unk_id()
+        ids = own | {role: None if name is None else self.special(name) for role, name in self.names.items()}
+        if ids["eos"] is None:
+            raise ValueError("the sentencepiece model has no end-of-text piece, and no eos_token is named for it")
+        self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], ids["pad"]
+        self.as_trained = not self.added and ids == own
+        self.silent = {*ids.values(), *self.added.values(), self.model.unk_id()}
 
     def __len__(self):
-        return self.model.get_piece_size()
+        return max(self.pieces, 1 + max(self.added.values(), default=0))
 
     @property
-    def banned(self):
-        """Ids that are never sampled: padding (= unknown) and the beginning of a text."""
-        return (self.pad_id, self.bos_id)
+    def saved(self):
+        """What a checkpoint keeps: the model's bytes, or a dict where the folder said more than they do."""
+        return self.proto if self.as_trained else dict(proto=self.proto, added=self.added, names=self.names)
 
     def encode(self, text):
         """Text -> ids, without BOS or EOS. Tags are pieces of their own, "</s>" is literal text."""
         return self.model.encode(text)
 
+    def encode_with_offsets(self, text):
+        """Text -> (ids, [(start, end)]) in characters.
+
+        A space that the tokenizer adds in front is (0, 0). Of the bytes of one character the last has it, those
+        before it are empty and begin where it begins.
+        """
+        # Newer sentencepiece counts bytes, older characters, under another name. Both cut the text into the same
+        # surfaces, which follow each other, but for white space that a model drops at the front.
+        proto = (getattr(self.model, "encode_as_immutable_proto", None) or self.model.encode_as_proto)(text)
+        ids, spans, at = [], [], 0
+        for piece in proto.pieces:
+            start = text.index(piece.surface, at)
+            at = start + len(piece.surface)
+            ids.append(piece.id)
+            spans.append((start, at))
+        return ids, spans
+
     def decode(self, ids):
-        """Ids -> text; EOS, BOS, padding and the spare rows of a padded embedding give nothing."""
+        """Ids -> text; EOS, BOS, padding, added tokens and the spare rows of a padded embedding give nothing."""
         # A space that no piece holds comes back from its bytes as sentencepiece's own sign for it.
-        return self.model.decode([i for i in ids if EOS < i < len(self)]).replace("\u2581", " ")
+        kept = [i for i in ids if 0 <= i < self.pieces and i not in self.silent]
+        return self.model.decode(kept).replace("\u2581", " ")
+
+    def special(self, name):
+        """Id of the token `name`, added or a piece of the model; ValueError when there is none."""
+        piece = self.model.piece_to_id(name)
+        if name not in self.added and self.model.id_to_piece(piece) != name:        # unknown names give the unknown id
+            raise ValueError(f"the tokenizer has no token {name!r}")
+        return self.added.get(name, piece)
+
+
+class BytePairTokenizer:
+    """Byte-level BPE (Qwen, SmolLM2, GPT-2) from the text of a `tokenizer.json`, by the `tokenizers` package.
+
+    bos, eos, pad: names of tokens. No bos (None): texts begin without one; no pad: EOS pads. A tokenizer with
+    <|im_end|> has that for its EOS, whatever `eos` says: ChatML ends a turn with it, `eos` may end a document.
+    ValueError without the package, when the text is no BPE tokenizer, when a name is unknown, or without an EOS.
+
+    A Llama-2 type tokenizer.json, sentencepiece written down in this format, works as well, but its `tokenizer.model`
+    is the reference: the two differ on texts that begin with spaces.
+    """
+    image_id, banned = IMAGE_ID, _banned
+
+    def __init__(self, source: str, bos, eos, pad):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError("a byte-level tokenizer.json needs the package `tokenizers`: "
+                             "pip install -e \".[hf]\"") from None
+        self.source, self.names = source, dict(bos=bos, eos=eos, pad=pad)
+        try:
+            # What a file may ask for beyond text -> ids: cut or padded texts, shortened offsets.
+            fields = json.loads(source) | dict(post_processor=None, truncation=None, padding=None)
+            if fields["model"].get("type", "BPE") != "BPE":
+                raise ValueError(f"its model is {fields['model']['type']!r} and must be 'BPE'")
+            self.model = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        except Exception as error:      # the package raises nothing narrower for a damaged file
+            raise ValueError(f"no tokenizer.json can be read from its text: {str(error).splitlines()[0]}") from None
+        self.model.encode_special_tokens = True     # "<|im_end|>" in a question is text, not the end of the turn
+        turn_end = self.model.token_to_id(TURN_END)
+        if turn_end is None and not eos:
+            raise ValueError("the tokenizer.json has no end-of-text token: no eos_token is named for it")
+        self.bos_id = self.special(bos) if bos else None
+        self.eos_id = self.special(eos) if turn_end is None else turn_end
+        self.pad_id = self.special(pad) if pad else self.eos_id
+        self.size = 1 + max(self.model.get_vocab(with_added_tokens=True).values())
+        self.silent = {self.bos_id, self.eos_id, self.pad_id}
+
+    def __len__(self):
+        return self.size
+
+    @property
+    def saved(self):
+        """What a checkpoint keeps."""
+        return dict(json=self.source, **self.names)
+
+    def encode(self, text):
+        """Text -> ids, without BOS or EOS."""
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text):
+        """Text -> (ids, [(start, end)]) in characters; all bytes of one character have that character."""
+        done = self.model.encode(text, add_special_tokens=False)
+        return done.ids, done.offsets
+
+    def decode(self, ids):
+        """Ids -> text; EOS, BOS, padding, other special tokens and ids without a token give nothing."""
+        kept = [i for i in ids if 0 <= i < self.size and i not in self.silent]
+        return self.model.decode(kept, skip_special_tokens=True)        # a <think> not marked special is text
+
+    def special(self, name):
+        """Id of the token `name`; ValueError when there is none."""
+        found = self.model.token_to_id(name)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token {name!r}")
+        return found
+
+
+def from_saved(saved):
+    """What `saved` gave -> the tokenizer again; ValueError for anything else."""
+    if isinstance(saved, bytes):
+        return Tokenizer(saved)
+    if isinstance(saved, dict) and set(saved) == {"proto", "added", "names"}:
+        return Tokenizer(**saved)
+    if isinstance(saved, dict) and set(saved) == {"json", "bos", "eos", "pad"}:
+        return BytePairTokenizer(*(saved[key] for key in ("json", "bos", "eos", "pad")))
+    raise ValueError(f"a saved tokenizer must be bytes or the dict that `saved` gives, not {type(saved).__name__}")
+
+
+def load(folder):
+    """The tokenizer in a model's folder: `tokenizer.model`, else `tokenizer.json`; None when there is neither.
+
+    BOS, EOS and padding are named by tokenizer_config.json, else by special_tokens_map.json; padding without a token
+    of its own is the unknown token, else EOS. Whether texts begin with the BOS is said by `add_bos_token`; without it
+    a sentencepiece model's do, and a tokenizer.json's do when it puts one there itself. ValueError says what is damaged
+    or missing.
+    """
+    folder = Path(folder)
+    path = next((p for p in (folder / "tokenizer.model", folder / "tokenizer.json") if p.is_file()), None)
+    if path is None:
+        return None
+    try:
+        config = _object(folder / "tokenizer_config.json")
+        names = _names(_object(folder / "special_tokens_map.json")) | _names(config)
+        eos, pad, begins = names.get("eos"), names.get("pad") or names.get("unk"), config.get("add_bos_token")
+        if path.name == "tokenizer.json":
+            frame = json.dumps(_object(path).get("post_processor"))         # what the tokenizer puts around a text
+            begins = json.dumps(names.get("bos")) in frame if begins is None else begins
+            bos = names.get("bos") if begins else None
+            return BytePairTokenizer(path.read_text(encoding="utf-8"), bos, eos, pad)
+        named = {role: name for role, name in (("eos", eos), ("pad", pad)) if name}
+        if "bos" in names or begins is False:
+            named["bos"] = None if begins is False else names["bos"]
+        return Tokenizer(path.read_bytes(), _added(folder, config), named)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the tokenizer {str(path)!r} cannot be used: {error}") from None
+
+
+def _object(path):
+    """A file's JSON object, {} without the file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, not {type(found).__name__}")
+    return found
+
+
+def _names(config):
+    """Role -> name of its token or None, of the roles that `config` speaks of."""
+    found = {}
+    for role in ("bos", "eos", "pad", "unk"):
+        if f"{role}_token" in config:
+            token = config[f"{role}_token"]
+            found[role] = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(found[role], (str, type(None))):
+                raise ValueError(f"{role}_token must be a string or an object with its content, not {token!r}")
+    return found
+
+
+def _added(folder, config):
+    """Name -> id of the tokens that added_tokens.json or a tokenizer_config.json lists."""
+    try:
+        listed = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError("added_tokens_decoder must map ids to objects with a content") from None
+    listed |= _object(folder / "added_tokens.json")
+    for name, i in listed.items():
+        if type(i) is not int or i < 0:
+            raise ValueError(f"the added token {name!r} must have a number from 0 on for its id, not {i!r}")
+    return listed
 
 
 def train(texts, pieces, size):

@@ -35,7 +35,8 @@ def fp32_logits(h, weight, out=None):
         return h @ weight.T if out is None else torch.mm(h, weight.T, out=out[:len(h)])
     if h.is_cuda:
         return torch.mm(h.flatten(0, -2), weight.T, out_dtype=torch.float32).view(*h.shape[:-1], -1)
-    return h.float() @ weight.float().T
+    # A CPU's bf16 matmul rounds its sums. Some rows of the head at a time: all of a 7B's in fp32 are half a gigabyte.
+    return torch.cat([h.float() @ part.float().T for part in weight.split(4096)], dim=-1)
 
 
 # ---------------------------------------------------------------- chunks of rows, for every op with a head

@@ -31,8 +31,14 @@ class ClipConfig:
     stem: str = "conv"          # conv: OpenAI's strided convolution | mlp: three layers on each patch
     pool: str = "class"         # class: OpenAI's class token | mean: average of the patch tokens
     act: str = "quick_gelu"     # quick_gelu: OpenAI's weights | gelu: LAION's
+    ff: int = 0                 # of the image tower's blocks; 0: 4 width
+    eps: float = 1e-5           # of every LayerNorm
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)       # of the pixels the weights were trained on, by channel;
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)       # OpenAI's, which most others took over
 
     def __post_init__(self):
+        if not self.ff:
+            object.__setattr__(self, "ff", 4 * self.width)
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch {self.patch}")
         for width, heads, name in ((self.width, self.heads, "clip"), (self.text_width, self.text_heads, "text")):
@@ -71,15 +77,15 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, act):
+    def __init__(self, width, heads, ff, act, eps):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("c_fc", nn.Linear(width, ff))
         self.mlp.add_module("gelu", QuickGELU() if act == "quick_gelu" else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp.add_module("c_proj", nn.Linear(ff, width))
 
     def forward(self, x, causal=False):
         x = x + self.attn(self.ln_1(x), causal)
@@ -87,9 +93,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, act):
+    def __init__(self, width, layers, heads, ff, act, eps):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, act) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, ff, act, eps) for _ in range(layers))
         for block in self.resblocks:        # OpenAI's initialisation
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
@@ -111,10 +117,23 @@ class ImageTower(nn.Module):
         if c.pool == "class":
             self.class_embedding = nn.Parameter(scale * torch.randn(c.width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(c.patches + (c.pool == "class"), c.width))
-        self.ln_pre = nn.LayerNorm(c.width)
-        self.transformer = Transformer(c.width, c.layers, c.heads, c.act)
-        self.ln_post = nn.LayerNorm(c.width)
+        self.ln_pre = nn.LayerNorm(c.width, c.eps)
+        self.transformer = Transformer(c.width, c.layers, c.heads, c.ff, c.act, c.eps)
+        self.ln_post = nn.LayerNorm(c.width, c.eps)
         self.proj = nn.Parameter(scale * torch.randn(c.width, c.embed))
+
+    def cut(self, layer):
+        """Takes out what the features of block `layer` do not need: later blocks, final norm, joint projection."""
+        self._check_layer(layer)
+        del self.transformer.resblocks[self.config.layers + 1 + layer:], self.ln_post, self.proj
+        return self
+
+    def _check_layer(self, layer):
+        if not -self.config.layers <= layer < 0:
+            raise ValueError(f"clip feature layer {layer} must lie in [-{self.config.layers}, -1]")
+        if (needed := self.config.layers + 1 + layer) > len(self.transformer.resblocks):
+            raise ValueError(f"clip feature layer {layer} needs {needed} blocks, this tower was cut to "
+                             f"{len(self.transformer.resblocks)}")
 
     def features(self, pixels, layer=-1):
         """Patch tokens after block `layer` (-1 last, -2 second to last as in LLaVA), no final norm, no class token.
@@ -122,8 +141,7 @@ class ImageTower(nn.Module):
         pixels (B, 3, S, S) -> (B, N, D). Blocks after `layer` are not computed.
         """
         x, c = self._embed(pixels), self.config
-        if not -c.layers <= layer < 0:
-            raise ValueError(f"clip feature layer {layer} must lie in [-{c.layers}, -1]")
+        self._check_layer(layer)
         for block in self.transformer.resblocks[:c.layers + 1 + layer]:
             x = block(x)
         return x[:, 1:] if c.pool == "class" else x
@@ -153,17 +171,22 @@ class ImageTower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Both towers. The text tower's parameters sit at the top level, as in OpenAI's state dict."""
+    """Both towers. The text tower's parameters sit at the top level, as in OpenAI's state dict.
+
+    With config.text_layers 0 there is no text tower, and `encode_text` raises ValueError.
+    """
 
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = c = config
         self.visual = ImageTower(c)
+        if not c.text_layers:
+            return
         self.token_embedding = nn.Embedding(c.vocab, c.text_width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.text_length, c.text_width))
-        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.act)
-        self.ln_final = nn.LayerNorm(c.text_width)
+        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, 4 * c.text_width, c.act, c.eps)
+        self.ln_final = nn.LayerNorm(c.text_width, c.eps)
         self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed) * c.text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -188,6 +211,8 @@ class Clip(nn.Module):
     def encode_text(self, ids, length):
         """ids (B, L) right-padded, length (B,) -> unit vectors (B, E), read at each text's last token (its EOS)."""
         L = ids.shape[1]
+        if not self.config.text_layers:
+            raise ValueError("this CLIP was loaded without a text tower; text cannot be encoded")
         if L > self.config.text_length:
             raise ValueError(f"a caption of {L} tokens is longer than text_length {self.config.text_length}")
         x = self.token_embedding(ids) + self.positional_embedding[:L]

@@ -3,12 +3,17 @@
 A product (m, k) @ (k, n) is 2 m k n. Attention counts the full square of its scores, causal or not, because that is
 what torch's FlopCounterMode counts; a test holds the two equal.
 """
+from torch import nn
+
+from model.lora import LoraLinear, off
 
 
 def linear_weights(module):
-    """Parameters that multiply activations: those of the Linear layers, the embedding lookup is free."""
-    from torch import nn
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """Parameters that multiply activations: those of the Linear layers and of their adapters, unless those are off; the
+    embedding lookup is free."""
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(m.weight.numel() for m in linears) + sum(
+        m.lora_a.numel() + m.lora_b.numel() for m in linears if isinstance(m, LoraLinear) and m.on)
 
 
 def encode(vlm, images):
@@ -54,15 +59,6 @@ def cached(llm, tokens, slots):
     return _blocks(llm, tokens) + c.layers * 4 * tokens * slots * c.heads * c.head_width
 
 
-def _attention(vlm, batch, shape):
-    c, (P, T) = vlm.llm.config, batch.ids.shape
-    total = P * T * T
-    if shape is not None:
-        P, G, C = shape
-        total += P * G * C * (T + C)
-    return c.layers * 4 * total * c.heads * c.head_width
-
-
 def _head_rows(batch, shape):
     return int(batch.target[:, 1:].sum()) if shape is None else shape[0] * shape[1] * shape[2]
 
@@ -76,20 +72,105 @@ def forward(vlm, batch, shape=None, with_head=True):
     return streams + with_head * head(vlm.llm, _head_rows(batch, shape))
 
 
+def reference(vlm, batch, shape=None, with_head=True):
+    """The same of `vlm.base()`, or of a twin: without adapters."""
+    with off(vlm.llm):
+        return forward(vlm, batch, shape, with_head)
+
+
 def exact_kl(vlm, shape, backward):
-    """`VLM.kl` between two models of one size: two heads; a backward computes both again, and two products more."""
+    """`VLM.kl` between two models of one size: two heads; a backward computes both again, then the gradient of the
+    states and, where it trains, of the head."""
     P, G, C = shape
-    return head(vlm.llm, P * G * C) * (6 if backward else 2)
+    return head(vlm.llm, P * G * C) * (5 + vlm.llm.head.requires_grad if backward else 2)
+
+
+# ---------------------------------------------------------------- backward, by what needs a gradient
+
+def trains(module):
+    return any(p.requires_grad for p in module.parameters())
+
+
+def flow(block, needs, seen=False):
+    """How far a gradient must reach in a decoder block whose input needs one, or not; seen: of completions, whether the
+    keys and values of their prompt need one.
+
+    -> (linears: [(Linear, whether its input needs a gradient)] in the order they run, whether the attention needs one,
+    whether the output does).
+    """
+    a, m = block.self_attn, block.mlp
+    normed = needs or trains(block.input_layernorm)
+    linears = [(linear, normed) for linear in (a.q_proj, a.k_proj, a.v_proj)]
+    attended = seen or normed or trains(a.q_proj) or trains(a.k_proj) or trains(a.v_proj) or (
+        a.c.qk_norm and (trains(a.q_norm) or trains(a.k_norm)))
+    middle = needs or attended or trains(a.o_proj)
+    normed = middle or trains(block.post_attention_layernorm)
+    product = normed or trains(m.gate_proj) or trains(m.up_proj)
+    linears += [(a.o_proj, attended), (m.gate_proj, normed), (m.up_proj, normed), (m.down_proj, product)]
+    return linears, attended, middle or product or trains(m.down_proj)
+
+
+def _linear_backward(linear, needs):
+    """A backward's products a token: the gradient of the input where that needs one, of each weight that trains."""
+    work = linear.weight.numel() * (needs + linear.weight.requires_grad)
+    if isinstance(linear, LoraLinear) and linear.on:
+        a, b = linear.lora_a, linear.lora_b
+        work += a.numel() * (needs + a.requires_grad) + b.numel() * ((needs or a.requires_grad) + b.requires_grad)
+    return 2 * work
+
+
+def _projector_backward(projector):
+    """Of one picture's patch, whose features need no gradient."""
+    work = needs = 0
+    for linear in (m for m in projector.modules() if isinstance(m, nn.Linear)):
+        work += _linear_backward(linear, needs)
+        needs = needs or trains(linear)
+    return work
+
+
+def input_trains(vlm, pictures):
+    """Whether the embedded prompts need a gradient; pictures: whether there are any."""
+    positions = vlm.config.image_positions and vlm.image_position.requires_grad
+    return trains(vlm.llm.embed_tokens) or bool(pictures) and (trains(vlm.projector) or positions)
+
+
+def _again(vlm, P, T, shape):
+    """A block's forward for a second time, up to the last tensor that the backward asks for: its down_proj of the last
+    stream, or the second factor of an adapter there, is not reached."""
+    c, last = vlm.llm.config, vlm.llm.layers[0].mlp.down_proj
+    tokens, scores = [P * T], P * T * T
+    if shape is not None:
+        _, G, C = shape
+        tokens.append(P * G * C)
+        scores += P * G * C * (T + C)
+    skipped = last.lora_b if isinstance(last, LoraLinear) and last.on else last.weight
+    return (2 * sum(tokens) * linear_weights(vlm.llm.layers[0]) + 4 * scores * c.heads * c.head_width
+            - 2 * tokens[-1] * skipped.numel())
 
 
 def update(vlm, batch, shape=None, with_head=True):
-    """Forward and backward of `VLM.forward`, or of `VLM.states`.
+    """Forward and backward of `VLM.forward`, or of `VLM.states`, as far as something trains.
 
-    A backward costs two products for one of the forward; five for two under fused attention, whose scores are
-    recomputed; three for one in the head, whose logits are too. The projector's input is frozen: one product in its
-    first layer.
+    A backward costs, for each product of the forward, one where the input needs a gradient and one where the weight
+    trains; in fused attention five for two, since its scores are computed again, and in the head one more for its
+    logits. With the decoder's `checkpointing` its blocks are computed again.
     """
-    ahead = forward(vlm, batch, shape, with_head)
-    attention, last = _attention(vlm, batch, shape), with_head * head(vlm.llm, _head_rows(batch, shape))
-    projector = 2 * len(batch.pixels) * vlm.config.clip.patches * vlm.config.clip.width * vlm.config.llm.width
-    return ahead + 2 * (ahead - attention - last) + 5 * attention // 2 + 3 * last - projector
+    (P, T), c, llm = batch.ids.shape, vlm.llm.config, vlm.llm
+    total = forward(vlm, batch, shape, with_head)
+    total += len(batch.pixels) * vlm.config.clip.patches * _projector_backward(vlm.projector)
+    x, y = input_trains(vlm, len(batch.pixels)), trains(llm.embed_tokens)
+    for block in llm.layers:
+        linears, attended, x = flow(block, x)
+        total += P * T * sum(_linear_backward(*pair) for pair in linears)
+        total += attended * 10 * P * T * T * c.heads * c.head_width
+        if shape is not None:
+            _, G, C = shape
+            linears, attended, y = flow(block, y, attended)
+            total += P * G * C * sum(_linear_backward(*pair) for pair in linears)
+            total += attended * 10 * P * G * C * (T + C) * c.heads * c.head_width
+        if llm.checkpointing and (x or y):
+            total += _again(vlm, P, T, shape)
+    states, weight = x or trains(llm.norm), llm.head.requires_grad
+    if with_head and (states or weight):
+        total += head(llm, _head_rows(batch, shape)) * (1 + states + weight)
+    return total

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import rms_norm
 
@@ -180,6 +181,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = c = config
+        self.checkpointing = False      # a backward computes each block again instead of keeping what was inside it
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.eps)
@@ -211,7 +213,7 @@ class Llama(nn.Module):
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     def check_length(self, tokens):
-        """Raises ValueError when a sequence is longer than the attention window that these weights were trained with."""
+        """Raises ValueError when a sequence is longer than the attention window that the weights were trained with."""
         if 0 < self.config.window < tokens:
             raise ValueError(f"a sequence of {tokens} tokens is longer than the sliding window of {self.config.window} "
                              "that this decoder's weights expect; its attention here is full")
@@ -241,7 +243,11 @@ class Llama(nn.Module):
             # Additive once here, since a boolean mask would be turned into this in every layer.
             mask = torch.zeros(sees.shape, dtype=x.dtype, device=x.device).masked_fill_(~sees, float("-inf"))
         for layer in self.layers:
-            x, y = layer(x, y, rope_x, rope_y, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no generator's state to keep for the second time.
+                x, y = checkpoint(layer, x, y, rope_x, rope_y, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, y = layer(x, y, rope_x, rope_y, mask)
         x = self.norm(x)
         if y is not None:
             last = x[torch.arange(P, device=x.device), length - 1]

@@ -4,7 +4,7 @@ One `forward` serves scoring, supervised fine-tuning and reinforcement learning.
 pictures of N patches, G completions of C tokens, D decoder width, Dv vision width, V vocabulary.
 """
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from kernels import linear_kl, linear_logp
 from model.clip import ClipConfig, ImageTower
 from model.llama import Llama, LlamaConfig
+from model.lora import adapters, attach, merge, off
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,20 @@ class VlmConfig:
     feature_layer: int = -2         # block whose patch tokens are used; LLaVA: second to last
     image_positions: bool = False   # a learned vector is added to each of the N image tokens
     image_id: int = -200            # stands for an image token in `ids`; outside the vocabulary, so never sampled
+    image_fit: str = "crop"         # how pictures become square: crop | pad (LLaVA-1.5 from its second stage on)
+    folder_image_id: int = -200     # what the checkpoint's own folder writes for image_id; `logits` takes it, too
+    lora: tuple = ()                # the decoder's adapters: targets, rank, alpha; empty: none
 
     def __post_init__(self):
         if self.projector not in ("linear", "mlp2x_gelu"):
             raise ValueError(f"projector {self.projector!r} must be linear or mlp2x_gelu")
+        if self.image_fit not in ("crop", "pad"):
+            raise ValueError(f"image_fit {self.image_fit!r} must be crop or pad")
+
+    @property
+    def pixels(self):
+        """How `collate` makes this model's pixels, as its arguments."""
+        return dict(image_size=self.clip.image_size, fit=self.image_fit, mean=self.clip.mean, std=self.clip.std)
 
 
 @dataclass
@@ -44,7 +55,15 @@ class VLM(nn.Module):
     def __init__(self, config: VlmConfig):
         super().__init__()
         self.config = c = config
-        self.visual = ImageTower(c.clip)
+        self.visual = ImageTower(c.clip).cut(c.feature_layer)
+        self.make_projector()
+        self.llm = Llama(c.llm)
+        if c.lora:
+            attach(self.llm, *c.lora)
+
+    def make_projector(self):
+        """A new W, and new positions, in the place of what is there."""
+        c = self.config
         if c.projector == "linear":
             self.projector = nn.Linear(c.clip.width, c.llm.width)
         else:
@@ -53,12 +72,37 @@ class VLM(nn.Module):
         if c.image_positions:
             # As large as a projected patch: much smaller, and finding a cell takes hundreds of steps to get going.
             self.image_position = nn.Parameter(torch.randn(c.clip.patches, c.llm.width))
-        self.llm = Llama(c.llm)
 
     @classmethod
-    def from_config(cls, config: dict):
-        """Rebuild from the nested dict that `config_dict` wrote into a checkpoint."""
-        return cls(VlmConfig(**{**config, "clip": ClipConfig(**config["clip"]), "llm": LlamaConfig(**config["llm"])}))
+    def from_config(cls, config: dict, state=None):
+        """Rebuild from the nested dict that `config_dict` wrote into a checkpoint; its weights, when given, become the
+        model's own without a copy."""
+        config = VlmConfig(**{**config, "clip": ClipConfig(**config["clip"]), "llm": LlamaConfig(**config["llm"])})
+        if state is None:
+            return cls(config)
+        with torch.device("meta"):
+            vlm = cls(config)
+        vlm.load_state_dict(state, assign=True)
+        return vlm
+
+    @classmethod
+    def from_parts(cls, config, tower, llm):
+        """An image tower's and a decoder's weights, shared, not copied, and a new projector on a CPU, in fp32."""
+        with torch.device("meta"):
+            vlm = cls(config)
+        known = tower.state_dict()
+        vlm.visual.load_state_dict({name: known[name] for name in vlm.visual.state_dict()}, assign=True)
+        vlm.llm.load_state_dict(llm.state_dict(), assign=True)
+        vlm.make_projector()
+        return vlm
+
+    def adapt(self, targets, rank, alpha):
+        """Merges the adapters there are, then gives the decoder new ones, as `lora.attach`; rank 0: none."""
+        if self.config.lora:
+            merge(self.llm).requires_grad_(True)
+        if rank:
+            attach(self.llm, targets, rank, alpha)
+        self.config = replace(self.config, lora=(targets, rank, alpha) if rank else ())
 
     def config_dict(self):
         return asdict(self.config)
@@ -67,7 +111,7 @@ class VLM(nn.Module):
         """Fills batch.features (I, N, Dv) once; CLIP is frozen in every stage of this model, so without gradient."""
         if len(batch.pixels) and not len(batch.features):
             with torch.no_grad():
-                pixels = batch.pixels.to(self.visual.proj.dtype)
+                pixels = batch.pixels.to(self.visual.positional_embedding.dtype)
                 batch.features = self.visual.features(pixels, self.config.feature_layer)
         return batch
 
@@ -113,10 +157,67 @@ class VLM(nn.Module):
         return linear_kl(mine, self.llm.head, other, reference.llm.head, temperature).view(shape)
 
     def twin(self):
-        """A copy with the same weights. The image tower, frozen in every stage of this model, is shared."""
-        return copy.deepcopy(self, {id(self.visual): self.visual})
+        """A copy with the same weights. The image tower, frozen in every stage of this model, is shared; beside
+        adapters so is whatever else of the decoder stands still."""
+        still = [p for p in self.llm.parameters() if not p.requires_grad] if adapters(self.llm) else []
+        twin = copy.deepcopy(self, {id(shared): shared for shared in (self.visual, *still)})
+        compiled = [vars(layer).pop(half, None) for layer in twin.llm.layers for half in ("before", "after")]
+        if any(compiled):               # they were copied as functions, which go on reading the weights of this model
+            twin.llm.compile_blocks()
+        return twin
+
+    def base(self):
+        """The model as it is now but without its adapters, a frozen reference that costs next to no memory. None
+        without adapters, or where the decoder trains beside them: then a reference must be a `twin()`."""
+        apart = {id(p) for layer in adapters(self.llm) for p in (layer.lora_a, layer.lora_b)}
+        beside = any(p.requires_grad and id(p) not in apart for p in self.llm.parameters())
+        return Base(self) if apart and not beside else None
 
     def logits(self, pixels, ids):
-        """All logits (P, T, V) of full rows without padding, for study and parity tests only."""
+        """All logits (P, T, V) of full rows without padding, for study and parity tests only.
+
+        pixels (I, 3, S, S), ids (P, T) with an image id, this model's or its folder's, for each patch.
+        """
+        if self.config.folder_image_id != self.config.image_id:
+            ids = ids.masked_fill(ids == self.config.folder_image_id, self.config.image_id)
         batch = SimpleNamespace(ids=ids, pixels=pixels, features=torch.zeros(0))
         return self.llm(self.embed(batch), torch.full_like(ids[:, 0], ids.shape[1]))[0] @ self.llm.head.T
+
+
+class Base(VLM):
+    """What `VLM.base` gives: the decoder and the tower of `vlm`, shared, with the adapters off, and a copy of what may
+    train beside them, the projector and the image positions.
+
+    Only that copy is in its state dict, so that a checkpoint of policy and reference holds one decoder. No gradient
+    passes through it.
+    """
+
+    def __init__(self, vlm):
+        nn.Module.__init__(self)                # a VLM's would make a second decoder
+        self.config, self._shared = vlm.config, (vlm.visual, vlm.llm)       # in a tuple a module is not registered
+        self.projector = copy.deepcopy(vlm.projector).requires_grad_(False)
+        if vlm.config.image_positions:
+            self.image_position = copy.deepcopy(vlm.image_position).requires_grad_(False)
+
+    @property
+    def visual(self):
+        return self._shared[0]
+
+    @property
+    def llm(self):
+        return self._shared[1]
+
+    @torch.no_grad()
+    def forward(self, batch, completions=None, temperature=1.0):
+        with off(self.llm):
+            return super().forward(batch, completions, temperature)
+
+    @torch.no_grad()
+    def states(self, batch, completions):
+        with off(self.llm):
+            return super().states(batch, completions)
+
+    @torch.no_grad()
+    def logits(self, pixels, ids):
+        with off(self.llm):
+            return super().logits(pixels, ids)

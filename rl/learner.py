@@ -60,12 +60,14 @@ class Critic(nn.Module):
 
 class Learner(nn.Module):
     """policy; reference, a frozen copy of it, or None; critic, or None; kl_coef (), of the penalty, adapted or not;
-    samples (), completions drawn so far."""
+    samples (), completions drawn so far. moves: the reference will be synced with the policy."""
 
-    def __init__(self, policy, kl_coef=0.0, critic=None):
+    def __init__(self, policy, kl_coef=0.0, critic=None, moves=False):
         super().__init__()
         self.policy, self.critic = policy, critic
-        self.reference = policy.twin().requires_grad_(False) if kl_coef else None
+        # A policy with adapters is its own reference without them, unless that has to follow it.
+        own = policy.base() if kl_coef and not moves else None
+        self.reference = own or policy.twin().requires_grad_(False) if kl_coef else None
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef), dtype=torch.float64))
         self.register_buffer("samples", torch.zeros((), dtype=torch.long))
 
@@ -90,7 +92,7 @@ class Learner(nn.Module):
 def make_learner(policy, width, cfg):
     """policy, of decoder width `width`, with the reference and the critic that the switches ask for."""
     critic = Critic(policy, cfg.critic, width, cfg.return_norm) if cfg.baseline == "critic" else None
-    return Learner(policy, cfg.kl_coef, critic)
+    return Learner(policy, cfg.kl_coef, critic, bool(cfg.ref_sync))
 
 
 class Guard:

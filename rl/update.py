@@ -64,7 +64,7 @@ def scored(learner, experience, cfg, spend):
             e.kl[index, :, :C] = exact_kl(learner, part, out, cfg, spend)
         elif needs_reference:
             theirs = learner.reference(part.batch, part.ids, cfg.temperature).logp
-            spend("forward", part.batch, part.ids.shape)
+            spend("reference", part.batch, part.ids.shape)
             e.ref_logp[index, :, :C] = theirs
             if in_reward:
                 e.kl[index, :, :C] = sampled_kl(out.logp, theirs, cfg.kl)
@@ -79,7 +79,7 @@ def exact_kl(learner, part, out, cfg, spend):
     """KL(policy || reference) (P, G, C) over the whole vocabulary; differentiable in the policy."""
     with torch.no_grad():
         theirs = learner.reference.states(part.batch, part.ids)
-    spend("forward", part.batch, part.ids.shape, False)
+    spend("reference", part.batch, part.ids.shape, False)
     spend("exact_kl", part.ids.shape, out.logp.requires_grad)
     return learner.policy.kl(out.hidden, theirs, learner.reference, cfg.temperature)
 

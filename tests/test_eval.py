@@ -216,7 +216,7 @@ def test_ask_answers_about_a_picture_and_without_one(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--checkpoint="], "--checkpoint= must name a stage's .pt file"),
+    (["--checkpoint="], "either --checkpoint= must name a stage's .pt file or --llava="),
     (["--chekpoint=x"], "unknown option --chekpoint; did you mean --checkpoint?"),
     (["--method=guess"], "--method=guess must be one of direct, think, asked"),
     (["--template=x"], "--template=x must be one of brief, vicuna_v1"),

@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import flops
 from model.generate import Sampler, generate
+from model.lora import adapters, attach
 from tiny import BOS, EOS, PAD, make_vlm, prompts, random_completions, to_batch
 
 ROWS = prompts()
@@ -61,6 +62,128 @@ def test_update_of_text_alone():
     vlm = frozen({})
     batch = to_batch([ROWS[1], ROWS[4]])
     assert counted(lambda: vlm(batch).logp.sum().backward()) == flops.update(vlm, batch)
+
+
+# ---------------------------------------------------------------- what trains decides what a backward costs
+
+def lora(targets):
+    def choose(vlm):
+        attach(vlm.llm, targets, 3, 4.0)
+    return choose
+
+
+def only(*names):
+    """Trains the parameters whose names hold one of these."""
+    def choose(vlm):
+        for name, p in vlm.named_parameters():
+            p.requires_grad_(any(part in name for part in names))
+    return choose
+
+
+def both(*choices):
+    def choose(vlm):
+        for one in choices:
+            one(vlm)
+    return choose
+
+
+TRAINED = {
+    "everything": only("projector", "image_position", "llm"),
+    "projector": only("projector"),
+    "last projector layer": only("projector.2", "projector.weight"),
+    "positions": only("image_position"),
+    "decoder": only("llm"),
+    "blocks": only("llm.layers"),
+    "second block": only("llm.layers.1"),
+    "embedding": only("embed_tokens"),
+    "head": only("lm_head"),
+    "last norm": only("llm.norm"),
+    "inner norm": only("layers.0.post_attention"),
+    "keys' norm": only("k_norm"),
+    "up": only("up_proj"),
+    "LoRA + projector": lora("all"),
+    "LoRA": both(lora("all"), only("lora_")),
+    "LoRA of q, v": both(lora("q_proj,v_proj"), only("lora_")),
+    "LoRA of o": both(lora("o_proj"), only("lora_")),
+    "LoRA of down": both(lora("down_proj"), only("lora_")),
+    "B alone": both(lora("gate_proj,down_proj"), only("lora_b")),
+    "A alone": both(lora("k_proj,down_proj"), only("lora_a")),
+}
+MODELS = pytest.mark.parametrize("options", [
+    dict(), dict(projector="linear", image_positions=False, llm=dict(tied=True, qkv_bias=True, qk_norm=True))],
+    ids=["mlp2x_gelu, untied", "linear, tied"])
+
+
+@MODELS
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("trained", TRAINED)
+def test_update_costs_what_trains(trained, checkpointing, options):
+    vlm = frozen(options)
+    TRAINED[trained](vlm)
+    vlm.llm.checkpointing = checkpointing
+    for rows in (ROWS, [ROWS[1], ROWS[4]]):                 # with pictures, and text alone
+        for completions in (None, random_completions(len(rows), G, C)):
+            batch, shape = vlm.encode(to_batch(rows)), None if completions is None else completions.shape
+
+            def run():
+                logp = vlm(batch, completions).logp.sum()
+                if logp.requires_grad:
+                    logp.backward()
+            assert counted(run) == flops.update(vlm, batch, shape)
+
+
+@MODELS
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_update_without_head(checkpointing, options):
+    vlm = frozen(options)
+    vlm.llm.checkpointing = checkpointing
+    batch = encoded(vlm)
+    for choose in (only("projector", "image_position", "llm"), lora("q_proj,down_proj")):
+        choose(vlm)
+        assert counted(lambda: vlm.states(batch, IDS).sum().backward()) == flops.update(vlm, batch, IDS.shape, False)
+
+
+def test_the_default_counts_two_for_one():
+    # Everything trains: twice the forward for the Linears, 5 / 2 for attention, 3 for the head, and no gradient of the
+    # features: what this count was before it asked what trains.
+    vlm = frozen({})
+    batch, c = encoded(vlm), vlm.llm.config
+    _, T = batch.ids.shape
+    attention = c.layers * 4 * (P * T * T + P * G * C * (T + C)) * c.heads * c.head_width
+    last, ahead = flops.head(vlm.llm, P * G * C), flops.forward(vlm, batch, IDS.shape)
+    first = 2 * len(batch.pixels) * vlm.config.clip.patches * vlm.config.clip.width * c.width
+    wanted = ahead + 2 * (ahead - attention - last) + 5 * attention // 2 + 3 * last - first
+    assert flops.update(vlm, batch, IDS.shape) == wanted
+
+
+def test_adapters_cost_their_products_and_the_reference_pays_for_none():
+    vlm = frozen({})
+    batch = encoded(vlm)
+    plain = flops.forward(vlm, batch, IDS.shape)
+    attach(vlm.llm, "q_proj", 3, 4.0)
+    tokens = batch.ids.numel() + IDS.numel()
+    assert flops.forward(vlm, batch, IDS.shape) == plain + 2 * 2 * tokens * 3 * (24 + 24)
+    base = vlm.base()
+    with torch.no_grad():
+        assert counted(lambda: vlm(batch, IDS)) == flops.forward(vlm, batch, IDS.shape)
+        assert counted(lambda: base(batch, IDS)) == flops.reference(vlm, batch, IDS.shape) == plain
+        assert counted(lambda: base.states(batch, IDS)) == flops.reference(vlm, batch, IDS.shape, False)
+    assert all(layer.on for layer in adapters(vlm.llm))
+    sampler = Sampler(vlm)
+    assert counted(lambda: sampler.prefill(to_batch(ROWS), G, 6).extend(IDS[..., :1])) == sampler.flops
+
+
+@pytest.mark.parametrize("choose", [lambda vlm: None, lora("all")], ids=["everything", "LoRA"])
+def test_exact_kl(choose):
+    vlm, other = frozen({}), frozen({})
+    choose(vlm)
+    batch = encoded(vlm)
+    with torch.no_grad():
+        theirs = other.states(batch, IDS)
+    hidden = vlm.states(batch, IDS).detach().requires_grad_()
+    assert counted(lambda: vlm.kl(hidden, theirs, other).sum().backward()) == flops.exact_kl(vlm, IDS.shape, True)
+    with torch.no_grad():
+        assert counted(lambda: vlm.kl(hidden, theirs, other)) == flops.exact_kl(vlm, IDS.shape, False)
 
 
 @KINDS

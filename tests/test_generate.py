@@ -47,7 +47,7 @@ def last_state(vlm, p, tokens):
 # ---------------------------------------------------------------- against uncached computation
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed, often", [(0, 0.0), (0, 2.0), (4, 1.0)])
+@pytest.mark.parametrize("seed, often", [(4, 0.0), (2, 2.0), (3, 1.0)])
 def test_cached_greedy_equals_uncached(seed, often):
     vlm = model(seed=seed, often=often)
     done, _ = generate(vlm, to_batch(ROWS), 2, 21, EOS, temperature=0, banned=BANNED)

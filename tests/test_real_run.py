@@ -12,6 +12,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from data import images, sample
+from data.supply import Supply
 from draw_folder import CLASSES, draw_folder
 from model import checkpoint
 from rl import report
@@ -29,9 +30,9 @@ class Witness:
         self.now, self.read = "loading", {}
         to_array, compare, start = sample.to_array, evaluation.compare, train.Run.start
 
-        def my_to_array(source, size):
+        def my_to_array(source, *rest):
             self.read.setdefault(self.now, set()).add(source if isinstance(source, str) else "not a file")
-            return to_array(source, size)
+            return to_array(source, *rest)
 
         def my_compare(*args, **options):
             self.now = "evaluation"
@@ -124,11 +125,11 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
 
 def test_the_test_above_would_see_a_validation_picture_in_training(tmp_path, monkeypatch):
     witness, path = Witness(monkeypatch), colours(tmp_path)
-    samples = train.Run.samples
+    samples = Supply.samples
 
     def leaky(self, what, *rest, **options):
         return self.real["val"] if what == "sft" else samples(self, what, *rest, **options)
-    monkeypatch.setattr(train.Run, "samples", leaky)
+    monkeypatch.setattr(Supply, "samples", leaky)
     train.main([*TINY, f"--data=jsonl:{path}", "--stage=clip,align,sft", f"--out={tmp_path / 'run'}"])
     assert str(tmp_path / "3.png") in witness.read["sft"] and str(tmp_path / "3.png") not in witness.read["align"]
 

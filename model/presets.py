@@ -1,0 +1,60 @@
+"""The presets of train.py: overrides of its Config, for small worlds and for published recipes.
+
+A recipe names its parts on the hub and states their shapes, so that a run can be planned, and a test can count
+parameters, without a single download; what --clip, --llm or --llava load decides over the shapes given here. Both its
+stages keep CLIP frozen: align trains the projector alone on captions, sft projector and decoder on conversations.
+Hyper-parameters are LLaVA's (arXiv 2304.08485, section 4.1) and LLaVA-1.5's (arXiv 2310.03744, table 9).
+"""
+
+CLIP_L = dict(clip="ViT-L-14-quickgelu/openai", image_size=224, patch=14, clip_width=1024, clip_layers=24,
+              clip_heads=16, embed=768, text_width=768, text_layers=12, text_heads=12, text_length=77,
+              clip_stem="conv", clip_pool="class", image_positions=False)
+CLIP_L_336 = CLIP_L | dict(clip="ViT-L-14-336-quickgelu/openai", image_size=336)
+CLIP_B = CLIP_L | dict(clip="ViT-B-16-quickgelu/openai", patch=16, clip_width=768, clip_layers=12, clip_heads=12,
+                       embed=512, text_width=512, text_heads=8)
+
+VICUNA_7B = dict(llm="lmsys/vicuna-7b-v1.5", vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, ff=11008,
+                 theta=10000.0, eps=1e-5, tied=False, template="vicuna_v1")
+VICUNA_7B_V1 = VICUNA_7B | dict(llm="lmsys/vicuna-7b-v1.3", eps=1e-6)           # of LLaMA 1, whose eps is another
+VICUNA_13B = VICUNA_7B | dict(llm="lmsys/vicuna-13b-v1.5", width=5120, layers=40, heads=40, kv_heads=40, ff=13824)
+TINYLLAMA = VICUNA_7B | dict(llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0", width=2048, layers=22, kv_heads=4, ff=5632)
+SMOLLM2 = dict(llm="HuggingFaceTB/SmolLM2-135M-Instruct", vocab=49152, width=576, layers=30, heads=9, kv_heads=3,
+               ff=1536, theta=100000.0, eps=1e-5, tied=True, template="chatml")
+QWEN_05B = dict(llm="Qwen/Qwen2.5-0.5B-Instruct", vocab=151936, width=896, layers=24, heads=14, kv_heads=2, ff=4864,
+                theta=1000000.0, eps=1e-6, tied=True, qkv_bias=True, template="chatml")
+
+LLAVA_V1 = dict(
+    projector="linear", image_fit="crop", align_lr=2e-3, align_batch=128, align_epochs=1.0, sft_lr=2e-5, batch=128,
+    sft_epochs=3.0, warmup=0.03, final_lr=0.0, weight_decay=0.0, beta2=0.999, grad_clip=1.0, max_length=2048,
+    dtype="bfloat16", checkpointing=True, micro_batch=4, max_new=128, save_every=500)
+LLAVA_15 = LLAVA_V1 | dict(projector="mlp2x_gelu", image_fit="pad", align_lr=1e-3, align_batch=256, sft_epochs=1.0,
+                           group_lengths=True)
+
+RECIPES = {
+    "llava-v1-7b": CLIP_L | VICUNA_7B_V1 | LLAVA_V1,
+    "llava-1.5-7b": CLIP_L_336 | VICUNA_7B | LLAVA_15,
+    "llava-1.5-13b": CLIP_L_336 | VICUNA_13B | LLAVA_15,
+    # LLaVA-1.5's recipe on parts that one small GPU, or a patient laptop, can train
+    "tinyllama-clip-b": CLIP_B | TINYLLAMA | LLAVA_15,
+    "smollm2-clip-b": CLIP_B | SMOLLM2 | LLAVA_15 | dict(dtype="float32", checkpointing=False),
+    "qwen2.5-0.5b-clip-l": CLIP_L | QWEN_05B | LLAVA_15,
+}
+
+PRESETS = {
+    "": lambda given: ("bench" if given.get("bench") else "llava" if {"clip", "llm", "llava"} & {*given}
+                       else "embedded" if given.get("data", "scenes") == "scenes" else "images"),
+    "embedded": {},
+    # LLaVA-1.5's training of whatever parts are named
+    "llava": RECIPES["llava-1.5-7b"] | dict(clip="", llm="", template="auto", dtype="float32", checkpointing=False),
+    **RECIPES,
+    # a few hundred pictures are known by heart after a few epochs; more steps than these gain nothing on others
+    "images": dict(image_size=64, patch=16, clip_steps=200, clip_batch=64, align_steps=30, sft_steps=30, cot_steps=100,
+                   batch=48, rl_steps=30, rl_batch=16, max_new=48, vocab=1024, save_every=50),
+    # the shape of the step that is timed against other trainers
+    "bench": dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", width=192,
+                  heads=6, kv_heads=6, ff=512, tied=False, image_positions=False, rl_batch=8, max_new=48),
+    "tiny": dict(clip_width=32, clip_layers=2, clip_heads=2, text_width=32, text_layers=1, text_heads=2, embed=32,
+                 width=32, layers=2, heads=2, kv_heads=1, ff=64, pictures=256, questions=256, traces=256, rl_prompts=64,
+                 clip_steps=12, clip_batch=32, align_steps=12, sft_steps=8, cot_steps=12, batch=16, rl_steps=8,
+                 rl_batch=4, group=4, max_new=16, eval_greedy=8, eval_sampled=4, eval_samples=2, save_every=3),
+}

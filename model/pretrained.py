@@ -1,0 +1,396 @@
+"""Models from disk or the hub: CLIP (open_clip, Hugging Face), Llama-type decoders, LLaVA in four layouts.
+
+    clip = load_clip("ViT-L-14-336-quickgelu/openai")       # open_clip's name/tag, or name:FILE, or a folder
+    llm, tokenizer = load_llm("path/to/vicuna-7b-v1.5")     # a folder, or a name on the hub
+    vlm, tokenizer = load_llava("path/to/llava-1.5-7b", dtype=torch.bfloat16, device="cuda")
+
+Modules are built without memory, every tensor is checked by name and shape before the first is read, and each goes
+straight to its dtype and device. Whatever is missing, unexpected or of another shape is named, and nothing is loaded.
+"""
+import re
+import warnings
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data import tokenizer as tokenizers
+from model.clip import Clip, ClipConfig
+from model.llama import Llama
+from model.names import LLAVA_VISION_DEFAULTS, SKIPPED, clip_config, clip_name, llama_config, llava_name, need
+from model.tensors import TensorFolder, read_json, some
+from model.vlm import VLM, VlmConfig
+
+# Parts of a tower that a vision-language model never computes, or that a CLIP folder holds beside an image tower.
+UNUSED = re.compile(r"visual\.(transformer\.resblocks\.\d+|ln_post|proj)\b|visual\.head")
+
+
+def resolve(name, flag):
+    """A folder, or a hub name (from huggingface_hub's cache, or downloaded) -> Path of a folder with a config.json."""
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{flag}={name} must be a folder with a config.json and weights, it is a file")
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+            raise ValueError(f"{flag}={name} does not exist; expected a folder with a config.json and weights, or a "
+                             "name on the hub, OWNER/NAME")
+        folder = _from_hub(name, flag)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{flag}={name} has no config.json; expected a model's folder as the hub has it")
+    return folder
+
+
+def _from_hub(name, flag):
+    from huggingface_hub import snapshot_download
+    texts = ["*.json", "tokenizer.model"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*texts, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*texts, "pytorch_model*.bin", "mm_projector.bin"]))
+        return folder
+    except Exception as error:      # offline, unknown or gated: the hub's client has an exception for each
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{flag}={name} is no folder here and cannot be had from the hub: {said}") from None
+
+
+def _fill(module, folder, names, where, dtype, device, unused=None, given=()):
+    """Puts the tensors of `folder` into `module`, which lies on the meta device.
+
+    names: our parameter -> {place: the folder's tensor}, several where ours is made of some; unused: pattern of names
+    of ours that may be in the folder and are not wanted; given: our parameter -> tensor of what comes from elsewhere.
+    Raises ValueError before anything is read.
+    """
+    given = {name: tensor for name, tensor in dict(given).items() if name in module.state_dict()}
+    wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if name not in given}
+    unexpected = [theirs for ours, parts in names.items() if ours not in wanted for theirs in parts.values()
+                  if not (unused and unused.match(ours))]
+    missing = [name for name in wanted if name not in names]
+    sources, wrong = {}, []
+    for name in wanted.keys() & names.keys():
+        parts = [names[name][place] for place in sorted(names[name])]
+        shapes = [folder.shapes[part] for part in parts]
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(parts) > 1 else shapes[0]
+        turned = name in ("visual.proj", "text_projection")         # a matrix here, a Linear's weight there
+        if (shape[::-1] if turned else shape) != wanted[name]:
+            wrong.append(f"{parts[0]} {shape}, expected {wanted[name][::-1] if turned else wanted[name]}")
+        sources[name] = parts, turned
+    faults = [f"{len(found)} {what} ({some(found)})" for what, found in
+              (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if found]
+    if faults:
+        raise ValueError(f"{where}: tensors {'; '.join(faults)}")
+    state = given
+    for name, (parts, turned) in sources.items():
+        tensors = [folder.get(part) for part in parts]
+        tensor = torch.cat(tensors) if len(parts) > 1 else tensors[0]
+        # A copy always: the file's own pages would change with the file.
+        state[name] = (tensor.T if turned else tensor).to(device, dtype, copy=len(parts) == 1).contiguous()
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _collect(shapes, rename):
+    """The folder's names -> {our name: {place: folder's name}}."""
+    names = defaultdict(dict)
+    for theirs in shapes:
+        if found := rename(theirs):
+            names[found[0]][found[1]] = theirs
+    return names
+
+
+def _settle_head(names, folder, config, prefix, where):
+    """A tied head is not stored twice; a file that does hold it must hold the embedding's very numbers."""
+    head = names.get(f"{prefix}lm_head.weight")
+    if config.tied and head:
+        same = torch.equal(folder.get(head[0]), folder.get(names[f"{prefix}embed_tokens.weight"][0]))
+        need(same, where, "tie_word_embeddings", True, "False, since its lm_head.weight differs from the embedding")
+        del names[f"{prefix}lm_head.weight"]
+
+
+# ---------------------------------------------------------------- CLIP
+
+def load_clip(name_or_path, dtype=torch.float32, device="cpu"):
+    """-> Clip with both towers (with the image tower alone, if the folder has no more).
+
+    name_or_path: a Hugging Face CLIP folder; open_clip's "NAME/TAG", which is downloaded when it is not in the cache;
+    or "NAME:FILE" with open_clip's own file. Raises ValueError when the tower is of a kind that is not built here.
+    """
+    if _is_open_clip(name_or_path):
+        return _load_open_clip(name_or_path, dtype, device)
+    folder = resolve(name_or_path, "--clip")
+    return _load_hf_clip(folder, dtype, device)
+
+
+def _is_open_clip(name):
+    import open_clip
+    return not Path(name).exists() and (
+        re.match(r"[\w-]+:.", name) is not None or name.partition("/")[0] in open_clip.list_models())
+
+
+def _load_hf_clip(folder, dtype, device):
+    where, tensors = f"CLIP folder {str(folder)!r}", TensorFolder(folder)
+    config = folder_clip_config(folder, any(name.startswith("text_model.") for name in tensors.shapes))
+    names = _collect(tensors.shapes, clip_name)
+    with torch.device("meta"):
+        model = Clip(config)
+    if "visual.proj" not in names:      # a tower saved by itself has no joint space
+        del model.visual.proj
+    return _fill(model, tensors, names, where, dtype, device)
+
+
+def folder_clip_config(folder, text=False):
+    """config.json (and preprocessor_config.json) of a Hugging Face CLIP folder -> ClipConfig."""
+    config = read_json(folder / "config.json")
+    sizes = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
+    return clip_config(config.get("vision_config", config) | sizes, f"CLIP folder {str(folder)!r}",
+                       (config.get("text_config") or {}) if text else None, **_colours(folder))
+
+
+def _colours(folder):
+    """Channel statistics of the pixels, from a folder's preprocessor_config.json."""
+    path = folder / "preprocessor_config.json"
+    found = read_json(path) if path.exists() else {}
+    return dict(mean=found.get("image_mean"), std=found.get("image_std"))
+
+
+def open_clip_config(config, act, colours=(), where=""):
+    """open_clip's model config (dict) -> ClipConfig. Raises ValueError naming what the towers here do not do."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    need("timm_model_name" not in vision and not isinstance(vision["layers"], list), where, "the image tower",
+         vision.get("timm_model_name", "a ResNet"), "open_clip's own ViT")
+    known = "image_size layers width patch_size head_width mlp_ratio patch_dropout".split()
+    known_text = "context_length vocab_size width heads layers".split()
+    for part, of, plain in (("vision_cfg", vision, known), ("text_cfg", text, known_text)):
+        odd = sorted(name for name, value in of.items() if name not in plain and value)
+        need(not odd, where, part, {name: of[name] for name in odd}, "none of these: not built here")
+    return ClipConfig(
+        image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"], layers=vision["layers"],
+        heads=vision["width"] // vision.get("head_width", 64), ff=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
+        embed=config["embed_dim"], text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
+        text_length=text["context_length"], vocab=text["vocab_size"], act=act, **dict(colours))
+
+
+def _load_open_clip(name, dtype, device):
+    import open_clip
+    model_name, _, weights = name.partition(":" if re.match(r"[\w-]+:.", name) else "/")
+    where = f"--clip={name}"
+    if model_name not in open_clip.list_models():
+        raise ValueError(f"{where}: {model_name!r} is not a model that open_clip knows")
+    tags, file = open_clip.list_pretrained_tags_by_model(model_name), Path(weights).expanduser()
+    if not file.is_file() and open_clip.get_pretrained_cfg(model_name, weights) == {}:
+        raise ValueError(f"{where}: {weights!r} is neither a file nor one of open_clip's weights for {model_name}, "
+                         f"{', '.join(tags) or 'of which there are none'}")
+    act = _open_clip_shape(name).act
+    made_for = {} if file.is_file() else open_clip.get_pretrained_cfg(model_name, weights)
+    # open_clip only warns of this, and the features are wrong ever after.
+    trained = "quick_gelu" if made_for.get("quick_gelu", act == "quick_gelu") else "gelu"
+    other = model_name.removesuffix("-quickgelu") + ("-quickgelu" if trained == "quick_gelu" else "")
+    need(act == trained, where, "the activation", act, f"{trained}, which these weights were trained with: {other}")
+    colours = {kind: tuple(made_for[kind]) for kind in ("mean", "std") if made_for.get(kind)}
+    config = open_clip_config(open_clip.get_model_config(model_name), act, colours, where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = open_clip.create_model(model_name, pretrained=str(file) if file.is_file() else weights)
+    except Exception as error:      # no network, a damaged file, another architecture
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{where} cannot be loaded by open_clip: {said}") from None
+    with torch.device("meta"):
+        ours = Clip(config)
+    state = {key: value.detach().to(device, dtype) for key, value in theirs.state_dict().items() if key != "attn_mask"}
+    ours.load_state_dict(state, assign=True)
+    return ours
+
+
+def _open_clip_shape(name):
+    import open_clip
+    model_name = re.split("[:/]", name)[0]
+    found = open_clip.get_model_config(model_name) or {}
+    return open_clip_config(found, "quick_gelu" if found.get("quick_gelu") else "gelu", where=f"--clip={name}")
+
+
+# ---------------------------------------------------------------- decoders
+
+def load_llm(path, dtype=torch.float32, device="cpu"):
+    """A Hugging Face folder of a Llama-type decoder, or its name on the hub -> (Llama, tokenizer or None)."""
+    folder = resolve(path, "--llm")
+    where = f"decoder folder {str(folder)!r}"
+    config = llama_config(read_json(folder / "config.json"), where)
+    tensors = TensorFolder(folder)
+    names = _collect(tensors.shapes, lambda name: None if SKIPPED.search(name) else (name.removeprefix("model."), 0))
+    _settle_head(names, tensors, config, "", where)
+    tokenizer = _tokenizer(folder, config.vocab)
+    with torch.device("meta"):
+        llm = Llama(config)
+    return _fill(llm, tensors, names, where, dtype, device), tokenizer
+
+
+def _tokenizer(folder, rows):
+    """The folder's tokenizer, or None; ValueError when it does not go with an embedding of `rows` rows."""
+    tokenizer = tokenizers.load(folder)
+    # Rows beyond the tokenizer's ids are padding, to a multiple that suits matmuls; nothing else is.
+    if tokenizer is not None and len(tokenizer) != rows and not (
+            len(tokenizer) < rows <= len(tokenizer) + 1024 and rows % 32 == 0):
+        raise ValueError(f"folder {str(folder)!r}: its tokenizer has {len(tokenizer)} entries, its embedding {rows} "
+                         "rows; they do not belong together")
+    return tokenizer
+
+
+# ---------------------------------------------------------------- LLaVA
+
+def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
+    """A LLaVA folder in any of the four layouts, or its name on the hub -> (VLM, tokenizer or None).
+
+    clip: where the image tower is, as for `load_clip`, when the folder holds none (LLaVA's own layout names one in its
+    config). Raises ValueError in one sentence when anything does not fit; nothing is half loaded.
+    """
+    folder = resolve(path, "--llava")
+    where, config = f"LLaVA folder {str(folder)!r}", read_json(folder / "config.json")
+    tensors = TensorFolder(folder)
+    names = _collect(tensors.shapes, llava_name)
+    inside = any(name.startswith("visual.") for name in names) and not clip
+    if "text_config" in config:
+        made = _hf_llava_config(config, where, folder)
+    else:
+        made = _own_llava_config(config, where, folder, tensors, names if inside else ())
+    tower = {}
+    if not inside:
+        loaded = load_clip(clip or _named_tower(config, folder, where), dtype, device)
+        made = replace(made, clip=loaded.config)
+        tower = {f"visual.{name}": tensor for name, tensor in loaded.visual.state_dict().items()}
+        names = {name: parts for name, parts in names.items() if not name.startswith("visual.")}
+    rows = made.llm.vocab
+    if padded := config.get("seethink"):
+        made = replace(made, llm=replace(made.llm, vocab=padded["vocab"]))
+        for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
+            if name in names:
+                tensors.shorten(names[name][0], padded["vocab"])
+    _settle_head(names, tensors, made.llm, "llm.", where)
+    if made.projector == "linear" and "projector.2.weight" in names:
+        _drop_identity(tensors, names, where)
+    tokenizer = _tokenizer(folder, rows)
+    with torch.device("meta"):
+        vlm = VLM(made)
+    return _fill(vlm, tensors, names, where, dtype, device, UNUSED, tower), tokenizer
+
+
+def _hf_llava_config(config, where, folder):
+    """config.json of layouts 2 to 4 -> VlmConfig."""
+    text = config["text_config"]
+    vision = clip_config(config.get("vision_config") or {}, where, defaults=LLAVA_VISION_DEFAULTS, **_colours(folder))
+    layer = config.get("vision_feature_layer", -2)
+    need(isinstance(layer, int), where, "vision_feature_layer", layer, "one number")
+    kept = config.get("vision_feature_select_strategy", "default")
+    need(kept == "default", where, "vision_feature_select_strategy", kept, "'default', without the class token")
+    act = config.get("projector_hidden_act", "gelu")
+    need(act in ("gelu", "linear"), where, "projector_hidden_act", act, "'gelu', or 'linear' for W alone")
+    processor = folder / "preprocessor_config.json"
+    padded = processor.exists() and read_json(processor).get("do_pad")
+    return VlmConfig(
+        vision, llama_config(text, where), "mlp2x_gelu" if act == "gelu" else "linear",
+        layer if layer < 0 else layer - vision.layers - 1, image_fit="pad" if padded else "crop",
+        folder_image_id=config.get("image_token_index", config.get("image_token_id", 32000)))
+
+
+def _own_llava_config(config, where, folder, tensors, names):
+    """config.json of LLaVA's own layout -> VlmConfig; of the image tower only when `names` hold it."""
+    need(not config.get("mm_use_im_start_end"), where, "mm_use_im_start_end", True, "False: no tokens around an image")
+    kept = config.get("mm_vision_select_feature", "patch")
+    need(kept == "patch", where, "mm_vision_select_feature", kept, "'patch', without the class token")
+    projector = config.get("mm_projector_type", "linear")
+    need(projector in ("linear", "mlp2x_gelu"), where, "mm_projector_type", projector, "linear or mlp2x_gelu")
+    vision = _inside_tower(config, where, folder, tensors, names) if names else ClipConfig()
+    return VlmConfig(vision, llama_config(config, where), projector, config.get("mm_vision_select_layer", -2),
+                     image_fit="pad" if config.get("image_aspect_ratio") == "pad" else "crop")
+
+
+def _named_tower(config, folder, where):
+    """The image tower that a checkpoint without one names in its config."""
+    name = config.get("mm_vision_tower") or config.get("vision_tower")
+    if not name:
+        raise ValueError(f"{where} holds no image tower and its config names none; name one with --clip=")
+    for place in (folder / name, Path(name)):
+        if place.is_dir():
+            return str(place)
+    try:
+        return str(_from_hub(name, "mm_vision_tower"))
+    except ValueError as error:
+        raise ValueError(f"{where} holds no image tower: {error}; name one with --clip=") from None
+
+
+def _inside_tower(config, where, folder, tensors, names):
+    """Sizes of a tower that lies in a LLaVA folder of the own layout, whose config has none: from its config if it has
+    them all the same, from the folder its tower is named after, or, for OpenAI's, from the shapes."""
+    if "vision_config" in config:
+        return clip_config(config["vision_config"], where, **_colours(folder))
+    name = str(config.get("mm_vision_tower", ""))
+    for place in (folder / name, Path(name)):
+        if name and (place / "config.json").is_file():
+            return folder_clip_config(place)
+    need("clip-vit" in name, where, "mm_vision_tower", name, "a folder with a config.json, or one of OpenAI's towers: "
+         "the tower's sizes stand nowhere else")
+    shapes = {ours: tensors.shapes[parts[0]] for ours, parts in names.items()}
+    width, _, patch, _ = shapes["visual.conv1.weight"]
+    side = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
+    layers = len({ours.split(".")[3] for ours in names if ours.startswith("visual.transformer.resblocks.")})
+    return ClipConfig(image_size=side * patch, patch=patch, width=width, layers=layers, heads=width // 64,
+                      ff=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0], text_layers=0)
+
+
+def _drop_identity(tensors, names, where):
+    """`export_hf` writes W as two layers, the second an identity: the first alone is W again."""
+    weight, bias = (tensors.get(names.pop(f"projector.2.{kind}")[0]) for kind in ("weight", "bias"))
+    same = torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)) and not bias.any()
+    need(same, where, "projector_hidden_act", "linear", "'gelu': only W followed by an identity is read without it")
+    for kind in ("weight", "bias"):
+        names[f"projector.{kind}"] = names.pop(f"projector.0.{kind}")
+
+
+# ---------------------------------------------------------------- for a run
+
+def load_tokenizer(path):
+    """The tokenizer of a model's folder or hub name. Raises ValueError when it has none."""
+    folder = resolve(path, "--llm or --llava")
+    found = tokenizers.load(folder)
+    if found is None:
+        raise ValueError(f"{str(folder)!r} holds no tokenizer; expected a tokenizer.model or a tokenizer.json")
+    return found
+
+
+def shape(clip, llm, llava):
+    """Names of models -> the fields of train.py's config that they decide, from their configs alone."""
+    vision = decoder = None
+    fields = {}
+    if llava:
+        folder = resolve(llava, "--llava")
+        config, where = read_json(folder / "config.json"), f"LLaVA folder {str(folder)!r}"
+        if "text_config" in config:
+            made = _hf_llava_config(config, where, folder)
+            vision = made.clip
+        else:
+            made = _own_llava_config(config, where, folder, None, ())
+        decoder = made.llm
+        fields = dict(projector=made.projector, feature_layer=made.feature_layer, image_positions=False)
+    if clip:
+        vision = _open_clip_shape(clip) if _is_open_clip(clip) else folder_clip_config(resolve(clip, "--clip"))
+    if llm:
+        folder = resolve(llm, "--llm")
+        decoder = llama_config(read_json(folder / "config.json"), f"decoder folder {str(folder)!r}")
+    if vision:
+        fields |= dict(image_size=vision.image_size, patch=vision.patch, clip_width=vision.width, embed=vision.embed,
+                       clip_layers=vision.layers, clip_heads=vision.heads, clip_act=vision.act, clip_stem="conv",
+                       clip_pool="class")
+    if decoder:
+        names = "vocab width layers heads kv_heads ff theta eps tied qkv_bias"
+        fields |= {name: getattr(decoder, name) for name in names.split()}
+    return fields
+
+
+def assemble(cfg, state, vocab, dtype, device):
+    """A VLM of --clip (without it, of the CLIP in a checkpoint's `state`) and --llm (without it, of a new decoder of
+    `vocab` rows), with a new projector."""
+    tower = (load_clip(cfg.clip, dtype, device) if cfg.clip else
+             Clip.from_config(state["clip_config"], state["clip"]))
+    llm = load_llm(cfg.llm, dtype, device)[0] if cfg.llm else Llama(cfg.llm_config(vocab))
+    config = VlmConfig(tower.config, llm.config, cfg.projector, cfg.feature_layer, cfg.image_positions)
+    return VLM.from_parts(config, tower.visual, llm)

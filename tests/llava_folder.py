@@ -1,0 +1,103 @@
+"""Twenty LLaVA records with pictures of every odd kind, and tiny random models as folders, for the runs on real data.
+
+    python tests/llava_folder.py DIR        # DIR/records.json, DIR/pictures, DIR/clip, DIR/llm
+"""
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+
+COLOURS = dict(red=(220, 30, 30), green=(30, 180, 40), blue=(40, 60, 220), yellow=(230, 220, 40))
+
+
+def picture(rng, width, height, colour):
+    """A photograph's stand-in: a coloured square on noise."""
+    array = rng.integers(90, 160, (height, width, 3), dtype=np.uint8)
+    side = max(1, min(width, height) // 2)
+    array[(height - side) // 2:(height + side) // 2, (width - side) // 2:(width + side) // 2] = colour
+    return Image.fromarray(array)
+
+
+def write_records(folder, count=20):
+    """DIR/records.json and its pictures: JPEG and PNG of odd sizes, three of them bad; -> the names of the bad."""
+    rng = np.random.default_rng(0)
+    pictures = folder / "pictures"
+    (pictures / "sub").mkdir(parents=True)
+    records, names = [], [*COLOURS]
+    for n in range(count):
+        colour = names[n % 4]
+        image = picture(rng, *rng.integers(17, 160, 2).tolist(), COLOURS[colour])
+        file, options = f"sub/{n}.{'png' if n % 2 else 'jpg'}", {}
+        if n == 4:
+            file, image = "grey.jpg", image.convert("L")
+        if n == 5:
+            file, image = "palette.png", image.quantize(16)
+        if n == 6:
+            file, image = "alpha.png", image.convert("RGBA")
+            image.putalpha(128)
+        if n == 7:
+            file, options = "turned.jpg", dict(exif=Image.Exif())
+            options["exif"][0x112] = 6
+        if n == 8:
+            file, image = "dot.png", Image.new("RGB", (1, 1), COLOURS[colour])
+        image.save(pictures / file, **options)
+        if n == 9:      # a download that broke off
+            file = "cut.jpg"
+            image.resize((300, 300)).save(pictures / file)
+            (pictures / file).write_bytes((pictures / file).read_bytes()[:-400])
+        turns = [("human", "<image>\nWhat colour is the square?" if n % 3 else "What colour is the square?\n<image>"),
+                 ("gpt", f"The square is {colour}.")]
+        if n % 4 == 1:
+            turns += [("human", " And the rest?"), ("gpt", "Grey noise.")]
+        if n == 10:     # a record without a picture
+            turns = [("human", "Say hello."), ("gpt", "Hello!")]
+        if n == 11:
+            turns[1] = ("gpt", "It is <image>.")
+        record = dict(id=f"r{n}", image=file, conversations=[dict(zip(("from", "value"), turn)) for turn in turns])
+        if n == 10:
+            del record["image"]
+        if n == 12:
+            record["image"] = "nowhere.jpg"
+        records.append(record)
+    (folder / "records.json").write_text(json.dumps(records, indent=1))
+    return ["r9", "r11", "r12"]
+
+
+def train_tokenizer(dummy_prefix=True):
+    """A small sentencepiece model of Vicuna's kind, as bytes."""
+    proto = io.BytesIO()
+    texts = [f"USER: What colour is the square? ASSISTANT: The square is {name}. Hello! Grey noise."
+             for name in COLOURS]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 3), model_writer=proto, vocab_size=400, model_type="bpe", byte_fallback=True,
+        split_digits=True, add_dummy_prefix=dummy_prefix, remove_extra_whitespaces=False, hard_vocab_limit=False,
+        normalization_rule_name="identity", minloglevel=2)
+    return proto.getvalue()
+
+
+def write_models(folder, side=24, patch=8):
+    """DIR/clip and DIR/llm, as transformers writes them, with random weights."""
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                           image_size=side, patch_size=patch),
+        text_config=dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=99, max_position_embeddings=16, bos_token_id=1, eos_token_id=2),
+        projection_dim=16)).save_pretrained(folder / "clip")
+    proto = train_tokenizer()
+    vocab = spm.SentencePieceProcessor(model_proto=proto).get_piece_size()
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False)).save_pretrained(folder / "llm")
+    (folder / "llm" / "tokenizer.model").write_bytes(proto)
+
+
+if __name__ == "__main__":
+    write_records(Path(sys.argv[1]))
+    write_models(Path(sys.argv[1]))

@@ -1,0 +1,202 @@
+"""Planned memory against tensors that exist; blocks computed again in the backward against blocks kept."""
+import pytest
+import torch
+
+from model.clip import ClipConfig
+from model.generate import Sampler
+from model.llama import LlamaConfig
+from model.lora import attach
+from model.memory import plan, table
+from model.optim import make_optimizer, optimizer_step
+from model.vlm import VLM, VlmConfig
+from tiny import gradients, make_vlm, prompts, random_completions, to_batch
+
+ROWS = prompts()
+P, G, C = len(ROWS), 3, 5
+IDS = random_completions(P, G, C)
+LARGER = dict(width=48, ff=100, layers=3)       # so that the few numbers a token, not per width, weigh little
+TRAINED = pytest.mark.parametrize("trained", ["all", "W", "lora", "lora_qv"])
+
+
+def model(trained, dtype=torch.float32, **llm):
+    vlm = make_vlm(dtype, llm=LARGER | llm)
+    vlm.visual.requires_grad_(False)
+    if trained == "W":
+        vlm.llm.requires_grad_(False)
+    if trained.startswith("lora"):
+        attach(vlm.llm, "q_proj,v_proj" if trained == "lora_qv" else "all", 4, 8.0, torch.Generator().manual_seed(0))
+    return vlm
+
+
+def size(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---------------------------------------------------------------- blocks computed again
+
+@pytest.mark.parametrize("trained", ["all", "W", "lora"])
+@pytest.mark.parametrize("completions", [None, IDS], ids=["targets", "completions"])
+def test_checkpointing_changes_no_bit(completions, trained):
+    found = []
+    for checkpointing in (False, True):
+        vlm, ran = model(trained), []
+        vlm.llm.checkpointing = checkpointing
+        vlm.llm.layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
+        logp = vlm(to_batch(ROWS), completions).logp
+        found.append((logp, gradients(vlm, logp.square().sum())))
+        assert len(ran) == 1 + checkpointing
+        with torch.no_grad():
+            vlm(to_batch(ROWS), completions)
+        assert len(ran) == 2 + checkpointing        # without gradients nothing is kept that could be computed again
+    (kept, mine), (again, theirs) = found
+    assert torch.equal(kept, again) and mine.keys() == theirs.keys() and len(mine) > 3
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+# ---------------------------------------------------------------- exact parts
+
+@TRAINED
+@pytest.mark.parametrize("dtype, options", [
+    (torch.float32, dict()), (torch.float64, dict()), (torch.bfloat16, dict()), (torch.bfloat16, dict(master=False)),
+    (torch.bfloat16, dict(moments="bfloat16")), (torch.bfloat16, dict(moments="bfloat16", master=False))])
+def test_weights_gradients_and_optimizer_are_exact(dtype, options, trained):
+    vlm = model(trained, dtype)
+    planned = plan(vlm, 10, **options)
+    assert planned["weights"] == size([*vlm.parameters(), *vlm.buffers()])
+    optimizer = make_optimizer(vlm, 0.95, 0.0, **options)
+    # Of both streams, so that every parameter that trains has a gradient.
+    (vlm(to_batch(ROWS)).logp.sum() + vlm(to_batch(ROWS), IDS).logp.sum()).backward()
+    assert planned["gradients"] == size(p.grad for p in vlm.parameters() if p.grad is not None) > 0
+    optimizer_step(optimizer, 1e-3, 1.0)
+    state = [t for one in optimizer.state.values() for t in one.values() if torch.is_tensor(t)]
+    assert planned["optimizer"] == size(state) > 0
+
+
+def test_optimizer_worked_by_hand():
+    # bf16, full training: 2 bytes of weight, 2 of gradient and, with m, v and master in fp32, 12 of state.
+    vlm = make_vlm(torch.bfloat16)
+    count = sum(p.numel() for p in vlm.parameters())
+    found = plan(vlm, 0)
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, 2 * count, 12 * count)
+    assert found["activations"] == found["cache"] == 0
+
+
+def test_cache_is_what_the_sampler_allocates():
+    vlm, batch = model("all"), to_batch(ROWS)
+    sampler = Sampler(vlm).prefill(batch, G, 7)
+    slots = batch.ids.shape[1] + G * 7
+    assert plan(vlm, 0, rows=P, cache_tokens=slots)["cache"] == size(t for layer in sampler.cache for t in layer) > 0
+
+
+# ---------------------------------------------------------------- activations
+
+def kept(run, module):
+    """Bytes of the distinct storages that autograd keeps of run(), the module's parameters left out."""
+    own, found, alive = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}, []
+
+    def pack(tensor):
+        alive.append(tensor)            # an address is not handed out again while its tensor lives
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive.append(run())
+    return sum(count for address, count in found.items() if address not in own)
+
+
+def one_block(vlm, batch, completions):
+    """Bytes kept inside one block of the middle."""
+    inside = []
+
+    def only_here(layer, args):
+        x, y, *rest = args
+        x, y = x.detach().requires_grad_(), None if y is None else y.detach().requires_grad_()
+        inside.append(kept(lambda: type(layer).forward(layer, x, y, *rest), layer))
+
+    hook = vlm.llm.layers[1].register_forward_pre_hook(only_here)
+    vlm.llm.checkpointing = False
+    vlm(batch, completions)
+    hook.remove()
+    return inside[0]
+
+
+@TRAINED
+@pytest.mark.parametrize("llm", [dict(), dict(kv_heads=6), dict(tied=True, qkv_bias=True, qk_norm=True),
+                                 dict(head_width=16)], ids=["grouped", "all heads", "qk_norm", "wide heads"])
+@pytest.mark.parametrize("completions", [None, IDS], ids=["targets", "completions"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_activations_are_what_autograd_keeps(checkpointing, completions, llm, trained):
+    vlm = model(trained, **llm)
+    batch = vlm.encode(to_batch(ROWS))
+    tokens, prefix = batch.ids.numel(), 0
+    if completions is not None:
+        tokens, prefix = tokens + completions.numel(), G * tokens
+    found = one_block(vlm, batch, completions) if checkpointing else 0
+    vlm.llm.checkpointing = checkpointing
+    found += kept(lambda: vlm(batch, completions).logp.sum(), vlm)
+    assert abs(plan(vlm, tokens, prefix_tokens=prefix)["activations"] / found - 1) < 0.05
+
+
+def test_activations_worked_by_hand():
+    # fp32, width 24, 6 heads of 4, ff 28, 2 layers, head of its own, all trained. A block keeps of a token 4 D of norms
+    # and inputs, 4 D of q, k, v and output, 6 sums of the heads, 4 ff; then come last norm, states and 20 bytes.
+    block = 4 * (8 * 24 + 6 + 4 * 28)
+    vlm = make_vlm(torch.float32)
+    assert plan(vlm, 7)["activations"] == 7 * (2 * block + 4 * 2 * 24 + 20)
+    vlm.llm.checkpointing = True
+    assert plan(vlm, 7)["activations"] == 7 * (block + 2 * 4 * 24 + 4 * 2 * 24 + 20)
+
+
+def test_nothing_that_trains_keeps_nothing():
+    vlm = make_vlm().requires_grad_(False)
+    found = plan(vlm, 100)
+    assert found["weights"] > 0 and not any(found[name] for name in ("gradients", "optimizer", "activations", "cache"))
+
+
+# ---------------------------------------------------------------- a 7B that is not there
+
+@pytest.fixture
+def seven():
+    clip = ClipConfig(image_size=336, patch=14, width=1024, layers=24, heads=16, embed=768)
+    llm = LlamaConfig(vocab=32000, width=4096, layers=32, heads=32, kv_heads=32, ff=11008, tied=False)
+    with torch.device("meta"):
+        vlm = VLM(VlmConfig(clip, llm, projector="mlp2x_gelu")).bfloat16()
+    vlm.visual.requires_grad_(False)
+    return vlm
+
+
+def test_a_7b_is_planned_without_weights(seven):
+    decoder, projector = 6738415616, 1024 * 4096 + 4096 + 4096 * 4096 + 4096      # LLaMA's own count; two layers
+    found = plan(seven, 2048)
+    assert found["gradients"] == 2 * (decoder + projector) and found["optimizer"] == 12 * (decoder + projector)
+    attach(seven.llm, "all", 8, 16.0)
+    # Rank 8 on q, k, v, o (4096 x 4096) and gate, up, down (4096 x 11008) of 32 blocks.
+    pairs = 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert plan(seven, 2048)["gradients"] == 2 * (pairs + projector)
+    # 576 + 448 slots of 32 layers, keys and values, of 4096 numbers of 2 bytes: 512 MiB a prompt.
+    assert plan(seven, 0, rows=3, cache_tokens=1024)["cache"] == 3 * 512 * 2 ** 20
+
+
+def test_the_table_says_what_trains_and_what_it_takes(seven):
+    attach(seven.llm, "all", 8, 16.0)
+    seven.llm.checkpointing = True
+    lines = table("sft", seven, 2048).splitlines()
+    words = {line[18:34].strip(): line[34:].split() for line in lines}
+    assert all(line.startswith("  sft ") for line in lines)
+    assert list(words) == ["visual", "projector", "llm", "adapters", "weights", "gradients", "optimizer", "activations",
+                           "cache", "in all"]
+    assert words["visual"][3:] == ["frozen"] and words["projector"][3:] == ["trains"] and words["llm"][3:] == ["partly"]
+    assert words["adapters"] == ["19.988", "M", "parameters", "trains,", "part", "of", "llm"]
+    parts = [float(words[name][0]) for name in ("weights", "gradients", "optimizer", "activations", "cache")]
+    assert abs(sum(parts) - float(words["in all"][0])) < 0.003 and 12.5 < parts[0] < 14
+
+
+def test_the_table_names_image_positions():
+    assert "  rl              image_position      0.000 M parameters   trains" in table("rl", make_vlm(), 9)
+
+
+@pytest.mark.parametrize("name", ["tokens", "rows", "cache_tokens", "prefix_tokens"])
+def test_a_negative_count_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} -1 must be at least 0"):
+        plan(make_vlm(), **dict(tokens=1) | {name: -1})
