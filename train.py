@@ -226,7 +226,7 @@ class Config:
              "be scenes, images:DIR, jsonl:FILE or llava:FILE")
         need(source != "scenes" or not self.pretrained, "data",
              "be images:DIR, jsonl:FILE or llava:FILE where --clip, --llm or --llava names a model")
-        need(not (self.llava and (self.init or self.llm)), "llava", "be left out beside --init or --llm")
+        need(not (self.llava and self.init), "llava", "be left out beside --init")
         need(not self.export or self.export.startswith("hf:") and self.export != "hf:", "export", "be hf:DIR")
         need(not Path(self.export[3:] or "..").exists() or self.resume or not self.export, "export",
              "name a folder that does not exist yet")
@@ -356,7 +356,8 @@ def fit(run, stage, module, count, losses_of, steps, batch, peak, lengths=None):
     for step in bar:
         lr, total = learning_rate(step, steps, peak, cfg.warmup, cfg.final_lr), 0.0
         for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"), lengths)):
-            loss.backward()
+            if loss.requires_grad:      # text alone has nothing to say to a projector that trains alone
+                loss.backward()
             total += loss.item()
         norm = optimizer_step(optimizer, lr, cfg.grad_clip)[0]
         if not math.isfinite(norm):
@@ -424,9 +425,11 @@ def clip(run, stage, like):
     model = Clip(config).to(run.device, run.dtype)
     show_trained(stage, model)
     samples = run.samples("clip", cfg.pictures, part=1)
+    pixels, log = dict(image_size=cfg.image_size, fit="crop", mean=config.mean), partial(run.log, stage=stage)
 
     def losses_of(indices):
-        chosen = [samples[i] for i in indices]
+        found = run.supply.usable(samples, indices, lambda _, sample: run.supply.decoded(sample, pixels), log)
+        chosen = [sample for sample in found if len(sample.images) == 1]
         texts = [tok.encode(" " + sample.caption)[:config.text_length - 1] + [tok.eos_id] for sample in chosen]
         batch = collate([(ids, [0] * len(ids), s.images) for ids, s in zip(texts, chosen)], tok.pad_id, cfg.image_size)
         batch = batch.to(run.device)
@@ -451,25 +454,17 @@ def supervise(run, stage, vlm, records, steps, peak, method, batch=0, epochs=0.0
     cfg, tok, patches, batch = run.cfg, run.tokenizer, vlm.config.clip.patches, batch or run.cfg.batch
     steps = math.ceil(epochs * len(records) / batch) if epochs else steps if records else 0
     memory.announce(stage, vlm, cfg)
+    log = partial(run.log, stage=stage)
 
-    def encode(i, sample, target):
-        if run.records:
-            sample = run.records.decoded(sample, vlm.config.pixels)
+    def encode(i, record):
+        sample, target = run.supply.decoded(record[0], vlm.config.pixels), record[1]
         row = (chat.encode_plain(sample, tok, patches, cfg.template) if target is None
                else chat.encode(sample, tok, patches, method, cfg.template, target))
         return llava.shortened(row, cfg.max_length, patches, tok.image_id, i, sample.id) if cfg.max_length else row
 
-    def rows_of(indices):
-        for i in indices:
-            try:
-                yield encode(i, *records[i])
-            except llava.BadRecord as error:
-                if run.supply.bad.see(error):
-                    run.log(stage=stage, bad_record=str(error))
-
     def losses_of(indices):
         # Sorted by length, so that micro-batches hold little padding.
-        rows = sorted(rows_of(indices), key=lambda row: len(row[0]))
+        rows = sorted(run.supply.usable(records, indices, encode, log), key=lambda row: len(row[0]))
         if not rows:
             return
         batch = collate(rows, tok.pad_id, **vlm.config.pixels).to(run.device)
@@ -480,7 +475,7 @@ def supervise(run, stage, vlm, records, steps, peak, method, batch=0, epochs=0.0
 
     lengths = run.records.lengths(patches) if cfg.group_lengths and run.records else None
     seconds = fit(run, stage, vlm, len(records), losses_of, steps, batch, peak, lengths)
-    print(run.supply.bad.report(), end="\n" if run.supply.bad.seen else "")
+    run.supply.check(records)
     run.finish_stage(stage, method, vlm)
     return seconds
 
@@ -646,6 +641,8 @@ def open_run(cfg):
 
 def implied(given):
     """What flags imply: an algorithm's switches; a whole LLaVA takes the place of a recipe's parts."""
+    if given.get("llava") and given.get("llm"):
+        raise ValueError(f"--llava={given['llava']} must be left out beside --llm, or --llm beside it")
     return algorithms.of_flags(given) | (dict(clip="", llm="") if given.get("llava") else {})
 
 

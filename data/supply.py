@@ -49,6 +49,27 @@ class Supply:
             return scenes.load(what, count, TEST_SEED[self.cfg.eval_set], teacher)
         return scenes.load(what, count, 1000 * self.cfg.seed + part, teacher)
 
+    def decoded(self, sample, pixels):
+        """A LLaVA file's sample with its pictures decoded, others as they are; pixels: arguments of `collate`."""
+        return self.records.decoded(sample, pixels) if self.records else sample
+
+    def usable(self, records, indices, use, log):
+        """use(i, records[i]) of those records that can be used; log(bad_record=why) of the others, once, or under
+        --bad-records=stop the ValueError."""
+        for i in indices:
+            try:
+                yield use(i, records[i])
+            except llava.BadRecord as error:
+                if self.bad.see(error):
+                    log(bad_record=str(error))
+
+    def check(self, records):
+        """Says which records could not be used. Raises ValueError when none could."""
+        if self.bad.seen:
+            print(self.bad.report(), flush=True)
+        if records and len(self.bad.seen) == len(records):
+            raise ValueError(f"--data={self.cfg.data}: no record of it could be used; {self.bad.report()}")
+
     def own(self):
         """All samples of a folder or file of one's own, as a list; of a LLaVA file a part; none of drawn scenes."""
         if self.records:

@@ -2,7 +2,7 @@
 
 Names are the hub's llava-hf layout, which every version of both reads. What that format wants beyond the model here:
 
-    rows for <image> and padding     the embedding grows to a multiple of 64; new rows are the mean of the others, so
+    a row for <image>                the embedding grows to a multiple of 64; new rows are the mean of the others, so
                                      that no new logit is ever the largest
     blocks after the feature layer   written as identities (zeros in both residual branches); nothing computes them
     a linear projector               two layers without activation, the second an identity
@@ -18,7 +18,7 @@ from model.clip import ImageTower
 from model.names import hf_tower_names
 from model.tensors import write_folder
 
-IMAGE, PAD = "<image>", "<pad>"
+IMAGE = "<image>"
 
 
 def export_hf(vlm, tokenizer, folder, template="", shard_bytes=5 * 2 ** 30):
@@ -33,24 +33,20 @@ def export_hf(vlm, tokenizer, folder, template="", shard_bytes=5 * 2 ** 30):
                          "--clip-pool=class; this model cannot be written as one")
     vocab = c.llm.vocab
     first = max(vocab, len(tokenizer) if tokenizer is not None else 0)
-    image, pad = (_id(tokenizer, name, first + n) for n, name in enumerate((IMAGE, PAD)))
-    rows = -(-max(vocab, image + 1, pad + 1) // 64) * 64
-    texts = {"config.json": json.dumps(_config(vlm, rows, image, pad), indent=2),
-             "generation_config.json": json.dumps(_generation(tokenizer, pad)),
-             **_processor(c), **_tokenizer_files(tokenizer, image, pad)}
+    try:
+        image = tokenizer.special(IMAGE)
+    except (AttributeError, ValueError):        # no tokenizer, or none with that token
+        image = first
+    rows = -(-max(vocab, image + 1) // 64) * 64
+    texts = {"config.json": json.dumps(_config(vlm, rows, image), indent=2),
+             "generation_config.json": json.dumps(_special_ids(tokenizer)),
+             **_processor(c), **_tokenizer_files(tokenizer, image)}
     if template:
         texts["chat_template.jinja"] = template
     write_folder(folder, _tensors(vlm, rows), texts, shard_bytes)
 
 
-def _id(tokenizer, name, otherwise):
-    try:
-        return tokenizer.special(name)
-    except (AttributeError, ValueError):        # no tokenizer, or none of that name
-        return otherwise
-
-
-def _config(vlm, rows, image, pad):
+def _config(vlm, rows, image):
     c, v, t = vlm.config, vlm.config.clip, vlm.config.llm
     dtype = str(vlm.llm.embed_tokens.weight.dtype).removeprefix("torch.")
     kind = "qwen3" if t.qk_norm else "qwen2" if t.qkv_bias and not t.out_bias else "mistral" if t.window else "llama"
@@ -74,15 +70,15 @@ def _config(vlm, rows, image, pad):
         layer_norm_eps=v.eps, projection_dim=v.embed)
     return dict(
         architectures=["LlavaForConditionalGeneration"], model_type="llava", torch_dtype=dtype, image_token_index=image,
-        pad_token_id=pad, image_seq_length=v.patches, vision_feature_layer=c.feature_layer,
+        image_seq_length=v.patches, vision_feature_layer=c.feature_layer,
         vision_feature_select_strategy="default", tie_word_embeddings=t.tied,
         projector_hidden_act="gelu" if c.projector == "mlp2x_gelu" else "linear", text_config=text,
         vision_config=vision, seethink=dict(vocab=t.vocab))
 
 
-def _generation(tokenizer, pad):
-    known = {} if tokenizer is None else dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    return {name: value for name, value in dict(known, pad_token_id=pad).items() if value is not None}
+def _special_ids(tokenizer):
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _processor(c):
@@ -99,25 +95,26 @@ def _processor(c):
             "processor_config.json": json.dumps(whole, indent=2)}
 
 
-def _tokenizer_files(tokenizer, image, pad):
+def _tokenizer_files(tokenizer, image):
     if tokenizer is None:
         return {}
-    added = getattr(tokenizer, "added", {}) | {IMAGE: image, PAD: pad}
+    added = getattr(tokenizer, "added", {}) | {IMAGE: image}
     listed = {str(i): dict(content=name, lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
               for name, i in added.items()}
-    config = dict(added_tokens_decoder=listed, pad_token=PAD, extra_special_tokens=dict(image_token=IMAGE),
+    config = dict(added_tokens_decoder=listed, extra_special_tokens=dict(image_token=IMAGE),
                   clean_up_tokenization_spaces=False, add_bos_token=tokenizer.bos_id is not None, add_eos_token=False)
     if not hasattr(tokenizer, "proto"):         # byte-level BPE
         model = json.loads(tokenizer.source)
         known = {token["content"] for token in model.setdefault("added_tokens", [])}
         new = [dict(token, id=int(i)) for i, token in listed.items() if token["content"] not in known]
         model["added_tokens"] += new
-        names = {f"{role}_token": name for role, name in tokenizer.names.items() if name and role != "pad"}
+        names = {f"{role}_token": name for role, name in tokenizer.names.items() if name}
         config |= names | dict(tokenizer_class="PreTrainedTokenizerFast")
         return {"tokenizer.json": json.dumps(model), "tokenizer_config.json": json.dumps(config, indent=2)}
     spelt = {i: name for name, i in tokenizer.added.items()}
     names = {f"{role}_token": spelt[i] if i in spelt else tokenizer.model.id_to_piece(i) for role, i in
-             (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("unk", tokenizer.model.unk_id())) if i is not None}
+             (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id),
+              ("unk", tokenizer.model.unk_id())) if i is not None}
     config |= names | dict(tokenizer_class="LlamaTokenizer", legacy=True, sp_model_kwargs={})
     return {"tokenizer.model": tokenizer.proto, "tokenizer_config.json": json.dumps(config, indent=2)}
 

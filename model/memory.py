@@ -92,9 +92,11 @@ def table(stage, vlm, tokens, **options):
         pairs = [p for layer in found for p in (layer.lora_a, layer.lora_b)]
         lines.append(trained_line(stage, "  adapters", pairs) + ", part of llm")
     found = plan(vlm, tokens, **options)
-    found["in all"] = sum(found.values())
-    return "\n".join(lines + [f"  {stage:<16}{name:<16}{count / GIB:9.3f} GiB" + (
-        f" for {tokens} tokens" if name == "activations" else "") for name, count in found.items()])
+    total = sum(found.values())
+    size, unit = (GIB, "GiB") if total >= GIB else (2 ** 20, "MiB")
+    said = ", ".join(f"{name} {count / size:.1f}" + f" for {tokens} tokens" * (name == "activations")
+                     for name, count in found.items() if count)
+    return "\n".join([*lines, f"  {stage:<16}{'memory':<16}{total / size:9.1f} {unit} planned: {said}"])
 
 
 def announce(stage, vlm, cfg, group=0):

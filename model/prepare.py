@@ -11,6 +11,9 @@ def prepare(vlm, cfg, aligns):
     Adapters of an earlier stage become part of the decoder, so that the model without adapters, a reference in
     reinforcement learning, is the one that this stage starts from.
     """
+    if any(part.strip().startswith("visual") for part in cfg.module_lr.split(",")):
+        raise ValueError(f"--module-lr={cfg.module_lr}: visual can have no rate, the image tower is frozen in every "
+                         "stage")
     vlm.adapt(cfg.lora_targets, 0 if aligns else cfg.lora_rank, cfg.lora_alpha)
     fit = "crop" if aligns else cfg.image_fit or vlm.config.image_fit       # LLaVA-1.5 pads from its second stage on
     vlm.config = replace(vlm.config, image_fit=fit)

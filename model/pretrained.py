@@ -22,8 +22,12 @@ from model.names import LLAVA_VISION_DEFAULTS, SKIPPED, clip_config, clip_name, 
 from model.tensors import TensorFolder, read_json, some
 from model.vlm import VLM, VlmConfig
 
-# Parts of a tower that a vision-language model never computes, or that a CLIP folder holds beside an image tower.
-UNUSED = re.compile(r"visual\.(transformer\.resblocks\.\d+|ln_post|proj)\b|visual\.head")
+
+def unused(name, config):
+    """Whether a tensor of the image tower, by our name, is one that a VLM of this config never computes."""
+    block = re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name)
+    return (int(block[1]) > config.clip.layers + config.feature_layer if block
+            else name.startswith(("visual.ln_post.", "visual.proj")))
 
 
 def resolve(name, flag):
@@ -54,17 +58,17 @@ def _from_hub(name, flag):
         raise ValueError(f"{flag}={name} is no folder here and cannot be had from the hub: {said}") from None
 
 
-def _fill(module, folder, names, where, dtype, device, unused=None, given=()):
+def _fill(module, folder, names, where, dtype, device, idle=lambda name: False, given=()):
     """Puts the tensors of `folder` into `module`, which lies on the meta device.
 
-    names: our parameter -> {place: the folder's tensor}, several where ours is made of some; unused: pattern of names
-    of ours that may be in the folder and are not wanted; given: our parameter -> tensor of what comes from elsewhere.
+    names: our parameter -> {place: the folder's tensor}, several where ours is made of some; idle: whether a name of
+    ours may be in the folder and is not wanted; given: our parameter -> tensor of what comes from elsewhere.
     Raises ValueError before anything is read.
     """
     given = {name: tensor for name, tensor in dict(given).items() if name in module.state_dict()}
     wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if name not in given}
     unexpected = [theirs for ours, parts in names.items() if ours not in wanted for theirs in parts.values()
-                  if not (unused and unused.match(ours))]
+                  if not idle(ours)]
     missing = [name for name in wanted if name not in names]
     sources, wrong = {}, []
     for name in wanted.keys() & names.keys():
@@ -271,7 +275,7 @@ def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
     tokenizer = _tokenizer(folder, rows)
     with torch.device("meta"):
         vlm = VLM(made)
-    return _fill(vlm, tensors, names, where, dtype, device, UNUSED, tower), tokenizer
+    return _fill(vlm, tensors, names, where, dtype, device, lambda name: unused(name, made), tower), tokenizer
 
 
 def _hf_llava_config(config, where, folder):

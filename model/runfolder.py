@@ -171,16 +171,25 @@ class RunFolder:
         (self.folder / "progress.pt").unlink(missing_ok=True)
 
     def save_progress(self, stage, step, module, optimizer, generator, flops):
+        frozen = self._frozen(module)
         checkpoint.save(self.folder / "progress.pt", dict(
-            stage=stage, step=step, module=module.state_dict(), optimizer=optimizer.state_dict(), flops=flops,
+            stage=stage, step=step, module={n: t for n, t in module.state_dict().items() if n not in frozen},
+            optimizer=optimizer.state_dict(), flops=flops,
             generator=generator.get_state() if generator else None, log_bytes=self.log_bytes()))
+
+    @staticmethod
+    def _frozen(module):
+        """Names of what stands still in a stage, and is had again from where the stage started; a reference may not."""
+        return {name for name, p in module.named_parameters() if not p.requires_grad and "reference." not in name}
 
     def take_progress(self, stage, module, optimizer, generator):
         """Puts an interrupted stage back to its last checkpoint; -> (step to go on with, FLOPs so far), or None."""
         state, self.progress = self.progress, None
         if not state or state["stage"] != stage:
             return None
-        module.load_state_dict(state["module"])
+        missing, odd = module.load_state_dict(state["module"], strict=False)
+        if odd or {*missing} - self._frozen(module):
+            raise ValueError(f"{self.folder / 'progress.pt'} is of another model; remove it to begin {stage} anew")
         optimizer.load_state_dict(state["optimizer"])
         if generator:
             generator.set_state(state["generator"].cpu())

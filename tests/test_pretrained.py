@@ -430,6 +430,8 @@ HEAD, NORM = "language_model.lm_head.weight", "language_model.model.norm.weight"
     (lambda f: cut(f, "model.safetensors", 0.0), "is truncated or not a safetensors file"),
     (lambda f: reshaped(f, lambda s: s.pop(NORM)), r"tensors 1 missing \(llm.norm.weight\)"),
     (lambda f: reshaped(f, lambda s: s.update(odd=s[NORM] * 1)), r"1 unexpected \(odd\)"),
+    (lambda f: reshaped(f, lambda s: s.update({"vision_tower.encoder.layers.0.odd.bias": s[NORM] * 1})),
+     r"1 unexpected \(vision_tower.encoder.layers.0.odd.bias\)"),
     (lambda f: reshaped(f, lambda s: s.update({HEAD: s[HEAD][:60].clone()})),
      r"of another shape \(language_model.lm_head.weight \(60, 24\), expected \(67, 24\)\)"),
     (drop_tower, "missing.*visual.class_embedding|holds no image tower.*--clip="),

@@ -1,0 +1,206 @@
+"""Whole runs of the LLaVA recipe: JPEG and PNG files of odd kinds, models from folders, adapters, export, resume."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+import eval as evaluation
+import train
+from data import chat
+from data.sample import Sample
+from llava_folder import train_tokenizer, write_models, write_records
+from model import checkpoint, pretrained
+from model.export import export_hf
+from model.vlm import VLM, VlmConfig
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """records.json with its pictures, clip, llm; and what a two-stage run on them left in run and hf."""
+    folder = tmp_path_factory.mktemp("llava")
+    write_models(folder)
+    bad = write_records(folder)
+    train.main([*flags(folder), f"--out={folder / 'run'}", f"--export=hf:{folder / 'hf'}"])
+    return folder, bad
+
+
+def flags(folder, preset="llava-1.5-7b"):
+    return [f"--preset={preset}", f"--clip={folder / 'clip'}", f"--llm={folder / 'llm'}", "--batch=4",
+            "--align-batch=4", f"--data=llava:{folder / 'records.json'}", f"--image-root={folder / 'pictures'}",
+            "--sft-epochs=2", "--sft-lr=1e-3", "--threads=1", "--save-every=3", "--max-length=200",
+            "--template=vicuna_v1"]
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_stages_train_on_real_records_and_name_the_bad_ones(folder):
+    folder, bad = folder
+    log = lines(folder / "run")
+    assert [sum(line["stage"] == stage and "loss" in line for line in log) for stage in ("align", "sft")] == [5, 10]
+    said = [line["bad_record"] for line in log if "bad_record" in line]
+    assert len(said) == 3 and all(any(f"id {name!r}" in text for text in said) for name in bad)
+    losses = [line["loss"] for line in log if line["stage"] == "sft" and "loss" in line]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
+
+
+def test_align_trains_w_alone_and_sft_the_decoder_too_never_clip(folder):
+    folder, _ = folder
+    clip, llm = pretrained.load_clip(str(folder / "clip")), pretrained.load_llm(str(folder / "llm"))[0]
+    start = {f"llm.{name}": value for name, value in llm.state_dict().items()}
+    start |= {f"visual.{name}": value for name, value in clip.visual.state_dict().items()}
+    # Loaded in the recipe's bf16, in which whatever stood still is what it was.
+    start = {name: value.bfloat16() for name, value in start.items()}
+    align, sft = (checkpoint.load(folder / "run" / f"{stage}.pt")["vlm"] for stage in ("align", "sft"))
+    for name, value in sft.items():
+        part = name.split(".")[0]
+        assert part == "projector" or torch.equal(align[name], start[name])
+        assert torch.equal(value, align[name]) == (part == "visual"), name
+
+
+def test_the_exported_folder_is_the_trained_model_and_can_be_asked(folder, capsys):
+    folder, _ = folder
+    vlm, tok, _ = evaluation.load_vlm(folder / "run" / "sft.pt")
+    back, tok_back = pretrained.load_llava(folder / "hf", torch.bfloat16)
+    assert back.state_dict().keys() == vlm.state_dict().keys() and back.config.image_fit == "pad"
+    assert all(torch.equal(value, vlm.state_dict()[name]) for name, value in back.state_dict().items())
+    text = "What is <image> </s> here?  Two  spaces"
+    assert tok_back.encode(text) == tok.encode(text)
+    ids = chat.encode(Sample(images=("x",), question="What?"), tok, 9, "direct", "vicuna_v1")[0]
+    hf = LlavaForConditionalGeneration.from_pretrained(folder / "hf", dtype=torch.bfloat16).eval()
+    pixels, ids = torch.randn(1, 3, 24, 24).bfloat16(), torch.tensor([ids])
+    with torch.no_grad():
+        theirs = hf(input_ids=ids.masked_fill(ids == -200, hf.config.image_token_index), pixel_values=pixels).logits
+        assert (theirs[..., :len(tok)] - vlm.logits(pixels, ids)).abs().max() < 0.05 * theirs.abs().max()
+    asked = ["--ask=What colour is the square?", f"--image={folder / 'pictures' / 'turned.jpg'}", "--max-new=9"]
+    evaluation.main([f"--checkpoint={folder / 'run' / 'sft.pt'}", *asked])
+    first = capsys.readouterr().out
+    evaluation.main([f"--llava={folder / 'hf'}", "--dtype=bfloat16", *asked])
+    assert capsys.readouterr().out == first and first.strip()
+
+
+def test_a_run_that_was_stopped_goes_on_bit_by_bit(folder, tmp_path, monkeypatch):
+    folder, _ = folder
+    save, seen = train.Run.save_progress, []
+
+    def stop(self, stage, step, *rest):
+        save(self, stage, step, *rest)
+        seen.append(step)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train.Run, "save_progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags(folder), f"--out={tmp_path / 'run'}"])
+    monkeypatch.undo()
+    held = checkpoint.load(tmp_path / "run" / "progress.pt")["module"]
+    assert any(name.startswith("llm.") for name in held) and not any(name.startswith("visual.") for name in held)
+    train.main(["--resume", f"--out={tmp_path / 'run'}"])
+    for stage in ("align", "sft"):
+        one, other = (checkpoint.load(place / f"{stage}.pt")["vlm"] for place in (folder / "run", tmp_path / "run"))
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--bad-records=stop"], r"record \d+ \(id 'r(9|11|12)'\)"),
+    (["--stage=rl"], "--stage=rl must be clip, align or sft"), (["--image-root=/nowhere"], "image folder '/nowhere'"),
+    (["--module-lr=visual:1"], "visual"), (["--lora-rank=2", "--lora-targets=x"], "targets 'x'"),
+    (["--llm=/nowhere"], "--llm=/nowhere does not exist"), (["--clip=/nowhere"], "--clip=/nowhere does not exist"),
+    (["--export=x"], "--export=x must be hf:DIR"), (["--llava=/x"], "--llava=/x must be left out beside --llm"),
+    (["--data=scenes"], "be images:DIR, jsonl:FILE or llava:FILE"), (["--dtype=float32", "--max-length=1"], "too long"),
+])
+def test_what_cannot_work_is_one_sentence(more, said, folder, tmp_path):
+    with pytest.raises(ValueError, match=said) as error:
+        train.main([*flags(folder[0]), f"--out={tmp_path / 'run'}", *more])
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder, tmp_path, monkeypatch):
+    folder, _ = folder
+    with open(tmp_path / "mine.jsonl", "w") as file:
+        for n in range(24):
+            Image.new("RGB", (9, 9), (n * 9, 0, 0)).save(tmp_path / f"{n}.png")
+            record = dict(image=f"{n}.png", question="What colour?", answer=("red", "blue")[n % 2])
+            file.write(json.dumps(record) + "\n")
+    learners = []
+    make_learner = train.make_learner
+    monkeypatch.setattr(train, "make_learner", lambda *args: learners.append(make_learner(*args)) or learners[-1])
+    # A reward that always differs within a group, so that every step moves something.
+    (tmp_path / "mine.py").write_text("def mine(sample, text):\n    return (sum(map(ord, text)) % 7) / 7\n")
+    run = tmp_path / "run"
+    train.main([f"--llava={folder / 'hf'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", "--stage=rl", f"--out={run}",
+                f"--rewards={tmp_path / 'mine.py'}:mine:1", "--lora-rank=2", "--lora-targets=all", "--kl-coef=0.05",
+                "--rl-steps=2", "--rl-batch=4", "--group=3", "--max-new=24", "--rl-lr=1e-2", "--threads=1",
+                "--compare=none", "--epochs=2", "--eval-greedy=2", "--eval-sampled=2", "--eval-samples=2",
+                "--dtype=float32"])
+    base = pretrained.load_llava(folder / "hf")[0]
+    learner = learners[-1]
+    assert learner.reference is not None and not list(learner.reference.llm.parameters())[0].requires_grad
+    line = lines(run)[-1]
+    assert line["updates"] == 2 and line["kl_ref"] > 0
+    state = checkpoint.load(run / "rl.pt")
+    assert state["vlm_config"]["lora"] == ("all", 2, 16.0)
+    moved = {name for name, value in state["vlm"].items() if name in base.state_dict()
+             and not torch.equal(value, base.state_dict()[name])}
+    assert moved == {"projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias"}
+    assert all(value.abs().max() > 0 for name, value in state["vlm"].items() if name.endswith("lora_b"))
+    # Through a checkpoint, merged on the way out, the same numbers.
+    vlm, tok, _ = evaluation.load_vlm(run / "rl.pt")
+    evaluation.main([f"--checkpoint={run / 'rl.pt'}", f"--export=hf:{tmp_path / 'out'}"])
+    merged = pretrained.load_llava(tmp_path / "out")[0]
+    assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    pixels, ids = torch.randn(1, 3, 24, 24), torch.tensor([[1, *[-200] * 9, 5, 6]])
+    with torch.no_grad():
+        wanted = vlm.logits(pixels, ids)
+        assert (merged.logits(pixels, ids) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_from_nothing_the_records_train_every_part(folder, tmp_path):
+    folder, _ = folder
+    train.main(["--preset=tiny", f"--data=llava:{folder / 'records.json'}", f"--image-root={folder / 'pictures'}",
+                f"--out={tmp_path / 'run'}", "--threads=1", "--clip-batch=8", "--vocab=400", "--text-length=60"])
+    assert [path.stem for path in sorted((tmp_path / "run").glob("*.pt"))] == ["align", "clip", "sft"]
+
+
+@pytest.mark.slow
+def test_a_model_of_a_billion_parameters_loads_in_little_more_than_its_weights_and_answers(tmp_path):
+    torch.manual_seed(0)
+    tok = train.tokenizer.Tokenizer(train_tokenizer())
+    cfg = train.Config(**train.PRESETS["tinyllama-clip-b"])
+    with torch.device("meta"):
+        vlm = VLM(VlmConfig(cfg.clip_config(99), cfg.llm_config(-(-len(tok) // 64) * 64), cfg.projector))
+    vlm.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+    assert sum(p.numel() for p in vlm.parameters()) > 1e9
+    export_hf(vlm, tok, tmp_path / "model", shard_bytes=500 * 2 ** 20)
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) == 5
+    del vlm
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
+    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024"
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, eval
+from model import pretrained
+before = {peak}
+vlm, tokenizer = pretrained.load_llava({str(tmp_path / 'model')!r}, torch.bfloat16)
+weights = sum(p.numel() * p.element_size() for p in vlm.parameters())
+print(({peak} - before) / weights)
+"""
+    ratio = float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert ratio < 1.3
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), f"--llava={tmp_path / 'model'}", "--dtype=bfloat16",
+                           "--ask", "What colour is the square?", "--image", str(tmp_path / "red.png"), "--max-new=8"],
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
