@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from data import chat, scenes, tokenizer
+from data.jinja import jinja
 from data.sample import Sample, batch_indices, collate, to_pixels
 from data.supply import TEST_SEED, real_data, scene_teacher
 from model import checkpoint, pretrained
@@ -60,9 +61,9 @@ def load_any(cfg):
     return vlm, tok, dict(stage="llava", method="direct", config=trained)
 
 
-def export(vlm, tok, where):
-    """Writes a model and its tokenizer as a Hugging Face folder; where: "hf:DIR"."""
-    export_hf(vlm, tok, where.removeprefix("hf:"))
+def export(vlm, tok, where, template):
+    """Writes a model, its tokenizer and its template as a Hugging Face folder; where: "hf:DIR"."""
+    export_hf(vlm, tok, where.removeprefix("hf:"), jinja(template))
     print(f"wrote {where.removeprefix('hf:')}, for transformers' LlavaForConditionalGeneration and vLLM")
 
 
@@ -415,7 +416,7 @@ def main(argv):
     vlm, tok, state = load_any(cfg)
     trained = state["config"]
     if cfg.export:
-        return export(vlm, tok, cfg.export)
+        return export(vlm, tok, cfg.export, cfg.template or trained["template"])
     settings = SimpleNamespace(method=cfg.method or state["method"], template=cfg.template or trained["template"],
                                max_new=cfg.max_new or trained["max_new"], eval_batch=cfg.eval_batch,
                                eval_greedy=cfg.eval_greedy, eval_sampled=cfg.eval_sampled,

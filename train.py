@@ -683,7 +683,7 @@ def main(argv):
                  for split in (("val",) if run.real else scenes.SPLITS)}
         evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
     if cfg.export:
-        evaluation.export(*evaluation.load_vlm(run.path(cfg.stages()[-1]))[:2], cfg.export)
+        evaluation.export(*evaluation.load_vlm(run.path(cfg.stages()[-1]))[:2], cfg.export, cfg.template)
     files = [f for f in ("results.json", "samples.html", "curves.png", "log.jsonl") if (run.folder / f).exists()]
     print(f"\n{run.folder}: {', '.join(files)} and checkpoints; {time.perf_counter() - began:.0f} s in all")
 

@@ -181,8 +181,10 @@ def from_saved(saved):
     raise ValueError(f"a saved tokenizer must be bytes or the dict that `saved` gives, not {type(saved).__name__}")
 
 
-def load(folder):
+def load(folder, rows=None):
     """The tokenizer in a model's folder: `tokenizer.model`, else `tokenizer.json`; None when there is neither.
+
+    rows: of the model's embedding; tokens that a folder adds beyond them (Llama 2's <pad>) are left out.
 
     BOS, EOS and padding are named by tokenizer_config.json, else by special_tokens_map.json; padding without a token
     of its own is the unknown token, else EOS. Whether texts begin with the BOS is said by `add_bos_token`; without it
@@ -205,7 +207,10 @@ def load(folder):
         named = {role: name for role, name in (("eos", eos), ("pad", pad)) if name}
         if "bos" in names or begins is False:
             named["bos"] = None if begins is False else names["bos"]
-        return Tokenizer(path.read_bytes(), _added(folder, config), named)
+        added, beyond = {}, set()
+        for name, i in _added(folder, config).items():
+            beyond.add(name) if rows is not None and i >= rows else added.update({name: i})
+        return Tokenizer(path.read_bytes(), added, {r: name for r, name in named.items() if name not in beyond})
     except (ValueError, OSError) as error:
         raise ValueError(f"the tokenizer {str(path)!r} cannot be used: {error}") from None
 

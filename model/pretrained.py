@@ -93,12 +93,14 @@ def _fill(module, folder, names, where, dtype, device, idle=lambda name: False, 
     return module
 
 
-def _collect(shapes, rename):
-    """The folder's names -> {our name: {place: folder's name}}."""
+def _collect(shapes, rename, where=""):
+    """The folder's names -> {our name: {place: folder's name}}. Raises ValueError when two of them are one."""
     names = defaultdict(dict)
     for theirs in shapes:
         if found := rename(theirs):
-            names[found[0]][found[1]] = theirs
+            other = names[found[0]].setdefault(found[1], theirs)
+            if other != theirs:
+                raise ValueError(f"{where}: tensors {other} and {theirs} are two names of one; which is meant?")
     return names
 
 
@@ -134,7 +136,7 @@ def _is_open_clip(name):
 def _load_hf_clip(folder, dtype, device):
     where, tensors = f"CLIP folder {str(folder)!r}", TensorFolder(folder)
     config = folder_clip_config(folder, any(name.startswith("text_model.") for name in tensors.shapes))
-    names = _collect(tensors.shapes, clip_name)
+    names = _collect(tensors.shapes, clip_name, where)
     with torch.device("meta"):
         model = Clip(config)
     if "visual.proj" not in names:      # a tower saved by itself has no joint space
@@ -221,7 +223,8 @@ def load_llm(path, dtype=torch.float32, device="cpu"):
     where = f"decoder folder {str(folder)!r}"
     config = llama_config(read_json(folder / "config.json"), where)
     tensors = TensorFolder(folder)
-    names = _collect(tensors.shapes, lambda name: None if SKIPPED.search(name) else (name.removeprefix("model."), 0))
+    names = _collect(tensors.shapes, lambda name: None if SKIPPED.search(name) else (name.removeprefix("model."), 0),
+                     where)
     _settle_head(names, tensors, config, "", where)
     tokenizer = _tokenizer(folder, config.vocab)
     with torch.device("meta"):
@@ -231,7 +234,7 @@ def load_llm(path, dtype=torch.float32, device="cpu"):
 
 def _tokenizer(folder, rows):
     """The folder's tokenizer, or None; ValueError when it does not go with an embedding of `rows` rows."""
-    tokenizer = tokenizers.load(folder)
+    tokenizer = tokenizers.load(folder, rows)
     # Rows beyond the tokenizer's ids are padding, to a multiple that suits matmuls; nothing else is.
     if tokenizer is not None and len(tokenizer) != rows and not (
             len(tokenizer) < rows <= len(tokenizer) + 1024 and rows % 32 == 0):
@@ -251,7 +254,7 @@ def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
     folder = resolve(path, "--llava")
     where, config = f"LLaVA folder {str(folder)!r}", read_json(folder / "config.json")
     tensors = TensorFolder(folder)
-    names = _collect(tensors.shapes, llava_name)
+    names = _collect(tensors.shapes, llava_name, where)
     inside = any(name.startswith("visual.") for name in names) and not clip
     if "text_config" in config:
         made = _hf_llava_config(config, where, folder)
@@ -355,7 +358,8 @@ def _drop_identity(tensors, names, where):
 def load_tokenizer(path):
     """The tokenizer of a model's folder or hub name. Raises ValueError when it has none."""
     folder = resolve(path, "--llm or --llava")
-    found = tokenizers.load(folder)
+    config = read_json(folder / "config.json")
+    found = _tokenizer(folder, llama_config(config.get("text_config", config), f"folder {str(folder)!r}").vocab)
     if found is None:
         raise ValueError(f"{str(folder)!r} holds no tokenizer; expected a tokenizer.model or a tokenizer.json")
     return found

@@ -1,6 +1,9 @@
 """LLaVA's files as a source: finding the records, reading them, fitting their pictures, batching like with like."""
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -461,3 +464,28 @@ def test_without_lengths_the_order_is_the_seeded_one_of_every_epoch():
 def test_there_is_one_length_a_record():
     with pytest.raises(ValueError, match=r"lengths of shape \(3,\) must be \(4,\)"):
         batch_indices(4, 2, 0, 0, [1, 2, 3])
+
+
+@pytest.mark.slow
+def test_a_gigabyte_of_records_opens_in_seconds_and_little_memory(tmp_path):
+    count, path = 665_000, tmp_path / "records.json"
+    turn = dict(value='What is "this" {here}? \\ [no] ' * 22)
+    with open(path, "w") as file:
+        for n in range(count):
+            record = dict(id=str(n), conversations=[turn | {"from": "human"}, turn | {"from": "gpt"}])
+            file.write(("," if n else "[") + json.dumps(record))
+        file.write("]")
+    program = f"""
+import resource, sys, time
+sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
+from data.llava import Records
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, began = peak(), time.perf_counter()
+records = Records({str(path)!r}, "")
+assert len(records) == {count} and records[-1].id == str({count - 1})
+print(time.perf_counter() - began, peak() - before)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    seconds, megabytes = map(float, said.split())
+    print(f"{path.stat().st_size / 1e9:.2f} GB: {seconds:.1f} s, {megabytes:.0f} MB")
+    assert path.stat().st_size > 1e9 and seconds < 60 and megabytes < 500

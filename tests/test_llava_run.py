@@ -199,6 +199,7 @@ weights = sum(p.numel() * p.element_size() for p in vlm.parameters())
 print(({peak} - before) / weights)
 """
     ratio = float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    print(f"peak growth {ratio:.3f} times the weights")
     assert ratio < 1.3
     done = subprocess.run([sys.executable, str(ROOT / "eval.py"), f"--llava={tmp_path / 'model'}", "--dtype=bfloat16",
                            "--ask", "What colour is the square?", "--image", str(tmp_path / "red.png"), "--max-new=8"],

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece as spm
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import CLIPConfig as HFClipConfig
 from transformers import LlamaConfig as HFLlama
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
@@ -20,6 +20,7 @@ from data.tokenizer import IMAGE_ID
 from model import lora, names, pretrained
 from model.export import export_hf
 from model.generate import generate
+from model.llama import Llama
 from model.vlm import VLM
 from tiny import difference, gradients, make_vlm, shake
 
@@ -314,6 +315,30 @@ def test_blocks_after_the_feature_layer_are_not_built(tmp_path):
     assert not any("ln_post" in name or name.endswith("visual.proj") for name in vlm.state_dict())
     with pytest.raises(ValueError, match="feature layer -1 needs 3 blocks, this tower was cut to 2"):
         vlm.visual.features(inputs()[0], -1)
+
+
+@pytest.mark.parametrize("kind, theirs", [("llama", HFLlama), ("mistral", MistralConfig), ("qwen2", Qwen2Config),
+                                          ("qwen3", Qwen3Config)])
+def test_keys_that_a_config_leaves_out_mean_what_transformers_takes_them_for(kind, theirs):
+    assert names.llama_config(dict(model_type=kind), "") == names.llama_config(theirs().to_dict(), "")
+
+
+def test_vision_keys_that_a_config_leaves_out_mean_what_transformers_takes_them_for():
+    assert names.clip_config({}, "", text={}) == names.clip_config(
+        CLIPVisionConfig().to_dict(), "", text=CLIPTextConfig().to_dict())
+    whole = LlavaConfig().vision_config.to_dict()
+    assert names.clip_config({}, "", defaults=names.LLAVA_VISION_DEFAULTS) == names.clip_config(whole, "")
+
+
+@pytest.mark.parametrize("window, tokens, fits", [(None, 99, True), (12, 12, True), (12, 13, False)])
+def test_a_sequence_beyond_the_sliding_window_is_refused(window, tokens, fits):
+    config = names.llama_config(TEXT | dict(model_type="mistral", sliding_window=window), "")
+    llm, x = Llama(config), torch.zeros(1, tokens, 24)
+    if fits:
+        llm(x, torch.tensor([tokens]))
+    else:
+        with pytest.raises(ValueError, match="13 tokens is longer than the sliding window of 12"):
+            llm(x, torch.tensor([tokens]))
 
 
 # ---------------------------------------------------------------- out again

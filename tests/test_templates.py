@@ -13,8 +13,10 @@ import pytest
 import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import chat
+from data.jinja import TURNS, jinja
 from data.sample import Sample
 from data.tokenizer import BytePairTokenizer, Tokenizer, from_saved, load, train
 
@@ -477,3 +479,36 @@ def test_any_conversation(pair, turns, question, target, system, images, data):
         assert taught == answers and not answer
     else:
         assert taught == [text[1:] if tok is VICUNA else text for text in answers] and not answer
+
+
+# ---------------------------------------------------------------- for servers
+
+def spoken(parts, bos, eos):
+    """What a template's parts say, special tokens spelt."""
+    return "".join({"bos": bos, "eos": eos}.get(part.token, part.token) if isinstance(part, chat.Put)
+                   else part.asked + part.taught for part in parts)
+
+
+@pytest.mark.parametrize("system", [None, "", "Be short.\nAnd 'kind'."])
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("name", TURNS)
+def test_servers_get_the_same_conversation(name, answered, system):
+    turns = [("<image>\nWhat is this?", "It's a \"dog\"."), (" Why? ", "So."), ("<image>\n<image>\nAnd {{ these }}?", None)]
+    turns = turns[:2] if answered else turns
+    parts = [chat.Put("bos")]
+    for n, turn in enumerate(turns):
+        parts += chat.TEMPLATES[name](None if n else chat.SYSTEM[name] if system is None else system, *turn)
+    messages = [] if system is None else [dict(role="system", content=system)]
+    for question, answer in turns:
+        pictures, text = question.count("<image>"), question.replace("<image>\n", "")
+        messages.append(dict(role="user", content=[*[dict(type="image")] * pictures, dict(type="text", text=text)]))
+        if answer is not None:
+            messages.append(dict(role="assistant", content=answer))
+    eos = "<|im_end|>" if name == "chatml" else "</s>"
+    text = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(jinja(name)).render(
+        messages=messages, add_generation_prompt=not answered, bos_token="<s>", eos_token=eos)
+    assert text == spoken(parts, "<s>", eos)
+
+
+def test_no_server_knows_brief():
+    assert jinja("brief") == ""
