@@ -18,6 +18,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
+from data.fast import tokenizer_json
+
 IMAGE_ID = -200     # an image token; outside the vocabulary, so that it can be neither spelt nor sampled
 TURN_END = "<|im_end|>"
 
@@ -67,6 +69,10 @@ class Tokenizer:
     def saved(self):
         """What a checkpoint keeps: the model's bytes, or a dict where the folder said more than they do."""
         return self.proto if self.as_trained else dict(proto=self.proto, added=self.added, names=self.names)
+
+    def fast_json(self, added):
+        """The text of a tokenizer.json that gives the same ids; added: name -> id of special tokens."""
+        return tokenizer_json(self.proto, self.model, self.bos_id, added)
 
     def encode(self, text):
         """Text -> ids, without BOS or EOS. Tags are pieces of their own, "</s>" is literal text."""
@@ -210,7 +216,8 @@ def load(folder, rows=None):
         added, beyond = {}, set()
         for name, i in _added(folder, config).items():
             beyond.add(name) if rows is not None and i >= rows else added.update({name: i})
-        return Tokenizer(path.read_bytes(), added, {r: name for r, name in named.items() if name not in beyond})
+        names = {role: name for role, name in named.items() if name not in beyond}
+        return Tokenizer(path.read_bytes(), added, names)
     except (ValueError, OSError) as error:
         raise ValueError(f"the tokenizer {str(path)!r} cannot be used: {error}") from None
 

@@ -32,11 +32,11 @@ def export_hf(vlm, tokenizer, folder, template="", shard_bytes=5 * 2 ** 30):
         raise ValueError("--export=hf: LLaVA knows no image_positions, and no other image tower than --clip-stem=conv "
                          "--clip-pool=class; this model cannot be written as one")
     vocab = c.llm.vocab
-    first = max(vocab, len(tokenizer) if tokenizer is not None else 0)
     try:
         image = tokenizer.special(IMAGE)
     except (AttributeError, ValueError):        # no tokenizer, or none with that token
-        image = first
+        # The next free id, whatever rows the embedding has to spare: fast tokenizers number what is added themselves.
+        image = vocab if tokenizer is None else len(tokenizer)
     rows = -(-max(vocab, image + 1) // 64) * 64
     texts = {"config.json": json.dumps(_config(vlm, rows, image), indent=2),
              "generation_config.json": json.dumps(_special_ids(tokenizer)),
@@ -53,7 +53,7 @@ def _config(vlm, rows, image):
     text = dict(
         model_type=kind, vocab_size=rows, hidden_size=t.width, intermediate_size=t.ff, num_hidden_layers=t.layers,
         num_attention_heads=t.heads, num_key_value_heads=t.kv_heads, head_dim=t.head_width, rms_norm_eps=t.eps,
-        rope_theta=t.theta, tie_word_embeddings=t.tied, hidden_act="silu", max_position_embeddings=t.window or 4096)
+        rope_theta=t.theta, tie_word_embeddings=t.tied, hidden_act="silu", max_position_embeddings=t.context)
     if kind in ("llama", "qwen3"):
         text["attention_bias"] = t.out_bias
     if t.window:
@@ -116,7 +116,8 @@ def _tokenizer_files(tokenizer, image):
              (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id),
               ("unk", tokenizer.model.unk_id())) if i is not None}
     config |= names | dict(tokenizer_class="LlamaTokenizer", legacy=True, sp_model_kwargs={})
-    return {"tokenizer.model": tokenizer.proto, "tokenizer_config.json": json.dumps(config, indent=2)}
+    return {"tokenizer.model": tokenizer.proto, "tokenizer_config.json": json.dumps(config, indent=2),
+            "tokenizer.json": tokenizer.fast_json(added)}
 
 
 @torch.no_grad()

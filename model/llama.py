@@ -41,6 +41,7 @@ class LlamaConfig:
     rope_context: int = 0       # tokens of the first training; a wave that fits into them
     rope_low: float = 1.0       # this often or less is stretched in full,
     rope_high: float = 4.0      # this often or more is left alone
+    context: int = 4096         # positions that the weights were trained on: what an export says, nothing here
     window: int = 0             # longest sequence for which full attention is right (Mistral); 0: any
 
     def __post_init__(self):

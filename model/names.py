@@ -16,12 +16,14 @@ from model.llama import LlamaConfig
 
 # What transformers takes for keys that a config.json leaves out.
 LLAMA_DEFAULTS = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                      num_attention_heads=32, rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10000.0)
-QWEN_DEFAULTS = LLAMA_DEFAULTS | dict(vocab_size=151936, intermediate_size=22016)
+                      num_attention_heads=32, rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10000.0,
+                      max_position_embeddings=2048)
+QWEN_DEFAULTS = LLAMA_DEFAULTS | dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768)
 DECODERS = {
     "llama": LLAMA_DEFAULTS,
-    "mistral": LLAMA_DEFAULTS | dict(intermediate_size=14336, num_key_value_heads=8, sliding_window=4096),
-    "qwen2": QWEN_DEFAULTS | dict(attention_bias="qkv"),
+    "mistral": LLAMA_DEFAULTS | dict(intermediate_size=14336, num_key_value_heads=8, sliding_window=4096,
+                                     max_position_embeddings=4096 * 32),
+    "qwen2": QWEN_DEFAULTS,
     "qwen3": QWEN_DEFAULTS | dict(head_dim=128),
 }
 VISION_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
@@ -37,10 +39,20 @@ def need(ok, where, name, value, expected):
         raise ValueError(f"{where}: {name} is {value!r}, expected {expected}")
 
 
+def sizes(config, names, where):
+    """The values of the keys `names`, each of which must be a whole number above 0."""
+    for name in names.split():
+        value = config[name]
+        need(isinstance(value, int) and not isinstance(value, bool) and value > 0, where, name, value,
+             "a whole number above 0")
+    return [config[name] for name in names.split()]
+
+
 def llama_config(config, where):
     """A decoder's config.json (dict) -> LlamaConfig. Raises ValueError naming what this decoder does not do."""
     kind = config.get("model_type", "llama").removeprefix("llava_")
     kind = {"llava": "llama", "qwen": "qwen2"}.get(kind, kind)      # LLaVA's own short names
+    need(not config.get("quantization_config"), where, "quantization_config", "there", "weights that are not quantized")
     need(kind in DECODERS, where, "model_type", config.get("model_type"), f"one of {', '.join(DECODERS)}")
     c = DECODERS[kind] | {name: value for name, value in config.items() if value is not None}
     need(c.get("hidden_act", "silu") == "silu", where, "hidden_act", c.get("hidden_act"), "'silu'")
@@ -50,18 +62,27 @@ def llama_config(config, where):
     scaling = rope.get("rope_type", rope.get("type", "default"))
     need(scaling in ("default", "linear", "llama3"), where, "rope_type", scaling, "default, linear or llama3")
     stretch = {}
+    wanted = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                               "original_max_position_embeddings")}[scaling]
+    for name in wanted:
+        need(isinstance(rope.get(name), (int, float)), where, f"{name} of the {scaling} rope scaling", rope.get(name),
+             "a number")
     if scaling != "default":
         stretch = dict(rope_factor=float(rope["factor"]))
     if scaling == "llama3":
         stretch |= dict(rope_context=rope["original_max_position_embeddings"], rope_low=float(rope["low_freq_factor"]),
                         rope_high=float(rope["high_freq_factor"]))
-    bias = c.get("attention_bias", False)
+    # Llama and Qwen 3 have a key for it, which covers o, too; the others do as they do.
+    bias = {"qwen2": "qkv", "mistral": False}.get(kind, c.get("attention_bias", False))
     window = config.get("sliding_window", c.get("sliding_window")) or 0     # null: none, whatever the family's default
     if kind.startswith("qwen") and not c.get("use_sliding_window"):
         window = 0
+    c.setdefault("num_key_value_heads", c["num_attention_heads"])
+    vocab, width, layers, heads, kv_heads, ff, context = sizes(
+        c, "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+        "max_position_embeddings", where)
     return LlamaConfig(
-        vocab=c["vocab_size"], width=c["hidden_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
-        kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]), ff=c["intermediate_size"],
+        vocab=vocab, width=width, layers=layers, heads=heads, kv_heads=kv_heads, ff=ff, context=context,
         theta=float(rope["rope_theta"]), eps=c["rms_norm_eps"], tied=bool(c["tie_word_embeddings"]),
         head_width=c.get("head_dim") or 0, qkv_bias=bool(bias), out_bias=bias is True, qk_norm=kind == "qwen3",
         window=window, **stretch)
@@ -73,7 +94,8 @@ def clip_config(vision, where, text=None, defaults=(), mean=None, std=None):
     need(kind in ("clip_vision_model", "clip"), where, "the image tower's model_type", kind,
          "'clip_vision_model' (SigLIP has no class token, another norm and other pooling, and is not built here)")
     v = VISION_DEFAULTS | dict(defaults) | {name: value for name, value in vision.items() if value is not None}
-    act = v["hidden_act"]
+    act, _ = v["hidden_act"], sizes(v, "image_size patch_size hidden_size num_hidden_layers num_attention_heads "
+                                    "intermediate_size projection_dim", where)
     need(act in ("quick_gelu", "gelu"), where, "the image tower's hidden_act", act, "'quick_gelu' or 'gelu'")
     towers = dict(text_layers=0)
     if text is not None:

@@ -72,6 +72,9 @@ def _fill(module, folder, names, where, dtype, device, idle=lambda name: False, 
     missing = [name for name in wanted if name not in names]
     sources, wrong = {}, []
     for name in wanted.keys() & names.keys():
+        if absent := {0, 1, 2} - {*names[name]} if ".in_proj_" in name else ():
+            missing += [f"{name}'s {', '.join('qkv'[place] for place in sorted(absent))}"]
+            continue
         parts = [names[name][place] for place in sorted(names[name])]
         shapes = [folder.shapes[part] for part in parts]
         shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(parts) > 1 else shapes[0]
@@ -79,12 +82,9 @@ def _fill(module, folder, names, where, dtype, device, idle=lambda name: False, 
         if (shape[::-1] if turned else shape) != wanted[name]:
             wrong.append(f"{parts[0]} {shape}, expected {wanted[name][::-1] if turned else wanted[name]}")
         sources[name] = parts, turned
-    faults = [f"{len(found)} {what} ({some(found)})" for what, found in
-              (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if found]
-    if faults:
-        raise ValueError(f"{where}: tensors {'; '.join(faults)}")
+    complain(where, missing, unexpected, wrong)
     state = given
-    for name, (parts, turned) in sources.items():
+    for name, (parts, turned) in sorted(sources.items(), key=lambda item: folder.by_file(item[1][0][0])):
         tensors = [folder.get(part) for part in parts]
         tensor = torch.cat(tensors) if len(parts) > 1 else tensors[0]
         # A copy always: the file's own pages would change with the file.
@@ -147,6 +147,8 @@ def _load_hf_clip(folder, dtype, device):
 def folder_clip_config(folder, text=False):
     """config.json (and preprocessor_config.json) of a Hugging Face CLIP folder -> ClipConfig."""
     config = read_json(folder / "config.json")
+    kind = config.get("model_type", "clip")
+    need(kind in ("clip", "clip_vision_model"), f"CLIP folder {str(folder)!r}", "model_type", kind, "'clip'")
     sizes = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
     return clip_config(config.get("vision_config", config) | sizes, f"CLIP folder {str(folder)!r}",
                        (config.get("text_config") or {}) if text else None, **_colours(folder))
@@ -192,20 +194,44 @@ def _load_open_clip(name, dtype, device):
     trained = "quick_gelu" if made_for.get("quick_gelu", act == "quick_gelu") else "gelu"
     other = model_name.removesuffix("-quickgelu") + ("-quickgelu" if trained == "quick_gelu" else "")
     need(act == trained, where, "the activation", act, f"{trained}, which these weights were trained with: {other}")
+    way = made_for.get("resize_mode", "shortest"), made_for.get("interpolation", "bicubic")
+    need(way == ("shortest", "bicubic"), where, "the resizing of its pictures", way, "('shortest', 'bicubic')")
+    if file.is_file() and act == "gelu":
+        warnings.warn(f"{where}: the file is read with exact GELU; OpenAI's weights want a name with -quickgelu",
+                      stacklevel=3)
     colours = {kind: tuple(made_for[kind]) for kind in ("mean", "std") if made_for.get(kind)}
     config = open_clip_config(open_clip.get_model_config(model_name), act, colours, where)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs = open_clip.create_model(model_name, pretrained=str(file) if file.is_file() else weights)
-    except Exception as error:      # no network, a damaged file, another architecture
+        # A file by itself: create_model would stretch position embeddings of another size into the model's.
+        state = (open_clip.factory.load_state_dict(str(file)) if file.is_file()
+                 else open_clip.create_model(model_name, pretrained=weights).state_dict())
+    except Exception as error:      # no network, a damaged file, a TorchScript archive
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{where} cannot be loaded by open_clip: {said}") from None
     with torch.device("meta"):
         ours = Clip(config)
-    state = {key: value.detach().to(device, dtype) for key, value in theirs.state_dict().items() if key != "attn_mask"}
-    ours.load_state_dict(state, assign=True)
+    state = {key: value.detach() for key, value in state.items() if key not in OPENAI_EXTRAS}
+    check_tensors({key: tuple(value.shape) for key, value in ours.state_dict().items()},
+                  {key: tuple(value.shape) for key, value in state.items()}, where)
+    ours.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
     return ours
+
+
+OPENAI_EXTRAS = ("attn_mask", "input_resolution", "context_length", "vocab_size")      # no weights
+
+
+def check_tensors(wanted, found, where):
+    """Both name -> shape; raises ValueError naming what is missing, unexpected or of another shape."""
+    wrong = [f"{name} {found[name]}, expected {wanted[name]}" for name in wanted.keys() & found.keys()
+             if found[name] != wanted[name]]
+    complain(where, wanted.keys() - found.keys(), found.keys() - wanted.keys(), wrong)
+
+
+def complain(where, missing, unexpected, wrong):
+    faults = [f"{len(names)} {what} ({some(names)})" for what, names in
+              (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if names]
+    if faults:
+        raise ValueError(f"{where}: tensors {'; '.join(faults)}")
 
 
 def _open_clip_shape(name):
@@ -221,7 +247,10 @@ def load_llm(path, dtype=torch.float32, device="cpu"):
     """A Hugging Face folder of a Llama-type decoder, or its name on the hub -> (Llama, tokenizer or None)."""
     folder = resolve(path, "--llm")
     where = f"decoder folder {str(folder)!r}"
-    config = llama_config(read_json(folder / "config.json"), where)
+    config = read_json(folder / "config.json")
+    need("text_config" not in config, where, "its config", "that of a model with more than a decoder", "a decoder's; a "
+         "LLaVA goes by --llava")
+    config = llama_config(config, where)
     tensors = TensorFolder(folder)
     names = _collect(tensors.shapes, lambda name: None if SKIPPED.search(name) else (name.removeprefix("model."), 0),
                      where)
@@ -235,10 +264,13 @@ def load_llm(path, dtype=torch.float32, device="cpu"):
 def _tokenizer(folder, rows):
     """The folder's tokenizer, or None; ValueError when it does not go with an embedding of `rows` rows."""
     tokenizer = tokenizers.load(folder, rows)
-    # Rows beyond the tokenizer's ids are padding, to a multiple that suits matmuls; nothing else is.
-    if tokenizer is not None and len(tokenizer) != rows and not (
-            len(tokenizer) < rows <= len(tokenizer) + 1024 and rows % 32 == 0):
-        raise ValueError(f"folder {str(folder)!r}: its tokenizer has {len(tokenizer)} entries, its embedding {rows} "
+    if tokenizer is None:
+        return None
+    # Rows beyond the tokenizer's ids are padding: to the next multiple that suits matmuls, or a little further.
+    count = len(tokenizer)
+    padded = rows in {-(-count // n) * n for n in (64, 128)} or rows % 32 == 0 and count < rows <= 1.03 * count
+    if rows != count and not padded:
+        raise ValueError(f"folder {str(folder)!r}: its tokenizer has {count} entries, its embedding {rows} "
                          "rows; they do not belong together")
     return tokenizer
 
@@ -253,16 +285,18 @@ def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
     """
     folder = resolve(path, "--llava")
     where, config = f"LLaVA folder {str(folder)!r}", read_json(folder / "config.json")
+    kind = config.get("model_type", "llava")
+    need(kind == "llava" or "text_config" not in config, where, "model_type", kind, "'llava'")
     tensors = TensorFolder(folder)
     names = _collect(tensors.shapes, llava_name, where)
     inside = any(name.startswith("visual.") for name in names) and not clip
+    loaded = None if inside else load_clip(clip or _named_tower(config, folder, where), dtype, device)
     if "text_config" in config:
         made = _hf_llava_config(config, where, folder)
     else:
-        made = _own_llava_config(config, where, folder, tensors, names if inside else ())
+        made = _own_llava_config(config, where, folder, tensors, names if inside else (), loaded and loaded.config)
     tower = {}
-    if not inside:
-        loaded = load_clip(clip or _named_tower(config, folder, where), dtype, device)
+    if loaded:
         made = replace(made, clip=loaded.config)
         tower = {f"visual.{name}": tensor for name, tensor in loaded.visual.state_dict().items()}
         names = {name: parts for name, parts in names.items() if not name.startswith("visual.")}
@@ -283,9 +317,13 @@ def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
 
 def _hf_llava_config(config, where, folder):
     """config.json of layouts 2 to 4 -> VlmConfig."""
-    text = config["text_config"]
+    text = config["text_config"] or {}
+    text = text | dict(tie_word_embeddings=text.get("tie_word_embeddings") or config.get("tie_word_embeddings", False))
+    need(config.get("multimodal_projector_bias", True), where, "multimodal_projector_bias", False, "True")
+    need(not config.get("quantization_config"), where, "quantization_config", "there", "weights that are not quantized")
     vision = clip_config(config.get("vision_config") or {}, where, defaults=LLAVA_VISION_DEFAULTS, **_colours(folder))
     layer = config.get("vision_feature_layer", -2)
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     need(isinstance(layer, int), where, "vision_feature_layer", layer, "one number")
     kept = config.get("vision_feature_select_strategy", "default")
     need(kept == "default", where, "vision_feature_select_strategy", kept, "'default', without the class token")
@@ -295,20 +333,22 @@ def _hf_llava_config(config, where, folder):
     padded = processor.exists() and read_json(processor).get("do_pad")
     return VlmConfig(
         vision, llama_config(text, where), "mlp2x_gelu" if act == "gelu" else "linear",
-        layer if layer < 0 else layer - vision.layers - 1, image_fit="pad" if padded else "crop",
+        layer, image_fit="pad" if padded else "crop",
         folder_image_id=config.get("image_token_index", config.get("image_token_id", 32000)))
 
 
-def _own_llava_config(config, where, folder, tensors, names):
-    """config.json of LLaVA's own layout -> VlmConfig; of the image tower only when `names` hold it."""
+def _own_llava_config(config, where, folder, tensors, names, tower=None):
+    """config.json of LLaVA's own layout -> VlmConfig; of the image tower when `names` hold it, else `tower`."""
     need(not config.get("mm_use_im_start_end"), where, "mm_use_im_start_end", True, "False: no tokens around an image")
     kept = config.get("mm_vision_select_feature", "patch")
     need(kept == "patch", where, "mm_vision_select_feature", kept, "'patch', without the class token")
     projector = config.get("mm_projector_type", "linear")
     need(projector in ("linear", "mlp2x_gelu"), where, "mm_projector_type", projector, "linear or mlp2x_gelu")
-    vision = _inside_tower(config, where, folder, tensors, names) if names else ClipConfig()
+    ratio = config.get("image_aspect_ratio")
+    need(ratio in (None, "square", "pad"), where, "image_aspect_ratio", ratio, "square or pad: no tiles are built here")
+    vision = _inside_tower(config, where, folder, tensors, names) if names else tower or ClipConfig()
     return VlmConfig(vision, llama_config(config, where), projector, config.get("mm_vision_select_layer", -2),
-                     image_fit="pad" if config.get("image_aspect_ratio") == "pad" else "crop")
+                     image_fit="pad" if ratio == "pad" else "crop")
 
 
 def _named_tower(config, folder, where):
@@ -336,7 +376,7 @@ def _inside_tower(config, where, folder, tensors, names):
             return folder_clip_config(place)
     need("clip-vit" in name, where, "mm_vision_tower", name, "a folder with a config.json, or one of OpenAI's towers: "
          "the tower's sizes stand nowhere else")
-    shapes = {ours: tensors.shapes[parts[0]] for ours, parts in names.items()}
+    shapes = {ours: tensors.shapes[next(iter(parts.values()))] for ours, parts in names.items()}
     width, _, patch, _ = shapes["visual.conv1.weight"]
     side = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
     layers = len({ours.split(".")[3] for ours in names if ours.startswith("visual.transformer.resblocks.")})
@@ -378,7 +418,9 @@ def shape(clip, llm, llava):
         else:
             made = _own_llava_config(config, where, folder, None, ())
         decoder = made.llm
-        fields = dict(projector=made.projector, feature_layer=made.feature_layer, image_positions=False)
+        fields = dict(projector=made.projector, image_positions=False)
+        if made.feature_layer < 0:
+            fields["feature_layer"] = made.feature_layer
     if clip:
         vision = _open_clip_shape(clip) if _is_open_clip(clip) else folder_clip_config(resolve(clip, "--clip"))
     if llm:

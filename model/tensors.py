@@ -32,6 +32,8 @@ def read_json(path):
 def _files(folder):
     """The files that hold a folder's tensors, with the index's own map name -> file, {} without an index."""
     for kind in KINDS:
+        if (folder / kind).exists():        # whole: an index beside it is left over
+            return [folder / kind], {}
         if (folder / (kind + INDEX)).exists():
             index = read_json(folder / (kind + INDEX))
             where = index.get("weight_map")
@@ -42,8 +44,6 @@ def _files(folder):
                 raise ValueError(f"folder {str(folder)!r} lacks {', '.join(lost)}, {len(lost)} of the {len(files)} "
                                  f"shards that its {kind + INDEX} names")
             return [folder / file for file in files], where
-        if (folder / kind).exists():
-            return [folder / kind], {}
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found, {}
@@ -54,7 +54,7 @@ class TensorFolder:
     """shapes: name -> tuple of every tensor in the folder. Raises ValueError when a file is missing or damaged."""
 
     def __init__(self, folder):
-        self.folder, self.shapes, self._where, self._bins, self._rows = Path(folder), {}, {}, {}, {}
+        self.folder, self.shapes, self._where, self._rows, self._held = Path(folder), {}, {}, {}, (None, {})
         files, mapped = _files(self.folder)
         for file in files:
             read = self._safetensors if file.suffix == ".safetensors" else self._pickle
@@ -80,11 +80,11 @@ class TensorFolder:
                 if "mmap" not in str(error):
                     raise
                 held = torch.load(file, map_location="cpu", weights_only=True)      # written before torch 1.6
-            self._bins[file] = {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+            self._held = file, {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
         except Exception as error:      # whatever a damaged file makes of torch's reader
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{str(file)!r} cannot be read as a PyTorch file of tensors: {said}") from None
-        return {name: tuple(value.shape) for name, value in self._bins[file].items()}
+        return {name: tuple(value.shape) for name, value in self._held[1].items()}
 
     def shorten(self, name, rows):
         """From now on the tensor is its first `rows` rows."""
@@ -92,14 +92,25 @@ class TensorFolder:
         self.shapes[name] = (min(rows, self.shapes[name][0]), *self.shapes[name][1:])
 
     def get(self, name):
-        """The tensor, in memory that may still be the file's: copy it before the folder goes."""
+        """The tensor, in memory that may still be the file's: copy it before the folder goes. Raises ValueError when it
+        does not hold floating-point numbers."""
         file = self._where[name]
-        if file in self._bins:
-            tensor = self._bins[file][name]
+        if file.suffix != ".safetensors":
+            if self._held[0] != file:       # one file at a time: asked for in the order of `by_file`, each opens once
+                self._held = None, {}
+                self._pickle(file)
+            tensor = self._held[1][name]
         else:       # opened anew for each: a file kept open keeps every page that was read from it in the process
             with safetensors.safe_open(file, "pt") as opened:
                 tensor = opened.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"folder {str(self.folder)!r}: {name} holds {tensor.dtype}, expected floating-point "
+                             "numbers")
         return tensor[:self._rows[name]] if name in self._rows else tensor
+
+    def by_file(self, name):
+        """Sorts names so that those of one file are neighbours."""
+        return str(self._where[name])
 
 
 def some(names, count=5):
@@ -114,7 +125,7 @@ def write_folder(folder, tensors, texts, shard_bytes=5 * 2 ** 30):
 
     Raises ValueError when `folder` exists and holds anything, OSError in one sentence when it cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder; it is not written over")
     shards, size = [{}], 0

@@ -33,6 +33,8 @@ class VlmConfig:
             raise ValueError(f"projector {self.projector!r} must be linear or mlp2x_gelu")
         if self.image_fit not in ("crop", "pad"):
             raise ValueError(f"image_fit {self.image_fit!r} must be crop or pad")
+        if self.feature_layer >= 0:     # as Hugging Face counts: 0 is what goes into the first block
+            object.__setattr__(self, "feature_layer", self.feature_layer - self.clip.layers - 1)
 
     @property
     def pixels(self):

@@ -17,7 +17,7 @@ from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from data.sample import collate
 from data.tokenizer import IMAGE_ID
-from model import lora, names, pretrained
+from model import lora, names, pretrained, tensors
 from model.export import export_hf
 from model.generate import generate
 from model.llama import Llama
@@ -341,6 +341,39 @@ def test_a_sequence_beyond_the_sliding_window_is_refused(window, tokens, fits):
             llm(x, torch.tensor([tokens]))
 
 
+def test_qwens_window_counts_only_when_it_is_in_use():
+    for used, window in ((False, 0), (True, 12)):
+        c = TEXT | dict(model_type="qwen2", sliding_window=12, use_sliding_window=used)
+        assert names.llama_config(c, "").window == window
+
+
+@pytest.mark.parametrize("layer, wanted", [(-2, -2), (2, -2), (3, -1), (1, -3)])
+def test_a_feature_layer_counted_from_the_front_is_the_same_one(layer, wanted, tmp_path):
+    hf = llava(vision_feature_layer=layer)
+    vlm = pretrained.load_llava(written(hf, tmp_path))[0]
+    pixels, ids = inputs()
+    with torch.no_grad():
+        assert difference(vlm.logits(pixels, ids), hf(input_ids=ids, pixel_values=pixels).logits) < 1e-5
+    assert vlm.config.feature_layer == wanted
+
+
+def test_a_model_keeps_its_weights_when_its_file_changes(tmp_path):
+    vlm = pretrained.load_llava(written(llava(), tmp_path))[0]
+    before = {name: value.clone() for name, value in vlm.state_dict().items()}
+    file = tmp_path / "model.safetensors"
+    size = file.stat().st_size
+    with open(file, "r+b") as opened:       # in place: the same pages that a memory map reads
+        opened.seek(size // 4)
+        opened.write(bytes(size - size // 4))
+    assert all(torch.equal(value, before[name]) for name, value in vlm.state_dict().items())
+
+
+@pytest.mark.parametrize("ratio, fit", [("pad", "pad"), ("square", "crop"), (None, "crop")])
+def test_llavas_own_config_says_how_pictures_become_square(ratio, fit, tmp_path):
+    edited(written(llava(), tmp_path, 1), image_aspect_ratio=ratio)
+    assert pretrained.load_llava(tmp_path)[0].config.image_fit == fit
+
+
 # ---------------------------------------------------------------- out again
 
 def same_model(given, wanted):
@@ -397,6 +430,23 @@ def test_adapters_are_merged_on_the_way_out(tmp_path):
     with torch.no_grad():
         back = pretrained.load_llava(tmp_path / "out")[0]
         assert difference(back.logits(pixels, ids), vlm.logits(pixels, ids)) < 1e-5
+
+
+def test_an_export_states_the_towers_activation_and_can_be_read_by_others(tmp_path):
+    hf = llava(act="gelu")
+    vlm = pretrained.load_llava(written(hf, tmp_path / "in"))[0]
+    export_hf(vlm, None, tmp_path / "out")
+    assert pretrained.load_llava(tmp_path / "out")[0].config.clip.act == "gelu"
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_an_export_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(tensors, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        export_hf(make_vlm(image_positions=False), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_is_whole_or_not_at_all(tmp_path):
@@ -464,6 +514,16 @@ HEAD, NORM = "language_model.lm_head.weight", "language_model.model.norm.weight"
     (lambda f: edited(f, vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full'"),
     (lambda f: edited(f, vision_feature_layer=[-2, -1]), "vision_feature_layer is "),
     (lambda f: edited(f, vision_feature_layer=-9), "feature layer -9 must lie in"),
+    (lambda f: reshaped(f, lambda s: s.pop("vision_tower.encoder.layers.0.self_attn.q_proj.weight")),
+     r"1 missing \(visual.transformer.resblocks.0.attn.in_proj_weight's q\)"),
+    (lambda f: reshaped(f, lambda s: s.update({NORM: (9 * s[NORM]).to(torch.int8)})), "norm.weight holds torch.int8"),
+    (lambda f: reshaped(f, lambda s: s.update({"model." + NORM: s[NORM] * 1})), "are two names of one"),
+    (lambda f: edited(f, model_type="llava_next"), "model_type is 'llava_next', expected 'llava'"),
+    (lambda f: edited(f, quantization_config=dict(bits=4)), "quantization_config"),
+    (lambda f: edited(f, multimodal_projector_bias=False), "multimodal_projector_bias is False"),
+    (lambda f: edited(f, text_config=dict(TEXT, rope_scaling=dict(rope_type="linear"))), "factor of the linear rope"),
+    (lambda f: edited(f, text_config=dict(TEXT, num_attention_heads=0)), "num_attention_heads is 0, expected a whole"),
+    (lambda f: edited(f, vision_config=dict(VISION, patch_size="5")), "patch_size is '5', expected a whole number"),
     (lambda f: edited(f, projector_hidden_act="gelu_new"), "projector_hidden_act is 'gelu_new'"),
     (lambda f: edited(f, projector_hidden_act="linear"), "only W followed by an identity"),
     (lambda f: edited(f, vision_config=dict(VISION, model_type="siglip_vision_model")), "SigLIP"),
@@ -478,6 +538,52 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(spoil, said, tmp_
     with pytest.raises(ValueError, match=said) as error:
         pretrained.load_llava(tmp_path / "model")
     assert "\n" not in str(error.value)
+
+
+def test_an_index_beside_a_whole_file_is_passed_over(tmp_path):
+    written(llava(), tmp_path)
+    index = dict(weight_map={"x": "model-1-of-2.safetensors"})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    pretrained.load_llava(tmp_path)
+
+
+@pytest.mark.parametrize("top, text, tied", [(True, False, True), (True, None, True), (False, True, True),
+                                             (None, True, True), (False, False, False)])
+def test_either_place_may_tie_the_head(top, text, tied, tmp_path):
+    folder = written(llava("smollm2" if tied else "llama"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = text
+    edited(folder, tie_word_embeddings=top, text_config=config["text_config"])
+    assert pretrained.load_llava(folder)[0].llm.config.tied == tied
+
+
+@pytest.mark.parametrize("load, folder, said", [
+    (pretrained.load_llm, "llava", "a LLaVA goes by --llava"), (pretrained.load_llava, "clip", "expected 'llava'"),
+    (pretrained.load_clip, "llava", "model_type is 'llava', expected 'clip'")])
+def test_a_folder_of_another_kind_is_named(load, folder, said, tmp_path):
+    if folder == "llava":
+        written(llava(), tmp_path)
+    else:
+        CLIPModel(HFClipConfig(vision_config=VISION, text_config=TEXT_TOWER)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        load(str(tmp_path))
+
+
+def test_tiles_of_llavas_next_version_are_refused(tmp_path):
+    edited(written(llava(), tmp_path, 1), image_aspect_ratio="anyres", mm_patch_merge_type="flat")
+    with pytest.raises(ValueError, match="image_aspect_ratio is 'anyres'"):
+        pretrained.load_llava(tmp_path)
+
+
+def test_an_open_clip_file_of_another_size_is_refused_by_name(open_clip_model, tmp_path):
+    name, file, _ = open_clip_model
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"visual.positional_embedding": torch.zeros(17, 12)}, tmp_path / "larger.pt")
+    with pytest.raises(ValueError, match=r"1 of another shape \(visual.positional_embedding \(17, 12\), expected"):
+        pretrained.load_clip(f"{name}:{tmp_path / 'larger.pt'}")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "training.pt")
+    again = pretrained.load_clip(f"{name}:{tmp_path / 'training.pt'}").state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.items())
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -502,6 +608,23 @@ def test_a_pickle_of_anything_but_tensors_is_not_opened(tmp_path):
         pretrained.load_llava(tmp_path)
 
 
+def test_a_tower_inside_llavas_own_layout_is_openais_when_its_name_says_so(tmp_path):
+    vision = CLIPVisionConfig(**VISION | dict(hidden_size=128, num_attention_heads=2, intermediate_size=40,
+                                              layer_norm_eps=1e-5))
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=FAMILIES["llama"], image_token_index=IMAGE,
+                         image_seq_length=PATCHES, attn_implementation="eager")
+    hf = shake(LlavaForConditionalGeneration(config)).eval()
+    edited(written(hf, tmp_path, 1), mm_vision_tower="openai/clip-vit-large-patch14-336")
+    pixels, ids = inputs()
+    with torch.no_grad():
+        given = pretrained.load_llava(tmp_path)[0].logits(pixels, ids.masked_fill(ids == IMAGE, IMAGE_ID))
+        assert difference(given, hf(input_ids=ids, pixel_values=pixels).logits) < 1e-5
+    edited(tmp_path, mm_vision_tower="google/siglip-so400m")
+    with pytest.raises(ValueError, match="mm_vision_tower is 'google/siglip-so400m'"):
+        pretrained.load_llava(tmp_path)
+
+
 def test_llavas_own_layout_without_a_tower_takes_the_one_it_names(tmp_path):
     hf = llava()
     wanted = pretrained.load_llava(written(hf, tmp_path / "whole", 1))[0]
@@ -513,6 +636,9 @@ def test_llavas_own_layout_without_a_tower_takes_the_one_it_names(tmp_path):
     hf.model.vision_tower.save_pretrained(tmp_path / "tower")
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | dict(mm_vision_tower=str(tmp_path / "tower"))))
+    assert same_model(pretrained.load_llava(tmp_path / "model")[0], wanted)
+    shutil.copytree(tmp_path / "tower", tmp_path / "model" / "beside")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | dict(mm_vision_tower="beside")))
     assert same_model(pretrained.load_llava(tmp_path / "model")[0], wanted)
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | dict(mm_vision_tower="nowhere/at-all")))
     with pytest.raises(ValueError, match="holds no image tower.*nowhere/at-all.*name one with --clip="):

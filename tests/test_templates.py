@@ -15,10 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from PIL import Image
+from transformers import AutoProcessor
+
 from data import chat
 from data.jinja import TURNS, jinja
 from data.sample import Sample
 from data.tokenizer import BytePairTokenizer, Tokenizer, from_saved, load, train
+from model.clip import ClipConfig
+from model.export import export_hf
+from model.llama import LlamaConfig
+from model.pretrained import load_llava
+from model.vlm import VLM, VlmConfig
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -55,6 +63,8 @@ def byte_level_json():
 PROTO, JSON = sentencepiece_model(), byte_level_json()
 VICUNA = Tokenizer(PROTO)
 QWEN = BytePairTokenizer(JSON, bos=None, eos="<|endoftext|>", pad="<|endoftext|>")
+OWN = train(["A sea gull, two cats; what is it?", " It is a dog."] * 3, chat.TAGS, 400)
+FAST, OWN_FAST = (tokenizers.Tokenizer.from_str(tok.fast_json({"<image>": len(tok)})) for tok in (VICUNA, OWN))
 BOTH = pytest.mark.parametrize("tok", [VICUNA, QWEN], ids=["sentencepiece", "byte-level"])
 PAIRS = [(VICUNA, "vicuna_v1"), (VICUNA, "llama_2"), (VICUNA, "brief"), (QWEN, "chatml"), (QWEN, "vicuna_v1"),
          (QWEN, "llama_2")]
@@ -508,6 +518,48 @@ def test_servers_get_the_same_conversation(name, answered, system):
     text = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(jinja(name)).render(
         messages=messages, add_generation_prompt=not answered, bos_token="<s>", eos_token=eos)
     assert text == spoken(parts, "<s>", eos)
+
+
+def exported(tok, rows, folder):
+    """A tiny model with this tokenizer and an embedding of `rows` rows, written for transformers; -> its VLM."""
+    vlm = VLM(VlmConfig(ClipConfig(image_size=15, patch=5, width=12, layers=2, heads=3, embed=7),
+                        LlamaConfig(vocab=rows, width=24, layers=1, heads=2, kv_heads=2, ff=28)))
+    export_hf(vlm, tok, folder, jinja(chat.template_for(tok)))
+    return vlm
+
+
+@pytest.mark.parametrize("spare", [False, True], ids=["every row a token", "rows to spare"])
+@pytest.mark.parametrize("kind", ["vicuna", "qwen"])
+def test_an_exported_processor_gives_the_ids_of_training(kind, spare, tmp_path):
+    tok = VICUNA if kind == "vicuna" else QWEN
+    vlm = exported(tok, -(-(len(tok) + 1) // 64) * 64 if spare else len(tok), tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == config["image_token_index"] == len(tok)
+    for question in ("What is this?", "  two  spaces 漢😀\n", " Why? "):
+        messages = [dict(role="user", content=[dict(type="image", image=Image.fromarray(PICTURE)),
+                                               dict(type="text", text=question)])]
+        given = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        ids, _, _ = chat.encode(Sample(images=(PICTURE,), question=question), tok, 9, "direct", chat.template_for(tok))
+        assert np.ravel(given["input_ids"]).tolist() == [len(tok) if i == tok.image_id else i for i in ids]
+    back, tok_back = load_llava(tmp_path / "out")
+    assert back.config.llm.vocab == vlm.config.llm.vocab
+    export_hf(back, tok_back, tmp_path / "again", jinja(chat.template_for(tok)))
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["What", "dog", " ", "  ", "\n", ".", "é", "漢", "😀", "1", "23", "chat", "USER", ":"])))
+def test_a_fast_tokenizer_written_from_sentencepiece_gives_its_ids(words):
+    text = "".join(words)
+    assert FAST.encode(text, add_special_tokens=False).ids == VICUNA.encode(text)
+    assert OWN_FAST.encode(text, add_special_tokens=False).ids == OWN.encode(text)
+
+
+def test_a_fast_tokenizer_keeps_the_pieces_that_were_given_whole():
+    assert OWN_FAST.encode("a<think>b").ids == [1, *OWN.encode("a<think>b")]
+    assert OWN.special("<think>") in OWN.encode("a<think>b") and FAST.encode("<image>").ids[-1] == len(VICUNA)
 
 
 def test_no_server_knows_brief():
