@@ -333,6 +333,8 @@ def many_seeds(script, cfg):
               if (root / f"seed-{cfg.seed}" / f"{name}.json").exists()}
     for name, rows in reversed(of_all.items()):                     # a run that has results.json is finished
         write_json(root / f"{name}.json", rows)
+    if not of_all.get("results"):       # nothing was evaluated
+        return
     log = report.mean_log([report.read_log(root / f"seed-{seed}" / "log.jsonl") for seed in seeds])
     if curves := report.curves(log, statistics.over_seeds(of_all["results"])):
         checkpoint.write_atomically(root / "curves.png", lambda file: file.write(curves))
@@ -415,6 +417,9 @@ def main(argv):
         raise ValueError(f"--llava={cfg.llava} needs --ask=, --data= or --export=: it was not trained on drawn scenes")
     vlm, tok, state = load_any(cfg)
     trained = state["config"]
+    if trained["data"].startswith("llava:") and not (cfg.ask or cfg.export or cfg.data):
+        raise ValueError(f"--checkpoint={cfg.checkpoint} was trained on conversations, which nothing can check; it "
+                         "needs --ask=, --data= or --export=")
     if cfg.export:
         return export(vlm, tok, cfg.export, cfg.template or trained["template"])
     settings = SimpleNamespace(method=cfg.method or state["method"], template=cfg.template or trained["template"],

@@ -26,17 +26,16 @@ import eval as evaluation
 from data import chat, cot, llava, scenes, tokenizer
 from data.sample import batch_indices, collate
 from data.supply import TEST_SEED, Supply
-from model import checkpoint, flops, memory, pretrained
+from model import checkpoint, flops, memory, prepare, pretrained
 from model.clip import Clip, ClipConfig, contrastive_loss
 from model.config import adopt, check_ranges, describe, from_command_line, needs
 from model.device import pick_device, pick_dtype
 from model.llama import LlamaConfig
 from model.optim import diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained, stepper
-from model.prepare import prepare
 from model.presets import PRESETS
 from model.runfolder import RunFolder, choose, resumed, write_json
 from model.vlm import VLM, VlmConfig
-from rl import algorithms, metrics, rewards
+from rl import algorithms, metrics, report, rewards
 from rl.learner import Guard, make_learner
 from rl.types import Experience, Rollout
 from rl.update import estimated, informative, scored, update
@@ -224,20 +223,13 @@ class Config:
         source, _, where = self.data.partition(":")
         need(source in ("scenes", "images", "jsonl", "llava") and (source != "scenes") == bool(where), "data",
              "be scenes, images:DIR, jsonl:FILE or llava:FILE")
-        need(source != "scenes" or not self.pretrained, "data",
-             "be images:DIR, jsonl:FILE or llava:FILE where --clip, --llm or --llava names a model")
-        need(not (self.llava and self.init), "llava", "be left out beside --init")
-        need(not self.export or self.export.startswith("hf:") and self.export != "hf:", "export", "be hf:DIR")
-        need(not Path(self.export[3:] or "..").exists() or self.resume or not self.export, "export",
-             "name a folder that does not exist yet")
+        prepare.check(self, need, self.stages())
         need(source != "scenes" or self.image_size == scenes.SIZE or self.bench, "image_size",
              f"be {scenes.SIZE} for drawn scenes")
         self.clip_config(1), self.llm_config(1)
         for name in self.stages():
             if name not in STAGES:
                 raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
-            need(source != "llava" or name in ("clip", "align", "sft"), "stage",
-                 "be clip, align or sft: conversations of --data=llava:FILE have no single answer to check")
         need(not self.explain or self.stage in ("rl", "grpo_zero", *algorithms.VARIANTS),
              "explain", "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
         need(not self.algorithm or not {*self.stages()} & {*algorithms.ALGORITHMS}, "algorithm",
@@ -268,9 +260,10 @@ class Config:
         if self.stage != "all":
             return self.stage.split(",")
         first = [] if self.llava else ["align"] if self.clip else ["clip", "align"]
+        first += ["sft"] if self.sft_steps or self.sft_epochs else []
         if self.data.startswith("llava:"):
-            return [*first, "sft"]
-        return [*first, *(["sft"] if self.sft_steps else []), "cot", *COMPARISONS[self.compare]]
+            return first
+        return [*first, "rl"] if self.pretrained else [*first, "cot", *COMPARISONS[self.compare]]
 
 
 # what --compare adds to clip, align, sft and cot
@@ -284,8 +277,9 @@ COMPARISONS = {
 class Run(RunFolder):
     """A run folder and what all stages share: config, device, data, tokenizer, counted FLOPs."""
 
-    def __init__(self, cfg, folder):
+    def __init__(self, cfg, folder, plan=None):
         super().__init__(folder, pick_device(cfg.device))
+        self.plan = plan                # VlmConfig of a pretrained model, said at the start
         self.cfg, self.dtype = cfg, pick_dtype(cfg.dtype)
         self.flops, self.state = 0, {}
         self.supply = Supply(cfg)
@@ -310,6 +304,7 @@ class Run(RunFolder):
         """Loads what `stage` starts from, --init, --llava or the stage before; -> its VLM, None if it has none yet."""
         torch.manual_seed(seed_of(self.cfg.seed, stage))
         self.flops, self.state = 0, {}
+        self.supply.begin(stage, report.read_log(self.log_path))
         if stage == self.cfg.stages()[0] and self.cfg.llava:
             return self.ready(pretrained.load_llava(self.cfg.llava, self.dtype, self.device, self.cfg.clip)[0], stage)
         if not STAGES[stage][1] or stage == "align" and self.cfg.clip and not self.cfg.init:
@@ -324,7 +319,7 @@ class Run(RunFolder):
 
     def ready(self, vlm, stage):
         """The model where and as the config wants it in this stage, with what does not train frozen."""
-        return prepare(vlm, self.cfg, stage == "align").to(self.device, self.dtype)
+        return prepare.prepare(vlm, self.cfg, stage == "align").to(self.device, self.dtype)
 
     def spend(self, vlm, what, *args):
         """Counts the FLOPs of that name in model/flops.py."""
@@ -348,23 +343,23 @@ def fit(run, stage, module, count, losses_of, steps, batch, peak, lengths=None):
     """Supervised training. `losses_of(indices)` yields the step's loss in micro-batches, already over the step's
     denominator; `count`: records to draw indices from, a new seeded order each epoch, of like `lengths` if given."""
     cfg = run.cfg
-    optimizer = make_optimizer(module, cfg.beta2, cfg.weight_decay, module_lr=cfg.module_lr, moments=cfg.moments,
-                               master=cfg.master)
+    rates = "" if stage == "clip" else cfg.module_lr
+    optimizer = make_optimizer(module, cfg.beta2, cfg.weight_decay, None, 1.0, rates, cfg.moments, cfg.master)
     start, run.flops = run.take_progress(stage, module, optimizer, None) or (0, run.flops)
     began = time.perf_counter()
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
     for step in bar:
-        lr, total = learning_rate(step, steps, peak, cfg.warmup, cfg.final_lr), 0.0
+        lr, total = learning_rate(step, steps, peak, cfg.warmup, cfg.final_lr), None      # of a step without records
         for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"), lengths)):
             if loss.requires_grad:      # text alone has nothing to say to a projector that trains alone
                 loss.backward()
-            total += loss.item()
+            total = (total or 0.0) + loss.item()
         norm = optimizer_step(optimizer, lr, cfg.grad_clip)[0]
         if not math.isfinite(norm):
             raise ValueError(diverged(norm, lr))
         run.log(stage=stage, step=step, loss=total, lr=lr, grad_norm=norm, flops=run.flops,
                 seconds=round(time.perf_counter() - began, 3))
-        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+        bar.set_postfix(loss=total, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_progress(stage, step + 1, module, optimizer, None, run.flops)
     return time.perf_counter() - began
@@ -428,8 +423,9 @@ def clip(run, stage, like):
     pixels, log = dict(image_size=cfg.image_size, fit="crop", mean=config.mean), partial(run.log, stage=stage)
 
     def losses_of(indices):
-        found = run.supply.usable(samples, indices, lambda _, sample: run.supply.decoded(sample, pixels), log)
-        chosen = [sample for sample in found if len(sample.images) == 1]
+        chosen = list(run.supply.usable(samples, indices, lambda i, s: run.supply.pictured(i, s, pixels), log))
+        if len(chosen) < 2:             # nothing to contrast
+            return
         texts = [tok.encode(" " + sample.caption)[:config.text_length - 1] + [tok.eos_id] for sample in chosen]
         batch = collate([(ids, [0] * len(ids), s.images) for ids, s in zip(texts, chosen)], tok.pad_id, cfg.image_size)
         batch = batch.to(run.device)
@@ -440,7 +436,7 @@ def clip(run, stage, like):
         yield contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
 
     seconds = fit(run, stage, model, len(samples), losses_of, cfg.clip_steps, cfg.clip_batch, cfg.clip_lr)
-    if not run.real and cfg.image_size // cfg.patch == scenes.CELLS:
+    if cfg.data == "scenes" and cfg.image_size // cfg.patch == scenes.CELLS:
         found = evaluation.shape_probe(model.visual, cfg.feature_layer)
         write_json(run.folder / "probe.json", found)
         print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
@@ -453,7 +449,8 @@ def supervise(run, stage, vlm, records, steps, peak, method, batch=0, epochs=0.0
     model stays as it is."""
     cfg, tok, patches, batch = run.cfg, run.tokenizer, vlm.config.clip.patches, batch or run.cfg.batch
     steps = math.ceil(epochs * len(records) / batch) if epochs else steps if records else 0
-    memory.announce(stage, vlm, cfg)
+    if not run.plan:
+        memory.announce(stage, vlm, cfg, False)
     log = partial(run.log, stage=stage)
 
     def encode(i, record):
@@ -473,7 +470,7 @@ def supervise(run, stage, vlm, records, steps, peak, method, batch=0, epochs=0.0
             run.flops += flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
             yield -vlm(micro).logp.sum() / denominator
 
-    lengths = run.records.lengths(patches) if cfg.group_lengths and run.records else None
+    lengths = run.records.lengths(patches) if cfg.group_lengths and run.records and stage == "sft" else None
     seconds = fit(run, stage, vlm, len(records), losses_of, steps, batch, peak, lengths)
     run.supply.check(records)
     run.finish_stage(stage, method, vlm)
@@ -484,7 +481,7 @@ def align(run, stage, like):
     """Projector and, from nothing, decoder on captions. The first stage with a vision-language model."""
     cfg, vlm = run.cfg, run.start(stage)
     if vlm is None and (cfg.clip or cfg.llm):
-        vlm = run.ready(pretrained.assemble(cfg, run.state, len(run.tokenizer), run.dtype, run.device), stage)
+        vlm = run.ready(pretrained.assemble(cfg, run.plan, run.state, len(run.tokenizer), run.dtype, run.device), stage)
     elif vlm is None:
         vlm = VLM(VlmConfig(ClipConfig(**run.state["clip_config"]), cfg.llm_config(len(run.tokenizer)), cfg.projector,
                             cfg.feature_layer, cfg.image_positions))
@@ -510,8 +507,10 @@ def chains(run, part, flawless=False):
     if run.real:
         error = 0.0 if flawless else cfg.teacher_error
         answers = sorted({sample.answer for sample in run.real["train"]})
-        near = evaluation.nearest_answers(run.state, run.real["train"], answers, run.tokenizer, cfg.candidates,
-                                          run.device, run.dtype)
+        near = [()] * len(run.real["train"])
+        if not all(sample.reasoning for sample in run.real["train"]):
+            near = evaluation.nearest_answers(run.state, run.real["train"], answers, run.tokenizer, cfg.candidates,
+                                              run.device, run.dtype)
         samples = cot.candidate_chains(run.real["train"], near, error, 1000 * cfg.seed + part, answers)
     else:
         samples = run.samples("train", cfg.traces, part, cot.PERFECT if flawless else run.supply.teacher)
@@ -526,11 +525,13 @@ def cot_stage(run, stage, like):
     return supervise(run, stage, run.start(stage), chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
 
 
-def rl(run, stage, like, method="think"):
-    """RL on correctness and format, with the switches of the stage's name if it is an algorithm's; as `grpo_zero`
-    without chains to imitate, the prompt alone asks for the tags."""
+def rl(run, stage, like, method=""):
+    """RL on correctness and format, with the switches of the stage's name if it is an algorithm's. Without chains to
+    imitate, as in `grpo_zero` or from a pretrained model, the prompt alone asks for the tags."""
     vlm, cfg = run.start(stage), algorithms.of_stage(run.cfg, stage)
-    memory.announce(stage, vlm, cfg, cfg.group)
+    method = method or ("think" if run.state.get("method") == "think" else "asked")
+    if not run.plan:
+        memory.announce(stage, vlm, cfg, True)
     samples = run.samples("train", cfg.rl_prompts, part=6)
     if not run.progress:
         evaluation.look_ahead(run, stage, vlm, samples, method, cfg)
@@ -600,7 +601,7 @@ STAGES = {
     "align": (align, ("clip",), ()),
     "sft": (sft, ("align",), ()),
     "cot": (cot_stage, ("sft", "align"), ()),
-    "rl": (rl, ("cot",), ()),
+    "rl": (rl, ("cot", "sft"), ()),
     # more of the teacher's chains, on fresh prompts; the same chains filtered; the model's own right answers, twice
     "cot_continued": (partial(matched, records_of=partial(chains, part=5), method="think"), ("cot",), ("rl",)),
     "filtered": (partial(matched, records_of=checked_chains, method="think"), ("cot",), ("rl",)),
@@ -617,14 +618,17 @@ STAGES = {
 }
 
 
-def open_run(cfg):
+def open_run(cfg, plan=None):
     """A new run folder, or the interrupted one. Whatever cannot work is said before the folder is made."""
-    run = Run(cfg, choose(cfg.out, cfg.preset, cfg.resume))
+    run = Run(cfg, choose(cfg.out, cfg.preset, cfg.resume), plan)
     real = run.supply.own()
     if cfg.resume:
         run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages(), real)
     if "iou" in rewards.start(cfg) and not any(sample.boxes for sample in real):
         raise ValueError(f"--rewards={cfg.rewards}: iou needs samples with boxes, and --data={cfg.data} has none")
+    if plan and "cot" in cfg.stages() and not all(sample.reasoning for sample in real):
+        raise ValueError(f"--stage={cfg.stage}: cot needs a reasoning in every line of --data={cfg.data}: a pretrained "
+                         "model has no teacher")
     given = {cfg.stages()[0]} if cfg.llava else {"align"} if cfg.clip and not cfg.init else {}
     run.check_origins(cfg.stages(), {name: () if name in given else of[1] for name, of in STAGES.items()},
                       {name: of[2] for name, of in STAGES.items()}, cfg.init)
@@ -639,21 +643,16 @@ def open_run(cfg):
     return run
 
 
-def implied(given):
-    """What flags imply: an algorithm's switches; a whole LLaVA takes the place of a recipe's parts."""
-    if given.get("llava") and given.get("llm"):
-        raise ValueError(f"--llava={given['llava']} must be left out beside --llm, or --llm beside it")
-    return algorithms.of_flags(given) | (dict(clip="", llm="") if given.get("llava") else {})
-
-
 def main(argv):
-    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed, implied), []
-    if cfg.init:
-        names = list(Config.__dataclass_fields__)
-        shape = names[names.index("image_size"):names.index("template")]
-        cfg, notes = adopt(cfg, checkpoint.load(cfg.init).get("config", {}), shape)
-    else:
-        cfg = replace(cfg, **pretrained.shape(cfg.clip, cfg.llm, cfg.llava))
+    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed,
+                                  lambda given: algorithms.of_flags(given) | prepare.implied(given)), []
+    plan = None if cfg.init else pretrained.planned(cfg)
+    if cfg.init or plan:
+        names, own = list(Config.__dataclass_fields__), cfg.flags.split()
+        shape = names[names.index("image_size"):names.index("template") + ("template" not in own)]
+        saved = checkpoint.load(cfg.init).get("config", {}) if cfg.init else pretrained.fields(plan)
+        cfg, said = adopt(cfg, saved, shape, "--init" if cfg.init else "what is loaded")
+        notes += said if cfg.init or {*own} & {*saved} else []
     notes += cfg.check()
     if cfg.seeds:
         return evaluation.many_seeds(__file__, cfg)
@@ -663,9 +662,11 @@ def main(argv):
     if cfg.explain:
         print("".join(f"note: {note}\n" for note in notes), end="")
         with tempfile.TemporaryDirectory() as folder:
-            return STAGES[cfg.stage][0](open_run(replace(cfg, out=folder)), stage=cfg.stage, like=())
+            return STAGES[cfg.stage][0](open_run(replace(cfg, out=folder), plan), stage=cfg.stage, like=())
     began = time.perf_counter()
-    cfg = (run := open_run(cfg)).cfg
+    if plan:
+        prepare.plan(plan, cfg, [stage for stage in cfg.stages() if stage != "clip"])
+    cfg = (run := open_run(cfg, plan)).cfg
     print(describe(cfg))
     for note in notes + run.notes:
         print(f"note: {note}")
@@ -682,7 +683,9 @@ def main(argv):
         tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.supply.teacher)
                  for split in (("val",) if run.real else scenes.SPLITS)}
         evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
-    if cfg.export:
+    else:
+        write_json(run.folder / "results.json", [])     # none: but the run is finished
+    if cfg.export and not Path(cfg.export[3:]).exists():
         evaluation.export(*evaluation.load_vlm(run.path(cfg.stages()[-1]))[:2], cfg.export, cfg.template)
     files = [f for f in ("results.json", "samples.html", "curves.png", "log.jsonl") if (run.folder / f).exists()]
     print(f"\n{run.folder}: {', '.join(files)} and checkpoints; {time.perf_counter() - began:.0f} s in all")

@@ -53,15 +53,28 @@ class Supply:
         """A LLaVA file's sample with its pictures decoded, others as they are; pixels: arguments of `collate`."""
         return self.records.decoded(sample, pixels) if self.records else sample
 
+    def pictured(self, i, sample, pixels):
+        """A sample that pairs one picture with a caption, decoded; BadRecord for any other."""
+        if len(sample.images) != 1:
+            raise llava.BadRecord("no pair", i, sample.id, f"{len(sample.images)} pictures, one must go with a caption")
+        return self.decoded(sample, pixels)
+
+    def begin(self, stage, lines):
+        """A new tally for a stage, with what the log's lines already say of it."""
+        self.bad = llava.Bad(self.cfg.bad_records)
+        for line in lines:
+            if line["stage"] == stage and "bad_record" in line:
+                self.bad.seen[line["number"]] = line["kind"], line["name"]
+
     def usable(self, records, indices, use, log):
-        """use(i, records[i]) of those records that can be used; log(bad_record=why) of the others, once, or under
+        """use(i, records[i]) of those records that can be used; log(bad_record=why, ..) of the others, once, or under
         --bad-records=stop the ValueError."""
         for i in indices:
             try:
                 yield use(i, records[i])
             except llava.BadRecord as error:
                 if self.bad.see(error):
-                    log(bad_record=str(error))
+                    log(bad_record=str(error), number=int(error.number), kind=error.kind, name=error.name)
 
     def check(self, records):
         """Says which records could not be used. Raises ValueError when none could."""

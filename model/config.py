@@ -84,11 +84,12 @@ def from_command_line(cls, presets, argv, doc, saved=lambda given: None, more=la
     return replace(cls(), **{**presets[preset], "preset": preset, **more(given), **given})
 
 
-def adopt(config, saved, names):
-    """config with the fields `names` as in the dict `saved`, and a list of one note on those that were otherwise."""
+def adopt(config, saved, names, who):
+    """config with the fields `names` as in the dict `saved`, and a list of one note on those that were otherwise; who:
+    the flag that decided it."""
     other = {name: saved[name] for name in names if name in saved and saved[name] != getattr(config, name)}
     said = ", ".join(f"{name}={value}, not {getattr(config, name)}" for name, value in other.items())
-    return replace(config, **other), [f"--init decides the model's shape: {said}"] if other else []
+    return replace(config, **other), [f"{who} decides the model's shape: {said}"] if other else []
 
 
 def needs(config):

@@ -99,11 +99,12 @@ def table(stage, vlm, tokens, **options):
     return "\n".join([*lines, f"  {stage:<16}{'memory':<16}{total / size:9.1f} {unit} planned: {said}"])
 
 
-def announce(stage, vlm, cfg, group=0):
+def announce(stage, vlm, cfg, samples):
     """Prints `table` for a stage of train.py's config: micro-batches of records of --max-length (else of a picture and
-    64 tokens), or of as long prompts with `group` completions of --max-new each."""
-    words = vlm.config.clip.patches + 64
-    P, T = cfg.micro_batch or (cfg.rl_batch if group else cfg.batch), words if group else cfg.max_length or words
+    64 tokens), or, in a stage that `samples`, of as long prompts with their groups of completions of --max-new."""
+    words, group = vlm.config.clip.patches + 64, cfg.group * samples
+    batch = cfg.rl_batch if samples else cfg.align_batch or cfg.batch if stage == "align" else cfg.batch
+    P, T = min(cfg.micro_batch or batch, batch), words if samples else cfg.max_length or words
     sampling = dict(rows=cfg.rl_batch, cache_tokens=T + group * cfg.max_new, prefix_tokens=P * group * T)
     print(table(stage, vlm, P * (T + group * cfg.max_new), moments=cfg.moments, master=cfg.master,
-                **(sampling if group else {})), flush=True)
+                **(sampling if samples else {})), flush=True)

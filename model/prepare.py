@@ -1,7 +1,49 @@
-"""What a stage does to a vision-language model before it trains."""
+"""What a stage does to a vision-language model before it trains, and what of it can be said before there is one."""
 from dataclasses import replace
+from pathlib import Path
 
+import torch
+
+from model import memory
 from model.optim import freeze
+from model.vlm import VLM
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def implied(given):
+    """What the flags `given` imply of others: a whole LLaVA takes the place of a recipe's parts, steps of epochs."""
+    if given.get("llava") and given.get("llm"):
+        raise ValueError(f"--llava={given['llava']} must be left out beside --llm, or --llm beside it")
+    return ({"llm": "", "clip": ""} if given.get("llava") else {}) | {
+        f"{stage}_epochs": 0.0 for stage in ("align", "sft") if f"{stage}_steps" in given}
+
+
+def check(cfg, need, stages):
+    """What of --clip, --llm, --llava, --export, adapters and rates cannot work. Raises ValueError by need(ok, ..)."""
+    need(not cfg.pretrained or cfg.data != "scenes", "data",
+         "be images:DIR, jsonl:FILE or llava:FILE where --clip, --llm or --llava names a model")
+    need(not (cfg.llava and cfg.init), "llava", "be left out beside --init")
+    need(not (cfg.clip and "clip" in stages), "clip", "be left out where stage clip trains one")
+    for name in stages:
+        need(not cfg.data.startswith("llava:") or name in ("clip", "align", "sft"), "stage",
+             "be clip, align or sft: conversations of --data=llava:FILE have no single answer to check")
+    if cfg.export:
+        need(cfg.export.startswith("hf:") and cfg.export != "hf:", "export", "be hf:DIR")
+        folder = Path(cfg.export.removeprefix("hf:")).expanduser()
+        need(cfg.resume or not folder.exists() or folder.is_dir() and not any(folder.iterdir()), "export",
+             "name a folder that does not exist yet")
+        need(not cfg.seeds, "export", "be left out beside --seeds: one folder for several models")
+        need(cfg.pretrained or cfg.init or not cfg.image_positions and cfg.clip_stem == "conv"
+             and cfg.clip_pool == "class", "export", "come with --image-positions=False --clip-stem=conv "
+             "--clip-pool=class: LLaVA knows nothing else")
+    for name in cfg.lora_targets.split(","):
+        need(cfg.lora_targets == "all" or name.strip() in LINEARS, "lora_targets", f"be all or some of "
+             f"{', '.join(LINEARS)}")
+    need(cfg.moments == "float32" or cfg.dtype != "bfloat16" or cfg.beta2 <= 0.99, "moments",
+         f"be float32 with --beta2={cfg.beta2}: so slow a mean stands still in bfloat16")
+    need(not any(part.strip().startswith("visual") for part in cfg.module_lr.split(",")), "module_lr",
+         "give visual no rate: the image tower is frozen in every stage")
 
 
 def prepare(vlm, cfg, aligns):
@@ -11,9 +53,6 @@ def prepare(vlm, cfg, aligns):
     Adapters of an earlier stage become part of the decoder, so that the model without adapters, a reference in
     reinforcement learning, is the one that this stage starts from.
     """
-    if any(part.strip().startswith("visual") for part in cfg.module_lr.split(",")):
-        raise ValueError(f"--module-lr={cfg.module_lr}: visual can have no rate, the image tower is frozen in every "
-                         "stage")
     vlm.adapt(cfg.lora_targets, 0 if aligns else cfg.lora_rank, cfg.lora_alpha)
     fit = "crop" if aligns else cfg.image_fit or vlm.config.image_fit       # LLaVA-1.5 pads from its second stage on
     vlm.config = replace(vlm.config, image_fit=fit)
@@ -21,7 +60,16 @@ def prepare(vlm, cfg, aligns):
     if cfg.compile:
         vlm.llm.compile_blocks()
     vlm.visual.requires_grad_(False)
-    if aligns and (cfg.llm or cfg.llava):       # it knows its language; from nothing, it learns it in this stage
+    if aligns and vlm.config.speaks:        # from nothing, the decoder learns its language in this stage
         vlm.llm.requires_grad_(False)
     freeze(vlm, cfg.module_lr)
     return vlm
+
+
+def plan(config, cfg, stages):
+    """Prints for each stage what will train and the memory it will take, before a weight of the model is loaded."""
+    for stage in stages:
+        with torch.device("meta"):
+            vlm = VLM(config)
+        vlm = prepare(vlm, replace(cfg, compile=False), stage == "align").to(getattr(torch, cfg.dtype))
+        memory.announce(stage, vlm, cfg, stage not in ("align", "sft", "cot"))

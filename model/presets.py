@@ -42,10 +42,11 @@ RECIPES = {
 
 PRESETS = {
     "": lambda given: ("bench" if given.get("bench") else "llava" if {"clip", "llm", "llava"} & {*given}
+                       or given.get("init") and given.get("data", "").startswith("llava:")
                        else "embedded" if given.get("data", "scenes") == "scenes" else "images"),
     "embedded": {},
-    # LLaVA-1.5's training of whatever parts are named
-    "llava": RECIPES["llava-1.5-7b"] | dict(clip="", llm="", template="auto", dtype="float32", checkpointing=False),
+    # LLaVA-1.5's training of whatever parts are named; a part that is not is a small one, from nothing
+    "llava": LLAVA_15 | dict(template="auto", image_positions=False, dtype="float32", checkpointing=False),
     **RECIPES,
     # a few hundred pictures are known by heart after a few epochs; more steps than these gain nothing on others
     "images": dict(image_size=64, patch=16, clip_steps=200, clip_batch=64, align_steps=30, sft_steps=30, cot_steps=100,

@@ -294,7 +294,8 @@ def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
     if "text_config" in config:
         made = _hf_llava_config(config, where, folder)
     else:
-        made = _own_llava_config(config, where, folder, tensors, names if inside else (), loaded and loaded.config)
+        made = _own_llava_config(config, where, folder, tensors, names if inside else (),
+                                 loaded and loaded.config)
     tower = {}
     if loaded:
         made = replace(made, clip=loaded.config)
@@ -333,7 +334,7 @@ def _hf_llava_config(config, where, folder):
     padded = processor.exists() and read_json(processor).get("do_pad")
     return VlmConfig(
         vision, llama_config(text, where), "mlp2x_gelu" if act == "gelu" else "linear",
-        layer, image_fit="pad" if padded else "crop",
+        layer, image_fit="pad" if padded else "crop", speaks=True,
         folder_image_id=config.get("image_token_index", config.get("image_token_id", 32000)))
 
 
@@ -346,9 +347,9 @@ def _own_llava_config(config, where, folder, tensors, names, tower=None):
     need(projector in ("linear", "mlp2x_gelu"), where, "mm_projector_type", projector, "linear or mlp2x_gelu")
     ratio = config.get("image_aspect_ratio")
     need(ratio in (None, "square", "pad"), where, "image_aspect_ratio", ratio, "square or pad: no tiles are built here")
-    vision = _inside_tower(config, where, folder, tensors, names) if names else tower or ClipConfig()
+    vision = _inside_tower(config, where, folder, tensors, names) if names else tower
     return VlmConfig(vision, llama_config(config, where), projector, config.get("mm_vision_select_layer", -2),
-                     image_fit="pad" if ratio == "pad" else "crop")
+                     image_fit="pad" if ratio == "pad" else "crop", speaks=True)
 
 
 def _named_tower(config, folder, where):
@@ -405,42 +406,49 @@ def load_tokenizer(path):
     return found
 
 
-def shape(clip, llm, llava):
-    """Names of models -> the fields of train.py's config that they decide, from their configs alone."""
-    vision = decoder = None
-    fields = {}
-    if llava:
-        folder = resolve(llava, "--llava")
+def planned(cfg):
+    """VlmConfig of what --clip, --llm and --llava name, from their configs alone; what they leave open is the config's
+    own. None where they name nothing."""
+    if not cfg.pretrained:
+        return None
+    tower = _tower_config(cfg.clip) if cfg.clip else cfg.clip_config(1)
+    if cfg.llava:
+        folder = resolve(cfg.llava, "--llava")
         config, where = read_json(folder / "config.json"), f"LLaVA folder {str(folder)!r}"
         if "text_config" in config:
             made = _hf_llava_config(config, where, folder)
-            vision = made.clip
-        else:
-            made = _own_llava_config(config, where, folder, None, ())
-        decoder = made.llm
-        fields = dict(projector=made.projector, image_positions=False)
-        if made.feature_layer < 0:
-            fields["feature_layer"] = made.feature_layer
-    if clip:
-        vision = _open_clip_shape(clip) if _is_open_clip(clip) else folder_clip_config(resolve(clip, "--clip"))
-    if llm:
-        folder = resolve(llm, "--llm")
-        decoder = llama_config(read_json(folder / "config.json"), f"decoder folder {str(folder)!r}")
-    if vision:
-        fields |= dict(image_size=vision.image_size, patch=vision.patch, clip_width=vision.width, embed=vision.embed,
-                       clip_layers=vision.layers, clip_heads=vision.heads, clip_act=vision.act, clip_stem="conv",
-                       clip_pool="class")
-    if decoder:
-        names = "vocab width layers heads kv_heads ff theta eps tied qkv_bias"
-        fields |= {name: getattr(decoder, name) for name in names.split()}
-    return fields
+            return replace(made, clip=tower) if cfg.clip else made
+        names = _collect(TensorFolder(folder).shapes, llava_name, where)
+        inside = any(name.startswith("visual.") for name in names) and not cfg.clip
+        if not inside and not cfg.clip:
+            tower = _tower_config(_named_tower(config, folder, where))
+        return _own_llava_config(config, where, folder, TensorFolder(folder), names if inside else (), tower)
+    llm = cfg.llm_config(cfg.vocab)
+    if cfg.llm:
+        folder = resolve(cfg.llm, "--llm")
+        llm = llama_config(read_json(folder / "config.json"), f"decoder folder {str(folder)!r}")
+    return VlmConfig(tower, llm, cfg.projector, cfg.feature_layer, cfg.image_positions, speaks=bool(cfg.llm))
 
 
-def assemble(cfg, state, vocab, dtype, device):
-    """A VLM of --clip (without it, of the CLIP in a checkpoint's `state`) and --llm (without it, of a new decoder of
-    `vocab` rows), with a new projector."""
+def _tower_config(name):
+    return _open_clip_shape(name) if _is_open_clip(name) else folder_clip_config(resolve(name, "--clip"))
+
+
+def fields(made):
+    """VlmConfig -> the fields of train.py's config that say the same."""
+    vision, llm = made.clip, made.llm
+    names = "vocab width layers heads kv_heads ff theta eps tied qkv_bias"
+    return {name: getattr(llm, name) for name in names.split()} | dict(
+        image_size=vision.image_size, patch=vision.patch, clip_width=vision.width, embed=vision.embed,
+        clip_layers=vision.layers, clip_heads=vision.heads, clip_act=vision.act, clip_stem=vision.stem,
+        clip_pool=vision.pool, projector=made.projector, feature_layer=made.feature_layer,
+        image_positions=made.image_positions)
+
+
+def assemble(cfg, made, state, vocab, dtype, device):
+    """A VLM as `planned` has it, `made`: of --clip (without it, of the CLIP in a checkpoint's `state`) and --llm
+    (without it, of a new decoder of `vocab` rows), with a new projector."""
     tower = (load_clip(cfg.clip, dtype, device) if cfg.clip else
              Clip.from_config(state["clip_config"], state["clip"]))
     llm = load_llm(cfg.llm, dtype, device)[0] if cfg.llm else Llama(cfg.llm_config(vocab))
-    config = VlmConfig(tower.config, llm.config, cfg.projector, cfg.feature_layer, cfg.image_positions)
-    return VLM.from_parts(config, tower.visual, llm)
+    return VLM.from_parts(replace(made, clip=tower.config, llm=llm.config), tower.visual, llm)

@@ -148,7 +148,7 @@ class RunFolder:
         """A line of log.jsonl; its numbers go to the board as well, if there is one."""
         if self.board:
             for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step":
+                if isinstance(value, (int, float)) and name != "step" and "step" in line:
                     self.board.add_scalar(f"{line['stage']}/{name}", value, line["step"])
         try:
             with open(self.log_path, "a") as file:

@@ -26,6 +26,7 @@ class VlmConfig:
     image_id: int = -200            # stands for an image token in `ids`; outside the vocabulary, so never sampled
     image_fit: str = "crop"         # how pictures become square: crop | pad (LLaVA-1.5 from its second stage on)
     folder_image_id: int = -200     # what the checkpoint's own folder writes for image_id; `logits` takes it, too
+    speaks: bool = False            # the decoder came with a language: aligning trains the projector alone
     lora: tuple = ()                # the decoder's adapters: targets, rank, alpha; empty: none
 
     def __post_init__(self):

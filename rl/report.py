@@ -68,6 +68,8 @@ def mean_log(logs):
     lines = {}
     for log in logs:
         for line in log:
+            if "step" not in line:      # a record that could not be used
+                continue
             lines.setdefault((line["stage"], line["step"]), []).append(line)
     return [{"stage": stage, "step": step} | {
         name: sum(line[name] for line in same) / len(same) for name in same[0]

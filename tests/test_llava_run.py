@@ -19,6 +19,7 @@ from llava_folder import train_tokenizer, write_models, write_records
 from model import checkpoint, pretrained
 from model.export import export_hf
 from model.vlm import VLM, VlmConfig
+from rl import report
 
 ROOT = Path(train.__file__).parent
 
@@ -48,8 +49,10 @@ def test_two_stages_train_on_real_records_and_name_the_bad_ones(folder):
     folder, bad = folder
     log = lines(folder / "run")
     assert [sum(line["stage"] == stage and "loss" in line for line in log) for stage in ("align", "sft")] == [5, 10]
-    said = [line["bad_record"] for line in log if "bad_record" in line]
-    assert len(said) == 3 and all(any(f"id {name!r}" in text for text in said) for name in bad)
+    for stage in ("align", "sft"):      # each names what it met, once
+        said = [line for line in log if line["stage"] == stage and "bad_record" in line]
+        assert sorted(line["name"] for line in said) == sorted(bad)
+        assert all(f"id {line['name']!r}" in line["bad_record"] and line["kind"] in line["bad_record"] for line in said)
     losses = [line["loss"] for line in log if line["stage"] == "sft" and "loss" in line]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
 
@@ -113,15 +116,18 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(folder, tmp_path, monkeypatch
 @pytest.mark.parametrize("more, said", [
     (["--bad-records=stop"], r"record \d+ \(id 'r(9|11|12)'\)"),
     (["--stage=rl"], "--stage=rl must be clip, align or sft"), (["--image-root=/nowhere"], "image folder '/nowhere'"),
-    (["--module-lr=visual:1"], "visual"), (["--lora-rank=2", "--lora-targets=x"], "targets 'x'"),
+    (["--module-lr=visual:1"], "visual"), (["--lora-targets=q_proj,x"], "x must be all or some of q_proj"),
     (["--llm=/nowhere"], "--llm=/nowhere does not exist"), (["--clip=/nowhere"], "--clip=/nowhere does not exist"),
-    (["--export=x"], "--export=x must be hf:DIR"), (["--llava=/x"], "--llava=/x must be left out beside --llm"),
+    (["--export=x"], "--export=x must be hf:DIR"), (["--export=hf:x", "--seeds=2"], "out beside --seeds"),
+    (["--stage=clip"], "be left out where stage clip trains one"), (["--module-lr=projektor:1"], "projektor"),
+    (["--moments=bfloat16"], "so slow a mean stands still"), (["--llava=/x"], "must be left out beside --llm"),
     (["--data=scenes"], "be images:DIR, jsonl:FILE or llava:FILE"), (["--dtype=float32", "--max-length=1"], "too long"),
 ])
 def test_what_cannot_work_is_one_sentence(more, said, folder, tmp_path):
     with pytest.raises(ValueError, match=said) as error:
         train.main([*flags(folder[0]), f"--out={tmp_path / 'run'}", *more])
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists() or any(flag.startswith(("--bad", "--max")) for flag in more)
 
 
 def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder, tmp_path, monkeypatch):
@@ -205,3 +211,102 @@ print(({peak} - before) / weights)
                            "--ask", "What colour is the square?", "--image", str(tmp_path / "red.png"), "--max-new=8"],
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def step_lines(run, stage):
+    return [line for line in lines(run) if line["stage"] == stage and "step" in line]
+
+
+def test_a_stage_from_a_checkpoint_keeps_its_template_and_its_frozen_decoder(folder, tmp_path, capsys):
+    folder, _ = folder
+    data = [f"--data=llava:{folder / 'records.json'}", f"--image-root={folder / 'pictures'}", "--threads=1"]
+    init = f"--init={folder / 'run' / 'align.pt'}"
+    train.main([init, *data, "--stage=align", "--align-steps=2", f"--out={tmp_path / 'again'}", "--align-batch=4"])
+    before, after = (checkpoint.load(place / "align.pt") for place in (folder / "run", tmp_path / "again"))
+    assert after["config"]["template"] == "vicuna_v1" and len(step_lines(tmp_path / "again", "align")) == 2
+    moved = {name.split(".")[0] for name, value in after["vlm"].items()
+             if not torch.equal(value, before["vlm"][name].to(value.dtype))}
+    assert moved == {"projector"}
+    assert "--init decides the model's shape" in capsys.readouterr().out
+
+
+def test_steps_take_the_place_of_a_recipes_epochs_and_none_skips_the_stage(folder, tmp_path):
+    train.main([*flags(folder[0])[:-6], "--sft-steps=0", "--align-steps=3", "--threads=1", "--max-length=200",
+                f"--out={tmp_path / 'run'}"])
+    assert len(step_lines(tmp_path / "run", "align")) == 3 and not (tmp_path / "run" / "sft.pt").exists()
+
+
+def test_a_resumed_runs_log_is_the_uninterrupted_ones_and_a_finished_run_is_not_resumed(folder, tmp_path, monkeypatch):
+    folder, _ = folder
+    monkeypatch.chdir(tmp_path)
+    save = train.Run.save_progress
+
+    def stop(self, stage, step, *rest):
+        save(self, stage, step, *rest)
+        if stage == "sft" and step == 6:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train.Run, "save_progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags(folder))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume"])
+    run = tmp_path / "out" / "llava-1.5-7b-1"
+
+    def timeless(log):
+        return [{name: value for name, value in line.items() if name != "seconds"} for line in log]
+    assert timeless(lines(run)) == timeless(lines(folder / "run"))
+    with pytest.raises(ValueError, match="found no unfinished run"):
+        train.main(["--resume"])
+
+
+def test_a_step_without_a_usable_record_has_no_loss(folder, tmp_path):
+    run = tmp_path / "run"
+    train.main([*flags(folder[0]), "--align-batch=1", "--stage=align", f"--out={run}"])
+    nothing = [line for line in step_lines(run, "align") if line["loss"] is None]
+    assert len(nothing) == 3 and all(line["loss"] > 0 for line in step_lines(run, "align") if line not in nothing)
+
+
+def test_the_mean_of_seeds_passes_over_lines_without_a_step(folder):
+    log = lines(folder[0] / "run")
+    assert report.mean_log([log, log]) == [
+        {name: value for name, value in line.items()} for line in log if "step" in line]
+
+
+@pytest.mark.slow
+def test_seeds_train_on_records_side_by_side(folder, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(folder[0]), "--seeds=2", "--stage=align",
+                           f"--out={tmp_path / 'run'}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (checkpoint.load(tmp_path / "run" / f"seed-{seed}" / "align.pt")["vlm"] for seed in (0, 1))
+    assert not torch.equal(one["projector.0.weight"], two["projector.0.weight"])
+
+
+def test_what_nothing_can_check_is_not_evaluated(folder):
+    with pytest.raises(ValueError, match="it needs --ask=, --data= or --export="):
+        evaluation.main([f"--checkpoint={folder[0] / 'run' / 'sft.pt'}"])
+
+
+def test_a_pretrained_model_goes_from_sft_to_rl_and_has_no_teacher(folder, tmp_path, capsys):
+    folder, _ = folder
+    for n in range(12):
+        Image.new("RGB", (9, 9), (n * 9, 0, 0)).save(tmp_path / f"{n}.png")
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(
+        dict(image=f"{n}.png", question="What colour?", answer=("red", "blue")[n % 2])) for n in range(12)))
+    mine = [f"--llava={folder / 'hf'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", "--threads=1", "--dtype=float32"]
+    with pytest.raises(ValueError, match="cot needs a reasoning in every line"):
+        train.main([*mine, "--stage=sft,cot", f"--out={tmp_path / 'none'}"])
+    train.main([*mine, f"--out={tmp_path / 'run'}", "--sft-steps=1", "--rl-steps=1", "--rl-batch=2", "--group=2",
+                "--max-new=24", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1"])
+    said = capsys.readouterr().out
+    assert said.index("planned: weights") < said.index("config (*")       # before a weight is loaded
+    assert checkpoint.load(tmp_path / "run" / "rl.pt")["method"] == "asked"
+
+
+def test_the_clip_stage_names_records_that_are_no_pair(folder, tmp_path):
+    folder, _ = folder
+    tiny = ["--preset=tiny", f"--data=llava:{folder / 'records.json'}", f"--image-root={folder / 'pictures'}",
+            "--stage=clip", "--threads=1", "--clip-batch=8", "--vocab=400", "--text-length=60"]
+    train.main([*tiny, f"--out={tmp_path / 'run'}"])
+    assert {line["name"]: line["kind"] for line in lines(tmp_path / "run") if "kind" in line}["r10"] == "no pair"
+    assert not (tmp_path / "run" / "probe.json").exists()

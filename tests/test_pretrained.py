@@ -409,7 +409,7 @@ def test_a_linear_projector_goes_out_and_comes_back(dtype, tmp_path):
     vlm = make_vlm(dtype, projector="linear", image_positions=False)
     export_hf(vlm, None, tmp_path / "out")
     back = pretrained.load_llava(tmp_path / "out", dtype)[0]
-    assert same_model(back, with_config(vlm, folder_image_id=back.config.folder_image_id,
+    assert same_model(back, with_config(vlm, speaks=True, folder_image_id=back.config.folder_image_id,
                                         clip=replace(vlm.config.clip, text_layers=0)))
     hf = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=dtype).eval()
     rows = [[1, *[IMAGE_ID] * 9, 5, 6, 7]]

@@ -503,7 +503,8 @@ def spoken(parts, bos, eos):
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("name", TURNS)
 def test_servers_get_the_same_conversation(name, answered, system):
-    turns = [("<image>\nWhat is this?", "It's a \"dog\"."), (" Why? ", "So."), ("<image>\n<image>\nAnd {{ these }}?", None)]
+    turns = [("<image>\nWhat is this?", "It's a \"dog\"."), (" Why? ", "So."),
+             ("<image>\n<image>\nAnd {{ these }}?", None)]
     turns = turns[:2] if answered else turns
     parts = [chat.Put("bos")]
     for n, turn in enumerate(turns):
