@@ -685,7 +685,7 @@ def main(argv):
         evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
     else:
         write_json(run.folder / "results.json", [])     # none: but the run is finished
-    if cfg.export and not Path(cfg.export[3:]).exists():
+    if cfg.export and not (cfg.resume and Path(cfg.export[3:]).exists()):
         evaluation.export(*evaluation.load_vlm(run.path(cfg.stages()[-1]))[:2], cfg.export, cfg.template)
     files = [f for f in ("results.json", "samples.html", "curves.png", "log.jsonl") if (run.folder / f).exists()]
     print(f"\n{run.folder}: {', '.join(files)} and checkpoints; {time.perf_counter() - began:.0f} s in all")

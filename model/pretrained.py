@@ -121,14 +121,18 @@ def load_clip(name_or_path, dtype=torch.float32, device="cpu"):
     name_or_path: a Hugging Face CLIP folder; open_clip's "NAME/TAG", which is downloaded when it is not in the cache;
     or "NAME:FILE" with open_clip's own file. Raises ValueError when the tower is of a kind that is not built here.
     """
-    if _is_open_clip(name_or_path):
-        return _load_open_clip(name_or_path, dtype, device)
-    folder = resolve(name_or_path, "--clip")
-    return _load_hf_clip(folder, dtype, device)
+    name = str(name_or_path)
+    if _is_open_clip(name):
+        return _load_open_clip(name, dtype, device)
+    return _load_hf_clip(resolve(name, "--clip"), dtype, device)
 
 
 def _is_open_clip(name):
+    """Whether a name is open_clip's. Raises ValueError for a file by itself."""
     import open_clip
+    if Path(name).is_file():
+        raise ValueError(f"--clip={name} is a file, which does not say what model it is the weights of; name that in "
+                         f"front of it, as in ViT-L-14-quickgelu:{name}")
     return not Path(name).exists() and (
         re.match(r"[\w-]+:.", name) is not None or name.partition("/")[0] in open_clip.list_models())
 
@@ -418,11 +422,12 @@ def planned(cfg):
         if "text_config" in config:
             made = _hf_llava_config(config, where, folder)
             return replace(made, clip=tower) if cfg.clip else made
-        names = _collect(TensorFolder(folder).shapes, llava_name, where)
+        tensors = TensorFolder(folder)
+        names = _collect(tensors.shapes, llava_name, where)
         inside = any(name.startswith("visual.") for name in names) and not cfg.clip
         if not inside and not cfg.clip:
             tower = _tower_config(_named_tower(config, folder, where))
-        return _own_llava_config(config, where, folder, TensorFolder(folder), names if inside else (), tower)
+        return _own_llava_config(config, where, folder, tensors, names if inside else (), tower)
     llm = cfg.llm_config(cfg.vocab)
     if cfg.llm:
         folder = resolve(cfg.llm, "--llm")
