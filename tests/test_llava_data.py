@@ -467,6 +467,7 @@ def test_there_is_one_length_a_record():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_a_gigabyte_of_records_opens_in_seconds_and_little_memory(tmp_path):
     count, path = 665_000, tmp_path / "records.json"
     turn = dict(value='What is "this" {here}? \\ [no] ' * 22)
@@ -476,10 +477,11 @@ def test_a_gigabyte_of_records_opens_in_seconds_and_little_memory(tmp_path):
             file.write(("," if n else "[") + json.dumps(record))
         file.write("]")
     program = f"""
-import resource, sys, time
+import re, sys, time
 sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
 from data.llava import Records
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not getrusage's ru_maxrss, which begins at the peak of the process that this one was forked from.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before, began = peak(), time.perf_counter()
 records = Records({str(path)!r}, "")
 assert len(records) == {count} and records[-1].id == str({count - 1})
@@ -488,4 +490,4 @@ print(time.perf_counter() - began, peak() - before)
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     seconds, megabytes = map(float, said.split())
     print(f"{path.stat().st_size / 1e9:.2f} GB: {seconds:.1f} s, {megabytes:.0f} MB")
-    assert path.stat().st_size > 1e9 and seconds < 60 and megabytes < 500
+    assert path.stat().st_size > 1e9 and seconds < 60 and 10 < megabytes < 500

@@ -150,7 +150,7 @@ def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder
                 "--dtype=float32"])
     base = pretrained.load_llava(folder / "hf")[0]
     learner = learners[-1]
-    assert learner.reference is not None and not list(learner.reference.llm.parameters())[0].requires_grad
+    assert learner.reference.llm is learner.policy.llm          # no second decoder
     line = lines(run)[-1]
     assert line["updates"] == 2 and line["kl_ref"] > 0
     state = checkpoint.load(run / "rl.pt")
@@ -178,6 +178,7 @@ def test_from_nothing_the_records_train_every_part(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_a_model_of_a_billion_parameters_loads_in_little_more_than_its_weights_and_answers(tmp_path):
     torch.manual_seed(0)
     tok = train.tokenizer.Tokenizer(train_tokenizer())
@@ -193,20 +194,21 @@ def test_a_model_of_a_billion_parameters_loads_in_little_more_than_its_weights_a
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == 5
     del vlm
     Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
-    peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024"
+    # Not getrusage's ru_maxrss, which begins at the peak of the process that this one was forked from.
     program = f"""
-import resource, sys
+import re, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, eval
 from model import pretrained
-before = {peak}
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
 vlm, tokenizer = pretrained.load_llava({str(tmp_path / 'model')!r}, torch.bfloat16)
 weights = sum(p.numel() * p.element_size() for p in vlm.parameters())
-print(({peak} - before) / weights)
+print((peak() - before) / weights)
 """
     ratio = float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     print(f"peak growth {ratio:.3f} times the weights")
-    assert ratio < 1.3
+    assert 1 <= ratio < 1.3
     done = subprocess.run([sys.executable, str(ROOT / "eval.py"), f"--llava={tmp_path / 'model'}", "--dtype=bfloat16",
                            "--ask", "What colour is the square?", "--image", str(tmp_path / "red.png"), "--max-new=8"],
                           capture_output=True, text=True, timeout=600)
