@@ -18,6 +18,7 @@ from data.sample import Sample
 from llava_folder import train_tokenizer, write_models, write_records
 from model import checkpoint, pretrained
 from model.export import export_hf
+from model.lora import adapters
 from model.vlm import VLM, VlmConfig
 from rl import report
 
@@ -284,6 +285,37 @@ def test_seeds_train_on_records_side_by_side(folder, tmp_path):
     assert not torch.equal(one["projector.0.weight"], two["projector.0.weight"])
 
 
+def test_align_learns_llavas_plain_captions_and_sft_alone_groups_lengths(folder, tmp_path, monkeypatch):
+    forms, grouped = set(), {}
+    plain, indices = chat.encode_plain, train.batch_indices
+    monkeypatch.setattr(chat, "encode_plain", lambda *args: forms.add(args[3]) or plain(*args))
+    monkeypatch.setattr(train, "batch_indices", lambda count, size, step, seed, lengths: grouped.setdefault(
+        seed, lengths is not None) and indices(count, size, step, seed, lengths) or indices(count, size, step, seed))
+    train.main([*flags(folder[0]), f"--out={tmp_path / 'run'}"])
+    assert forms == {"vicuna_v1"} and list(grouped.values()) == [False, True]
+
+
+def test_align_has_no_adapters_and_each_stage_begins_with_new_ones(folder, tmp_path):
+    train.main([*flags(folder[0]), "--lora-rank=2", f"--out={tmp_path / 'run'}"])
+    align, sft = (checkpoint.load(tmp_path / "run" / f"{stage}.pt") for stage in ("align", "sft"))
+    assert align["vlm_config"]["lora"] == () and sft["vlm_config"]["lora"] == ("q_proj,v_proj", 2, 16.0)
+    assert not any("lora" in name for name in align["vlm"])
+    vlm = VLM.from_config(sft["vlm_config"], sft["vlm"])
+    pixels, ids = torch.randn(1, 3, 24, 24).bfloat16(), torch.tensor([[1, *[-200] * 9, 5, 6]])
+    with torch.no_grad():
+        before = vlm.logits(pixels, ids)
+        vlm.adapt("all", 0, 1.0)
+        after = vlm.logits(pixels, ids)
+    assert not adapters(vlm.llm) and all(p.requires_grad for p in vlm.llm.parameters())
+    assert (after - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_a_folder_is_loaded_in_the_dtype_that_was_asked_for(folder):
+    for dtype, wanted in (("", torch.float32), ("bfloat16", torch.bfloat16)):
+        cfg = evaluation.Config(llava=str(folder[0] / "hf"), dtype=dtype)
+        assert {p.dtype for p in evaluation.load_any(cfg)[0].parameters()} == {wanted}
+
+
 def test_what_nothing_can_check_is_not_evaluated(folder):
     with pytest.raises(ValueError, match="it needs --ask=, --data= or --export="):
         evaluation.main([f"--checkpoint={folder[0] / 'run' / 'sft.pt'}"])
@@ -302,7 +334,15 @@ def test_a_pretrained_model_goes_from_sft_to_rl_and_has_no_teacher(folder, tmp_p
                 "--max-new=24", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1"])
     said = capsys.readouterr().out
     assert said.index("planned: weights") < said.index("config (*")       # before a weight is loaded
-    assert checkpoint.load(tmp_path / "run" / "rl.pt")["method"] == "asked"
+    sft, rl = (checkpoint.load(tmp_path / "run" / f"{stage}.pt") for stage in ("sft", "rl"))
+    assert rl["method"] == "asked" and rl["config"]["template"] == "vicuna_v1"
+    start = pretrained.load_llava(folder / "hf")[0].llm.norm.weight     # RL went on from sft, not from the folder
+    assert not torch.equal(sft["vlm"]["llm.norm.weight"], start)
+    assert not torch.equal(rl["vlm"]["llm.norm.weight"], start)
+    train.main([f"--init={tmp_path / 'run' / 'sft.pt'}", *mine[1:], "--stage=rl", f"--out={tmp_path / 'next'}",
+                "--rl-steps=1", "--rl-batch=2", "--group=2", "--max-new=24", "--eval-greedy=1", "--eval-sampled=1",
+                "--eval-samples=1"])
+    assert checkpoint.load(tmp_path / "next" / "rl.pt")["config"]["template"] == "vicuna_v1"
 
 
 def test_the_clip_stage_names_records_that_are_no_pair(folder, tmp_path):

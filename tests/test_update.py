@@ -557,8 +557,10 @@ def test_an_interrupted_run_goes_on_with_critic_reference_and_coefficient_as_the
     train.main([*small, "--stage=clip,align,cot", "--clip-steps=2", "--align-steps=2", "--cot-steps=2",
                 f"--out={tmp_path / 'start'}"])
     flags = [*small, "--stage=rl", "--algorithm=ppo", f"--init={tmp_path / 'start/cot.pt'}", "--save-every=1",
-             "--critic=separate", "--return-norm", "--kl-target=0.001", "--ref-sync=2", "--epochs=2",
-             "--rewards=repetition:1"]
+             "--critic=separate", "--return-norm", "--kl-target=0.001", "--ref-sync=2", "--epochs=2", "--rl-lr=1e-2",
+             f"--rewards={tmp_path / 'mine.py'}:mine:1"]
+    # A reward that moves the policy, and with it the reference.
+    (tmp_path / "mine.py").write_text("def mine(sample, text):\n    return (sum(map(ord, text)) % 7) / 7\n")
     train.main([*flags, f"--out={tmp_path / 'whole'}"])
     log = train.Run.log
 
@@ -580,7 +582,7 @@ def test_an_interrupted_run_goes_on_with_critic_reference_and_coefficient_as_the
         timed = {name for name in one if name.startswith("seconds") or name.endswith("per_second")}
         assert {name: one[name] for name in one if name not in timed} == {
             name: two[name] for name in two if name not in timed}
-    assert lines[0][-1]["kl_coef"] != 0.01
+    assert lines[0][-1]["kl_coef"] != 0.01 and lines[0][3]["kl_ref"] > 0
 
 
 def test_the_numbers_of_the_log_go_to_tensorboard_when_asked(tmp_path):
