@@ -23,12 +23,12 @@ import torch
 from data import chat, scenes, tokenizer
 from data.jinja import jinja
 from data.sample import Sample, batch_indices, collate, to_pixels
-from data.supply import TEST_SEED, real_data, scene_teacher
+from data.supply import TEST_SEED, Supply, real_data, scene_teacher
 from model import checkpoint, pretrained
 from model.clip import Clip
 from model.config import from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
-from model.export import export_hf
+from model.export import export_folder, export_hf
 from model.generate import Sampler, generate
 from model.optim import make_optimizer, optimizer_step, seed_of, show_trained
 from model.vlm import VLM, VlmConfig
@@ -63,8 +63,9 @@ def load_any(cfg):
 
 def export(vlm, tok, where, template):
     """Writes a model, its tokenizer and its template as a Hugging Face folder; where: "hf:DIR"."""
-    export_hf(vlm, tok, where.removeprefix("hf:"), jinja(template))
-    print(f"wrote {where.removeprefix('hf:')}, for transformers' LlavaForConditionalGeneration and vLLM")
+    folder = export_folder(where)
+    export_hf(vlm, tok, folder, jinja(template))
+    print(f"wrote {folder}, for transformers' LlavaForConditionalGeneration and vLLM")
 
 
 def prompts(vlm, tokenizer, samples, method, template):
@@ -291,8 +292,7 @@ def many_seeds(script, cfg):
     Prints mean, spread and 95 % t-intervals over the seeds; results.json, differences.json, kinds.json and
     training.json hold the rows of all. What no seed could start with is said before the folder is made.
     """
-    real, _ = real_data(cfg.data, cfg.val_percent)
-    samples = [sample for split in (real or {}).values() for sample in split]
+    samples = Supply(cfg).own()
     if cfg.init:
         checkpoint.load(cfg.init)
     root = choose(cfg.out, cfg.preset, cfg.resume)
@@ -400,8 +400,8 @@ def main(argv):
     cfg = from_command_line(Config, {"": lambda given: "default", "default": {}}, argv, __doc__)
     if bool(cfg.checkpoint) == bool(cfg.llava):
         raise ValueError("either --checkpoint= must name a stage's .pt file or --llava= a LLaVA folder")
-    if cfg.export and (not cfg.export.startswith("hf:") or cfg.export == "hf:"):
-        raise ValueError(f"--export={cfg.export} must be hf:DIR")
+    if cfg.export:
+        export_folder(cfg.export)
     for name, allowed in dict(set=tuple(TEST_SEED), method=("", *chat.PROMPTS), template=("", *chat.TEMPLATES)).items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be one of {', '.join(a for a in allowed if a)}")

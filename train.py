@@ -16,7 +16,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from model import checkpoint, flops, memory, prepare, pretrained
 from model.clip import Clip, ClipConfig, contrastive_loss
 from model.config import adopt, check_ranges, describe, from_command_line, needs
 from model.device import pick_device, pick_dtype
+from model.export import export_folder
 from model.llama import LlamaConfig
 from model.optim import diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained, stepper
 from model.presets import PRESETS
@@ -685,7 +685,7 @@ def main(argv):
         evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
     else:
         write_json(run.folder / "results.json", [])     # none: but the run is finished
-    if cfg.export and not (cfg.resume and Path(cfg.export[3:]).exists()):
+    if cfg.export and not (cfg.resume and export_folder(cfg.export).exists()):
         evaluation.export(*evaluation.load_vlm(run.path(cfg.stages()[-1]))[:2], cfg.export, cfg.template)
     files = [f for f in ("results.json", "samples.html", "curves.png", "log.jsonl") if (run.folder / f).exists()]
     print(f"\n{run.folder}: {', '.join(files)} and checkpoints; {time.perf_counter() - began:.0f} s in all")

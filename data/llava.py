@@ -21,12 +21,12 @@ from itertools import dropwhile
 
 import numpy as np
 
+from data.chat import IMAGE
 from data.sample import CLIP_MEAN, FITS, Sample, to_array
 from data.spans import EXPECTED, spans
 
-IMAGE = "<image>"
 KINDS = ("not valid JSON", "no conversation", "no answer", "image token in an answer", "missing image",
-         "unreadable image", "images and <image> tokens differ", "too long")
+         "unreadable image", "images and <image> tokens differ", "too long", "no pair")
 
 
 class BadRecord(ValueError):

@@ -10,6 +10,7 @@ Names are the hub's llava-hf layout, which every version of both reads. What tha
 `load_llava` undoes all three, so that a model goes out and comes back bit by bit.
 """
 import json
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,14 @@ from model.names import hf_tower_names
 from model.tensors import write_folder
 
 IMAGE = "<image>"
+
+
+def export_folder(where):
+    """--export's "hf:DIR" -> Path of DIR. Raises ValueError for anything else."""
+    kind, _, folder = where.partition(":")
+    if kind != "hf" or not folder:
+        raise ValueError(f"--export={where} must be hf:DIR")
+    return Path(folder).expanduser()
 
 
 def export_hf(vlm, tokenizer, folder, template="", shard_bytes=5 * 2 ** 30):

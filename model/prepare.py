@@ -1,10 +1,10 @@
 """What a stage does to a vision-language model before it trains, and what of it can be said before there is one."""
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from model import memory
+from model.export import export_folder
 from model.optim import freeze
 from model.vlm import VLM
 
@@ -29,8 +29,7 @@ def check(cfg, need, stages):
         need(not cfg.data.startswith("llava:") or name in ("clip", "align", "sft"), "stage",
              "be clip, align or sft: conversations of --data=llava:FILE have no single answer to check")
     if cfg.export:
-        need(cfg.export.startswith("hf:") and cfg.export != "hf:", "export", "be hf:DIR")
-        folder = Path(cfg.export.removeprefix("hf:")).expanduser()
+        folder = export_folder(cfg.export)
         need(cfg.resume or not folder.exists() or folder.is_dir() and not any(folder.iterdir()), "export",
              "name a folder that does not exist yet")
         need(not cfg.seeds, "export", "be left out beside --seeds: one folder for several models")

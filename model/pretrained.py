@@ -165,7 +165,7 @@ def _colours(folder):
     return dict(mean=found.get("image_mean"), std=found.get("image_std"))
 
 
-def open_clip_config(config, act, colours=(), where=""):
+def open_clip_config(config, where):
     """open_clip's model config (dict) -> ClipConfig. Raises ValueError naming what the towers here do not do."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     need("timm_model_name" not in vision and not isinstance(vision["layers"], list), where, "the image tower",
@@ -179,21 +179,19 @@ def open_clip_config(config, act, colours=(), where=""):
         image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"], layers=vision["layers"],
         heads=vision["width"] // vision.get("head_width", 64), ff=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
         embed=config["embed_dim"], text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
-        text_length=text["context_length"], vocab=text["vocab_size"], act=act, **dict(colours))
+        text_length=text["context_length"], vocab=text["vocab_size"],
+        act="quick_gelu" if config.get("quick_gelu") else "gelu")
 
 
 def _load_open_clip(name, dtype, device):
     import open_clip
-    model_name, _, weights = name.partition(":" if re.match(r"[\w-]+:.", name) else "/")
-    where = f"--clip={name}"
-    if model_name not in open_clip.list_models():
-        raise ValueError(f"{where}: {model_name!r} is not a model that open_clip knows")
+    where, config, model_name = f"--clip={name}", _open_clip_shape(name), re.split("[:/]", name)[0]
+    act, weights = config.act, name[len(model_name) + 1:]
     tags, file = open_clip.list_pretrained_tags_by_model(model_name), Path(weights).expanduser()
-    if not file.is_file() and open_clip.get_pretrained_cfg(model_name, weights) == {}:
+    made_for = {} if file.is_file() else open_clip.get_pretrained_cfg(model_name, weights)
+    if not file.is_file() and not made_for:
         raise ValueError(f"{where}: {weights!r} is neither a file nor one of open_clip's weights for {model_name}, "
                          f"{', '.join(tags) or 'of which there are none'}")
-    act = _open_clip_shape(name).act
-    made_for = {} if file.is_file() else open_clip.get_pretrained_cfg(model_name, weights)
     # open_clip only warns of this, and the features are wrong ever after.
     trained = "quick_gelu" if made_for.get("quick_gelu", act == "quick_gelu") else "gelu"
     other = model_name.removesuffix("-quickgelu") + ("-quickgelu" if trained == "quick_gelu" else "")
@@ -204,7 +202,6 @@ def _load_open_clip(name, dtype, device):
         warnings.warn(f"{where}: the file is read with exact GELU; OpenAI's weights want a name with -quickgelu",
                       stacklevel=3)
     colours = {kind: tuple(made_for[kind]) for kind in ("mean", "std") if made_for.get(kind)}
-    config = open_clip_config(open_clip.get_model_config(model_name), act, colours, where)
     try:
         # A file by itself: create_model would stretch position embeddings of another size into the model's.
         state = (open_clip.factory.load_state_dict(str(file)) if file.is_file()
@@ -213,7 +210,7 @@ def _load_open_clip(name, dtype, device):
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{where} cannot be loaded by open_clip: {said}") from None
     with torch.device("meta"):
-        ours = Clip(config)
+        ours = Clip(replace(config, **colours))
     state = {key: value.detach() for key, value in state.items() if key not in OPENAI_EXTRAS}
     check_tensors({key: tuple(value.shape) for key, value in ours.state_dict().items()},
                   {key: tuple(value.shape) for key, value in state.items()}, where)
@@ -241,8 +238,9 @@ def complain(where, missing, unexpected, wrong):
 def _open_clip_shape(name):
     import open_clip
     model_name = re.split("[:/]", name)[0]
-    found = open_clip.get_model_config(model_name) or {}
-    return open_clip_config(found, "quick_gelu" if found.get("quick_gelu") else "gelu", where=f"--clip={name}")
+    if model_name not in open_clip.list_models():
+        raise ValueError(f"--clip={name}: {model_name!r} is not a model that open_clip knows")
+    return open_clip_config(open_clip.get_model_config(model_name), f"--clip={name}")
 
 
 # ---------------------------------------------------------------- decoders

@@ -118,6 +118,7 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(folder, tmp_path, monkeypatch
     (["--bad-records=stop"], r"record \d+ \(id 'r(9|11|12)'\)"),
     (["--stage=rl"], "--stage=rl must be clip, align or sft"), (["--image-root=/nowhere"], "image folder '/nowhere'"),
     (["--module-lr=visual:1"], "visual"), (["--lora-targets=q_proj,x"], "x must be all or some of q_proj"),
+    (["--clip=ViT-Q-99:/x"], "'ViT-Q-99' is not a model that open_clip knows"),
     (["--llm=/nowhere"], "--llm=/nowhere does not exist"), (["--clip=/nowhere"], "--clip=/nowhere does not exist"),
     (["--export=x"], "--export=x must be hf:DIR"), (["--export=hf:x", "--seeds=2"], "out beside --seeds"),
     (["--stage=clip"], "be left out where stage clip trains one"), (["--module-lr=projektor:1"], "projektor"),

@@ -300,6 +300,7 @@ def test_open_clips_weights_give_open_clips_numbers(open_clip_model):
 @pytest.mark.parametrize("name, said", [
     ("ViT-B-32/openai", "activation is 'gelu', expected quick_gelu.*ViT-B-32-quickgelu"),
     ("ViT-B-32-quickgelu/laion2b_s34b_b79k", "neither a file nor one of open_clip's weights for ViT-B-32-quickgelu"),
+    ("ViT-B-32", "'' is neither a file nor one of open_clip's weights"),
     ("ViT-B-32/nonsense", "'nonsense' is neither a file nor one of open_clip's weights.*laion2b_s34b_b79k"),
     ("RN50:{file}", "expected open_clip's own ViT"), ("ViT-B-16-SigLIP:{file}", "expected open_clip's own ViT"),
     ("coca_ViT-B-32:{file}", "not built here"), ("ViT-L-14-CLIPA:{file}", "not built here"),
