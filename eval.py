@@ -228,11 +228,12 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
     return found
 
 
-def compare(folder, cfg, checkpoints, tests, teacher):
+def compare(folder, cfg, checkpoints, tests, teacher, to=""):
     """Evaluates every method on every split; writes results.json, scores.json, differences.json and the report.
 
-    checkpoints: method -> path; tests: split -> samples; teacher: whether the samples carry a teacher's chains. A
-    method that scores.json already holds is not evaluated again. Returns the rows of results.json.
+    checkpoints: method -> path; tests: split -> samples; teacher: whether the samples carry a teacher's chains; to: the
+    method that the others' differences are to, "" for none. A method that scores.json already holds is not evaluated
+    again. Returns the rows of results.json.
     """
     saved = Path(folder) / "scores.json"
     scores = json.loads(saved.read_text()) if saved.exists() else {}
@@ -250,11 +251,11 @@ def compare(folder, cfg, checkpoints, tests, teacher):
     results = [row for method, of in scores.items() for split, raw in of.items()
                for row in statistics.rows(method, split, raw, cfg.seed)]
     log = report.read_log(Path(folder) / "log.jsonl")
-    training = statistics.training_rows(log, cfg.seed, cfg.algorithm or "grpo")
+    training = statistics.training_rows(log, cfg.seed)
     write_json(Path(folder) / "kinds.json", statistics.kind_rows(scores, cfg.seed))
     write_json(Path(folder) / "training.json", training)
     write_json(Path(folder) / "differences.json",
-               [dict(row, seed=cfg.seed) for row in statistics.differences(scores)])
+               [dict(row, seed=cfg.seed) for row in statistics.differences(scores, to)])
     page = samples_page(f"Samples of {Path(folder).name}, T = 1", tests, scores, cfg)
     checkpoint.write_atomically(Path(folder) / "samples.html", lambda file: file.write(page))
     if curves := report.curves(log, results):
@@ -262,7 +263,7 @@ def compare(folder, cfg, checkpoints, tests, teacher):
     else:
         print('no curves.png: pip install -e ".[report]" brings matplotlib')
     write_json(Path(folder) / "results.json", results)      # last: a run that has it is finished
-    print("\n" + statistics.table(results, scores))
+    print("\n" + statistics.table(results, scores, to))
     print("\n" + statistics.training_table(training))
     for split, samples in tests.items():
         walks = [scenes.guess(sample) for sample in samples[:cfg.eval_sampled] if "/walk" in sample.source]
@@ -432,13 +433,14 @@ def main(argv):
         print(texts[0][0])
         return
     real, _ = real_data(cfg.data or trained["data"], trained["val_percent"])
-    results, scores = [], {state["stage"]: {}}
+    label = state.get("label", state["stage"])      # checkpoints of other versions have none
+    results, scores = [], {label: {}}
     teacher = None if real else scene_teacher(SimpleNamespace(**trained))
     for split in ["val"] if real else cfg.splits.split(","):
         count = max(cfg.eval_greedy, cfg.eval_sampled)
         samples = real["val"] if real else scenes.load(split, count, TEST_SEED[cfg.set], teacher)
-        scores[state["stage"]][split] = evaluate(vlm, tok, samples, settings)
-        results += statistics.rows(state["stage"], split, scores[state["stage"]][split], trained["seed"])
+        scores[label][split] = evaluate(vlm, tok, samples, settings)
+        results += statistics.rows(label, split, scores[label][split], trained["seed"])
     print(statistics.table(results, scores))
 
 

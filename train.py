@@ -152,7 +152,7 @@ class Config:
     epochs: int = 1                 # passes over a rollout
     mini_batches: int = 1           # optimizer steps a pass
     # what an algorithm sets (rl/algorithms.py has the papers)
-    algorithm: str = ""             # grpo | dr_grpo | dapo | gspo | cispo | sapo | luspo | rloo | reinforce++ | ppo
+    algorithm: str = "grpo_token"   # grpo | dr_grpo | dapo | gspo | cispo | sapo | luspo | rloo | reinforce++ | ppo
     loss: str = "clip"              # clip | cispo | sapo
     ratio: str = "token"            # importance ratio of each token | of the whole sequence (GSPO)
     clip_low: float = 0.2           # ratio clip below; acts from the second update of a rollout on
@@ -230,10 +230,11 @@ class Config:
         for name in self.stages():
             if name not in STAGES:
                 raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
-        need(not self.explain or self.stage in ("rl", "grpo_zero", *algorithms.VARIANTS),
+        need(not self.explain or self.stage in algorithms.STAGES,
              "explain", "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
-        need(not self.algorithm or not {*self.stages()} & {*algorithms.ALGORITHMS}, "algorithm",
+        need(self.algorithm == Config.algorithm or not {*self.stages()} & {*algorithms.ALGORITHMS}, "algorithm",
              "be left out where stages are named after algorithms")
+        algorithms.labels(self, self.stages())
         notes = list(dict.fromkeys(note for stage in self.stages() for variant in [algorithms.of_stage(self, stage)]
                                    for note in algorithms.check(variant, needs(variant))))
         weights = rewards.parse_weights(self.rewards)
@@ -269,7 +270,7 @@ class Config:
 # what --compare adds to clip, align, sft and cot
 COMPARISONS = {
     "none": ["rl"], "basic": ["rl", "cot_continued", "filtered"],
-    "all": ["rl", "cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "grpo_zero"],
+    "all": ["rl", "cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "rl_zero"],
     "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"], "rewards": [*algorithms.REWARDS],
 }
 
@@ -334,7 +335,7 @@ class Run(RunFolder):
             new |= dict(clip=clip.state_dict(), clip_config=asdict(clip.config))
         carried = {name: self.state[name] for name in ("clip", "clip_config") if name in self.state}
         self.finish(stage, **{**carried, **new}, method=method, config=asdict(cfg or self.cfg), flops=self.flops,
-                    tokenizer=self.tokenizer.saved)
+                    tokenizer=self.tokenizer.saved, label=algorithms.label(self.cfg, stage))
 
 
 # ---------------------------------------------------------------- the two loops
@@ -368,6 +369,7 @@ def fit(run, stage, module, count, losses_of, steps, batch, peak, lengths=None):
 def reinforce(run, stage, vlm, samples, method, steps, cfg):
     """Reinforcement learning: roll out, reward, estimate advantages, update. One line of log.jsonl a rollout."""
     weights = rewards.weights_of(cfg)
+    label = algorithms.label(run.cfg, stage)
     learner = make_learner(vlm, vlm.config.llm.width, cfg)
     optimizer = make_optimizer(learner, cfg.beta2, cfg.weight_decay, learner.critic, cfg.value_lr, cfg.module_lr,
                                cfg.moments, cfg.master)
@@ -398,7 +400,7 @@ def reinforce(run, stage, vlm, samples, method, steps, cfg):
             updates += line["updates"]
         learner.after(step, line, cfg)
         clock.lap("update")
-        run.log(stage=stage, step=step, lr=lr, **learner.rates(lr, cfg), flops=run.flops,
+        run.log(stage=stage, method=label, step=step, lr=lr, **learner.rates(lr, cfg), flops=run.flops,
                 samples=int(learner.samples), seconds=round(time.perf_counter() - began, 3),
                 **metrics.costs(clock.laps, rollout, line.pop("passed", 0)), **line)
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
@@ -527,7 +529,7 @@ def cot_stage(run, stage, like):
 
 def rl(run, stage, like, method=""):
     """RL on correctness and format, with the switches of the stage's name if it is an algorithm's. Without chains to
-    imitate, as in `grpo_zero` or from a pretrained model, the prompt alone asks for the tags."""
+    imitate, as in `rl_zero` or from a pretrained model, the prompt alone asks for the tags."""
     vlm, cfg = run.start(stage), algorithms.of_stage(run.cfg, stage)
     method = method or ("think" if run.state.get("method") == "think" else "asked")
     if not run.plan:
@@ -612,7 +614,7 @@ STAGES = {
     "perfect": (partial(matched, records_of=partial(chains, part=4, flawless=True), method="think"), ("sft", "align"),
                 ("cot", "rl")),
     # the tags only asked for, nothing to imitate
-    "grpo_zero": (partial(rl, method="asked"), ("sft", "align"), ()),
+    "rl_zero": (partial(rl, method="asked"), ("sft", "align"), ()),
     # RL by another paper's switches, or for another reward
     **{name: (rl, ("cot",), ()) for name in algorithms.VARIANTS},
 }
@@ -677,12 +679,14 @@ def main(argv):
             continue
         seconds = STAGES[stage][0](run, stage=stage, like=STAGES[stage][2])
         print(f"{stage:<16}{seconds:7.1f} s training" + (f", {run.flops / 1e12:8.2f} TFLOP" if run.flops else ""))
-    methods = {cfg.algorithm or "grpo" if stage == "rl" else stage: run.path(stage) for stage in cfg.stages()
+    labels = algorithms.labels(cfg, cfg.stages())
+    methods = {labels[stage]: run.path(stage) for stage in cfg.stages()
                if stage not in ("clip", "align", "sft", "rejection_first")}
     if methods:
         tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.supply.teacher)
                  for split in (("val",) if run.real else scenes.SPLITS)}
-        evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real)
+        learned = [labels[stage] for stage in cfg.stages() if stage in algorithms.STAGES]
+        evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real, to=learned[0] if learned else "")
     else:
         write_json(run.folder / "results.json", [])     # none: but the run is finished
     if cfg.export and not (cfg.resume and export_folder(cfg.export).exists()):

@@ -1,7 +1,8 @@
 """What the papers' algorithms set, and which switches make no sense together.
 
-An algorithm is a line: the switches of train.py's Config that it sets otherwise than the defaults, which are GRPO over
-the tokens of the groups that are not flat, without KL. None sets the policy's learning rate, epochs or mini-batches.
+An algorithm is a line: the switches of train.py's Config that it sets otherwise than the defaults, which are those of
+`grpo_token`. None sets the policy's learning rate, epochs or mini-batches. What a stage of reinforcement learning made
+is called by its algorithm everywhere, and no two settings share a name: `label`.
 """
 from dataclasses import replace
 
@@ -10,6 +11,9 @@ from rl.learner import CRITICS
 from rl.losses import LOSSES, NORMS
 
 ALGORITHMS = {
+    # The main job's and the defaults of Config, which a test holds equal: GRPO with each token counting alike (arXiv
+    # 2503.14476, eq. 8), without KL, over the groups that are not flat
+    "grpo_token": dict(norm="token", flat="drop", kl_coef=0.0),
     # arXiv 2402.03300, eq. 3, 4; beta as there
     "grpo": dict(norm="sequence", flat="count", kl_coef=0.04),
     # arXiv 2503.20783: neither length nor deviation divides
@@ -42,13 +46,21 @@ REWARDS = {
 }
 
 
+# The switches that make an algorithm what it is: another value is another setting, and shows in its name.
+SWITCHES = (
+    "loss", "ratio", "clip_low", "clip_high", "bound", "norm", "baseline", "flat", "std", "combine", "kl", "kl_coef",
+    "kl_in", "kl_target", "ref_sync", "entropy_coef", "top_entropy", "correct", "correct_cap", "correct_level", "refill",
+    "drop_truncated", "overlong_share", "kl_stop", "critic", "gamma", "lam", "value_lr", "value_coef", "value_clip",
+    "return_norm", "bootstrap")
+
 # field -> values it may have
-ALLOWED = dict(algorithm=("", *ALGORITHMS), loss=tuple(LOSSES), ratio=("token", "sequence"), norm=NORMS,
+ALLOWED = dict(algorithm=tuple(ALGORITHMS), loss=tuple(LOSSES), ratio=("token", "sequence"), norm=NORMS,
                baseline=BASELINES, std=("group", "batch", "none"), flat=("drop", "count"), combine=("sum", "each"),
                kl=("k1", "k2", "k3", "exact"), kl_in=("loss", "reward"), correct=("none", "truncate", "mask"),
                correct_level=("token", "sequence"), critic=CRITICS, reward_errors=("zero", "stop"))
 
 VARIANTS = {**ALGORITHMS, **REWARDS}        # stages of train.py by these names
+STAGES = ("rl", "rl_zero", *VARIANTS)       # all of its stages that are reinforcement learning
 
 
 def of_flags(given):
@@ -60,6 +72,40 @@ def of_stage(cfg, stage):
     """The config of an RL stage: one named after a variant has its switches, but for flags that were given."""
     changes = VARIANTS.get(stage, {})
     return replace(cfg, **{name: value for name, value in changes.items() if name not in cfg.flags.split()})
+
+
+def label(cfg, stage):
+    """What the results of a stage are called in tables, plots and files: one name for one setting.
+
+    A supervised stage has its own name. One of reinforcement learning is called by its algorithm, and by the switches
+    in which it differs from that, "grpo[kl_coef=0.0]"; one that only asks for the tags "grpo_token_zero"; one named
+    after rewards by that name, behind its algorithm's unless that is the default.
+    """
+    if stage not in STAGES:
+        return stage
+    if stage in ALGORITHMS:
+        name = algorithm = stage
+    else:
+        algorithm = cfg.algorithm
+        front = "" if algorithm == type(cfg).algorithm else f"{algorithm}_"
+        name = {"rl": algorithm, "rl_zero": f"{algorithm}_zero"}.get(stage, f"{front}{stage}")
+    wanted = {switch: getattr(type(cfg), switch) for switch in SWITCHES}
+    wanted |= ALGORITHMS[algorithm] | REWARDS.get(stage, {})
+    used = of_stage(cfg, stage)
+    other = [f"{switch}={getattr(used, switch)}" for switch in wanted if getattr(used, switch) != wanted[switch]]
+    return f"{name}[{','.join(other)}]" if other else name
+
+
+def labels(cfg, stages):
+    """{stage: its label}. Raises ValueError when two of them are one setting."""
+    found = {}
+    for stage in stages:
+        name = label(cfg, stage)
+        if name in found:
+            raise ValueError(f"--stage={','.join(stages)}: {found[name]} and {stage} are one setting, {name}; name it "
+                             "once")
+        found[name] = stage
+    return {stage: name for name, stage in found.items()}
 
 
 def check(cfg, need):

@@ -10,13 +10,21 @@ MAIN = ("clip", "align", "sft", "cot")      # stages that follow each other; oth
 # Okabe and Ito's palette, which colour-blind readers tell apart, darkened where it is faint on white; and a marker
 # each, for print without colour.
 STYLE = {"teacher": ("#000000", ""), "cot": ("#0072B2", "o"), "cot_continued": ("#3D9FDC", "s"),
-         "filtered": ("#D99400", "^"), "grpo": ("#D55E00", "D"), "rl": ("#D55E00", "D"), "rejection": ("#009E73", "v"),
-         "sft_direct": ("#CC79A7", "P"), "perfect": ("#777777", "*"), "grpo_zero": ("#7A4B00", "X"),
+         "filtered": ("#D99400", "^"), "grpo_token": ("#D55E00", "D"), "rejection": ("#009E73", "v"),
+         "sft_direct": ("#CC79A7", "P"), "perfect": ("#777777", "*"), "grpo_token_zero": ("#7A4B00", "X"),
+         "grpo": ("#9E2A2B", "<"),
          "dr_grpo": ("#D99400", "^"), "dapo": ("#009E73", "v"), "gspo": ("#CC79A7", "P"), "cispo": ("#7A4B00", "X"),
          "rloo": ("#3D9FDC", "s"), "ppo": ("#000000", "*"), "sapo": ("#0072B2", "o"), "luspo": ("#777777", "p"),
          "reinforce++": ("#8A2BE2", "d"), "right": ("#0072B2", "s"), "right_gated": ("#3D9FDC", "^"),
          "format": ("#D99400", "v"), "format_gated": ("#D55E00", "D")}
 OTHER = ("#555555", "h")
+
+
+def style(label):
+    """Colour and marker of a stage or method; those of its name where some switches differ, "grpo[kl_coef=0.0]"."""
+    return STYLE.get(label.partition("[")[0], OTHER)
+
+
 REWARD_COLORS = {"correctness": "#D55E00", "format": "#3D9FDC", "reward": "#333333"}
 SPLITS = {"id": "like training", "crowded": "more objects", "pairs": "unseen pairs", "walk3": "3 hops, unseen",
           "walk4": "4-5 hops, unseen"}
@@ -36,10 +44,12 @@ def curves(log, results):
         from matplotlib.figure import Figure      # not pyplot: no window, no figure that outlives the call
     except ImportError:
         return None
-    learned, imitated = {}, {}                    # stage -> its lines
+    learned, imitated = {}, {}                    # method or stage -> its lines
     for line in log:
-        kind = learned if "reward" in line else imitated if "loss" in line else {}
-        kind.setdefault(line["stage"], []).append(line)
+        if "reward" in line:
+            learned.setdefault(line["method"], []).append(line)
+        elif "loss" in line:
+            imitated.setdefault(line["stage"], []).append(line)
     rows = [row for row in results if row["metric"] == "accuracy" and row["decoding"] == "t1"]
     shown = [part for part in (imitated, learned) if part]
     with rc_context(LOOK):
@@ -96,7 +106,7 @@ def _losses(ax, stages):
         middles.append(left + width / 2)
         names.append(f"{name}\n{'up to ' if len(mine) > 1 else ''}{steps:,}")
         for stage in mine:
-            color = STYLE.get(stage, OTHER)[0] if mine is arms else "#333333"
+            color = style(stage)[0] if mine is arms else "#333333"
             end = _draw(ax, stages[stage], "loss", color,
                         place=lambda step: left + width * (0.04 + 0.92 * (step + 0.5) / steps))
             ends += [(y, stage, color) for y in end if mine is arms]
@@ -124,7 +134,7 @@ def _learning(figure, stages, teacher):
     small |= {"length": "Tokens of a completion", "entropy": "Entropy, nats a token", "flat": "Share of flat groups"}
     names = "BCDE"[:len(small)]
     big, *axes = figure.subplot_mosaic(";".join(f"A{name}" for name in names), width_ratios=(1.25, 1)).values()
-    colors = {stage: STYLE["rl"][0] if not several else STYLE.get(stage, OTHER)[0] for stage in stages}
+    colors = {stage: style(stage if several else "grpo_token")[0] for stage in stages}
     ends = [(y, f"teacher's\nanswers {y:.2f}", "black") for y in teacher[:1]]
     for y, *_ in ends:
         big.axhline(y, color="black", linestyle="--", linewidth=1.4)
@@ -157,7 +167,7 @@ def _accuracies(ax, rows):
     for row in rows:
         x, value = splits.index(row["split"]), row["value"]
         low, high = max(0, min(row["low"], value)), min(1, max(row["high"], value))      # one prompt: infinite
-        color, marker = STYLE.get(row["method"], OTHER)
+        color, marker = style(row["method"])
         if row["method"] == "teacher":
             ax.fill_between((x - 0.46, x + 0.46), low, high, color="#E9E9E9", linewidth=0)
             ax.plot((x - 0.46, x + 0.46), (value, value), color=color, linestyle="--", linewidth=1.4, zorder=1.5,

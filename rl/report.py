@@ -70,11 +70,12 @@ def mean_log(logs):
         for line in log:
             if "step" not in line:      # a record that could not be used
                 continue
-            lines.setdefault((line["stage"], line["step"]), []).append(line)
-    return [{"stage": stage, "step": step} | {
+            which = {name: line[name] for name in ("stage", "method", "step") if name in line}
+            lines.setdefault(tuple(which.items()), []).append(line)
+    return [dict(which) | {
         name: sum(line[name] for line in same) / len(same) for name in same[0]
-        if name not in ("stage", "step") and all(isinstance(line.get(name), (int, float)) for line in same)}
-        for (stage, step), same in lines.items()]
+        if name not in dict(which) and all(isinstance(line.get(name), (int, float)) for line in same)}
+        for which, same in lines.items()]
 
 
 def samples(entries, title):

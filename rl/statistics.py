@@ -66,7 +66,7 @@ def rows(method, split, scores, seed):
     return out
 
 
-def differences(scores, to="grpo"):
+def differences(scores, to):
     """Paired differences in accuracy, method minus `to`, on the same prompts, with their 95 % intervals.
 
     scores: method -> split -> raw scores. Rows like those of `rows`, metric "accuracy - {to}".
@@ -102,18 +102,17 @@ def kind_rows(scores, seed):
             for kind, (value, n) in by_kind(raw).items()]
 
 
-def training_rows(log, seed, name="grpo", last=10):
-    """Lines of log.jsonl -> rows on how each RL stage went, decoding "training", metric "RL", a column each as split;
-    `name`: what the stage rl is called.
+def training_rows(log, seed, last=10):
+    """Lines of log.jsonl -> rows on how each RL stage went, decoding "training", metric "RL", a column each as split.
 
     s/step: median; clipped, %: tokens beyond the clip on either side, mean over all rollouts with an update; right,
     format, entropy, in nats a token: means over the `last` rollouts; 1000 samples: completions drawn in all.
     """
-    stages, out = {}, []
+    methods, out = {}, []
     for line in log:
         if "reward" in line:
-            stages.setdefault(line["stage"], []).append(line)
-    for stage, lines in stages.items():
+            methods.setdefault(line["method"], []).append(line)
+    for method, lines in methods.items():
         def mean(name, of):
             values = [line[name] for line in of if name in line]
             return float(np.mean(values)) if values else 0.0
@@ -125,8 +124,8 @@ def training_rows(log, seed, name="grpo", last=10):
             "clipped, %": 100 * (mean("clip_low", lines) + mean("clip_high", lines)),
             "right": mean("correctness", lines[-last:]), "format": mean("format", lines[-last:]),
             "entropy": mean("entropy", lines[-last:])}
-        out += [dict(method=name if stage == "rl" else stage, split=column, decoding="training", metric="RL",
-                     value=value, seed=seed) for column, value in columns.items()]
+        out += [dict(method=method, split=column, decoding="training", metric="RL", value=value, seed=seed)
+                for column, value in columns.items()]
     return out
 
 
@@ -147,11 +146,12 @@ def _grid(title, columns, lines):
                                      for label, cells in lines)])
 
 
-def table(results, scores):
-    """Everything the comparison says, as text: accuracies with intervals, differences, format, voting, kinds."""
+def table(results, scores, to=""):
+    """Everything the comparison says, as text: accuracies with intervals, differences to the method `to`, format,
+    voting, kinds."""
     splits = list(dict.fromkeys(row["split"] for row in results if row["metric"] == "accuracy"))
     methods = list(dict.fromkeys(row["method"] for row in results if row["metric"] == "accuracy"))
-    found = {(r["method"], r["split"], r["decoding"], r["metric"]): r for r in [*results, *differences(scores)]}
+    found = {(r["method"], r["split"], r["decoding"], r["metric"]): r for r in [*results, *differences(scores, to)]}
 
     def cells(method, decoding, metric, form):
         return [form(found[key]) if (key := (method, split, decoding, metric)) in found else "" for split in splits]
@@ -166,9 +166,9 @@ def table(results, scores):
     for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
         parts.append(_grid(f"Accuracy, {words} [95 % interval]", splits,
                            [(m, cells(m, decoding, "accuracy", share)) for m in methods]))
-        if "grpo" in scores and len(methods) > 1:
-            parts.append(_grid(f"Paired difference to grpo in points, {words} [95 % interval]", splits,
-                               [(m, cells(m, decoding, "accuracy - grpo", points)) for m in methods if m != "grpo"]))
+        if to in scores and len(methods) > 1:
+            parts.append(_grid(f"Paired difference to {to} in points, {words} [95 % interval]", splits,
+                               [(m, cells(m, decoding, f"accuracy - {to}", points)) for m in methods if m != to]))
     sampled = sorted({row["metric"] for row in results if row["metric"].startswith(("pass@", "maj@"))})
     for metric in sampled:
         parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, share)) for m in methods]))

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from data.sample import Batch
+from model.config import from_command_line
 from model.vlm import Output
-from rl.algorithms import ALGORITHMS
+from rl.algorithms import ALGORITHMS, STAGES, SWITCHES, labels, of_flags, of_stage
 from rl.learner import Guard, make_learner
 from rl.types import Experience, Rollout
 from rl.update import estimated, informative, update
 from tiny import difference
-from train import Config
+from train import COMPARISONS, PRESETS, Config
 
 P, G, C, V, D, BUDGET = 3, 4, 6, 5, 3, 8
 LENGTH = torch.tensor([[6, 1, 3, 4], [2, 5, 6, 1], [3, 3, 2, 6]])
@@ -241,7 +242,8 @@ def ppo(x):
     return total / x.tokens()
 
 
-PAPERS = {"grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo, "sapo": sapo, "luspo": luspo,
+# grpo_token is DAPO's sum with one clip on both sides.
+PAPERS = {"grpo_token": dapo, "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo, "sapo": sapo, "luspo": luspo,
           "rloo": rloo, "reinforce++": reinforce_plus_plus, "ppo": ppo}
 
 
@@ -269,22 +271,75 @@ def test_flat_groups_count_as_the_paper_counts_them(name, minis):
                       experience.rewards, (experience.rewards * torch.tensor([1.0, 0.5])).sum(-1))
     found = informative(experience.batch, rollout, cfg)
     kept = found.batch.ids[:, 0]
-    assert kept.tolist() == ([0, 2] if name == "dapo" else [0, 1, 2])
-    assert found.active.tolist() == [True, bool(cfg.kl_coef), True][:3] if name != "dapo" else [True, True]
+    drops = name in ("grpo_token", "dapo")
+    assert kept.tolist() == ([0, 2] if drops else [0, 1, 2])
+    assert found.active.tolist() == ([True, True] if drops else [True, bool(cfg.kl_coef), True])
     rest = {field: getattr(experience, field)[kept] for field in ("old_logp", "ref_logp", "entropy", "values")}
     rest["old_logp"] = torch.where(found.active[:, None, None], rest["old_logp"], 0.0)       # as where none was scored
     taken, metrics, *_ = run_update(policy, replace(found, **rest), replace(cfg, mini_batches=minis))
     off = (rest["old_logp"] - found.sampled_logp).exp() - 1
     assert metrics["drift_max"] == off[found.mask & found.active[:, None, None]].abs().max()
     if minis == 1:
-        paper = PAPERS[name](Paper(policy, experience, cfg, without=1 if name == "dapo" else None))
+        paper = PAPERS[name](Paper(policy, experience, cfg, without=1 if drops else None))
         assert difference(taken[0]["policy.logits"], torch.autograd.grad(paper, policy.logits)[0]) < 1e-12
     else:           # a mini-batch of nothing but flat groups is no step
-        assert len(taken) == (2 if name == "dapo" or not cfg.kl_coef else 3)
+        assert len(taken) == (2 if drops or not cfg.kl_coef else 3)
 
 
 def test_every_algorithm_has_a_paper():
     assert set(PAPERS) == set(ALGORITHMS)
+
+
+def test_the_defaults_are_those_of_the_default_algorithm():
+    assert replace(Config(), **ALGORITHMS[Config().algorithm]) == Config()
+    assert {switch for switches in ALGORITHMS.values() for switch in switches} <= {*SWITCHES}
+
+
+# ---------------------------------------------------------------- what results are called
+
+def named(*argv):
+    """The labels of the stages of a command line."""
+    cfg = from_command_line(Config, PRESETS, argv, "", more=of_flags)
+    return labels(cfg, cfg.stages())
+
+
+@pytest.mark.parametrize("argv, wanted", [
+    ((), {"cot": "cot", "rl": "grpo_token", "filtered": "filtered"}),
+    (("--algorithm=grpo",), {"rl": "grpo", "cot_continued": "cot_continued"}),
+    (("--algorithm=ppo", "--compare=all"), {"rl": "ppo", "rl_zero": "ppo_zero"}),
+    (("--compare=all",), {"rl": "grpo_token", "rl_zero": "grpo_token_zero", "perfect": "perfect"}),
+    (("--stage=cot,rl,grpo",), {"rl": "grpo_token", "grpo": "grpo"}),
+    (("--compare=rewards",), {"right": "right", "format_gated": "format_gated"}),
+    (("--compare=rewards", "--algorithm=ppo"), {"right": "ppo_right"}),
+    (("--kl-coef=0.04",), {"rl": "grpo_token[kl_coef=0.04]"}),
+    (("--algorithm=grpo", "--kl-coef=0", "--std=none"), {"rl": "grpo[std=none,kl_coef=0.0]"}),
+    (("--stage=cot,rl,ppo,dapo", "--kl-coef=0.5"), {
+        "rl": "grpo_token[kl_coef=0.5]", "ppo": "ppo[kl_coef=0.5]", "dapo": "dapo[kl_coef=0.5]"}),
+    (("--compare=rewards", "--gated=True"), {"right": "right[gated=True]", "right_gated": "right_gated"}),
+    (("--epochs=2", "--mini-batches=4", "--rl-lr=1e-4"), {"rl": "grpo_token"})])
+def test_a_label_names_the_setting_that_made_it(argv, wanted):
+    found = named(*argv)
+    assert {stage: found[stage] for stage in wanted} == wanted
+
+
+@pytest.mark.parametrize("compare", COMPARISONS)
+@pytest.mark.parametrize("more", [(), ("--kl-coef=0.1",), ("--norm=sum", "--gated=False")], ids=str)
+def test_no_two_settings_of_a_comparison_share_a_label(compare, more):
+    cfg = from_command_line(Config, PRESETS, [f"--compare={compare}", *more], "", more=of_flags)
+    found = labels(cfg, cfg.stages())
+    assert len({*found.values()}) == len(found) == len(cfg.stages())
+    settings = {}
+    for stage in set(cfg.stages()) & set(STAGES):
+        used = of_stage(cfg, stage)
+        asks_only = stage == "rl_zero"
+        settings.setdefault(found[stage], set()).add((asks_only, replace(used, algorithm="")))
+    assert all(len(of) == 1 for of in settings.values())
+
+
+@pytest.mark.parametrize("stages", ["cot,rl,grpo_token", "cot,rl,rl", "cot,ppo,cot"])
+def test_a_setting_that_is_named_twice_is_one_sentence(stages):
+    with pytest.raises(ValueError, match=f"--stage={stages}: .* are one setting, .*; name it once"):
+        Config(stage=stages).check()
 
 
 def test_off_policy_the_algorithms_gradients_differ_pairwise():

@@ -136,7 +136,7 @@ def run(finished, tmp_path):
     ("--stage=fly", r"--stage=fly: 'fly' must be one of clip, align, sft, cot, rl"),
     ("--stage=", r"--stage=: '' must be one of clip"),
     ("--compare=some", r"--compare=some must be one of none, basic, all"),
-    ("--loss=ppp", r"--loss=ppp must be one of .*cispo"), ("--algorithm=gpro", "must be one of grpo, dr_grpo"),
+    ("--loss=ppp", r"--loss=ppp must be one of .*cispo"), ("--algorithm=gpro", "must be one of grpo_token, grpo, dr_grpo"),
     ("--bound=1.1", "--bound=1.1 must be 0 or at least 1 [+] --clip-high=0.2"),
     ("--baseline=critic", "--baseline=critic must come with --std=batch or --std=none"),
     ("--value-lr=inf", "--value-lr=inf must be positive"), ("--refill=1 --flat=count", "--flat=count must be drop"),
@@ -343,7 +343,7 @@ def test_stages_start_from_the_init_of_another_run_and_take_its_shape(finished, 
     train.main([*SMALL, "--stage=rl,cot_continued", f"--init={finished / 'cot.pt'}", f"--out={tmp_path / 'new'}",
                 "--ff=128"])
     rows = json.loads((tmp_path / "new/results.json").read_text())
-    assert {row["method"] for row in rows} == {"teacher", "grpo", "cot_continued"}
+    assert {row["method"] for row in rows} == {"teacher", "grpo_token", "cot_continued"}
     assert "note: --init decides the model's shape: ff=64, not 128\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "new/config.json").read_text())["ff"] == 64
 

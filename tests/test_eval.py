@@ -46,7 +46,7 @@ def test_one_value_that_is_not_0_or_1_has_no_interval():
 def test_a_paired_difference_by_hand():
     # Prompt by prompt 1 - 0, 0.5 - 0.5, 0 - 0.5, 1 - 0.5: mean 0.25, sd sqrt((0.5625 + 0.0625 + 0.5625 + 0.0625) / 3).
     a, b = scored([[1, 1], [1, 0], [0, 0], [1, 1]]), scored([[0, 0], [0, 1], [1, 0], [1, 0]])
-    [row] = differences({"cot": {"id": {"t1": a}}, "grpo": {"id": {"t1": b}}})
+    [row] = differences({"cot": {"id": {"t1": a}}, "grpo": {"id": {"t1": b}}}, "grpo")
     half = 1.96 * math.sqrt(1.25 / 3) / 2
     assert (row["method"], row["split"], row["decoding"], row["metric"], row["n"]) == (
         "cot", "id", "t1", "accuracy - grpo", 4)
@@ -56,16 +56,17 @@ def test_a_paired_difference_by_hand():
 def test_a_paired_difference_is_narrower_than_two_intervals_when_methods_agree():
     right = [[n % 2] for n in range(40)]
     other = [[1 - right[0][0]], *right[1:]]
-    [row] = differences({"cot": {"id": {"t1": scored(other)}}, "grpo": {"id": {"t1": scored(right)}}})
+    [row] = differences({"cot": {"id": {"t1": scored(other)}}, "grpo": {"id": {"t1": scored(right)}}}, "grpo")
     _, low, high = interval([group[0] for group in right])
     assert row["value"] == pytest.approx(1 / 40) and row["high"] - row["low"] < (high - low) / 2
 
 
 def test_a_method_without_its_counterpart_has_no_difference():
     one = scored([[1], [0]])
-    assert differences({"cot": {"id": {"t1": one}}}) == []
-    assert differences({"cot": {"id": {"t1": one}}, "grpo": {"crowded": {"t1": one}}}) == []
-    assert differences({"teacher": {"id": {"t1": one}}, "grpo": {"id": {"greedy": one}}}) == []
+    assert differences({"cot": {"id": {"t1": one}}}, "grpo") == []
+    assert differences({"cot": {"id": {"t1": one}}, "grpo": {"crowded": {"t1": one}}}, "grpo") == []
+    assert differences({"teacher": {"id": {"t1": one}}, "grpo": {"id": {"greedy": one}}}, "grpo") == []
+    assert differences({"cot": {"id": {"t1": one}}}, "") == []
 
 
 # ---------------------------------------------------------------- votes and metrics
@@ -126,12 +127,12 @@ def test_the_interval_over_seeds_is_students_for_any_number_of_them(n):
 def test_the_table_prints_every_method_split_and_metric():
     teacher = {"t1": {name: value for name, value in scored([[1], [0]]).items()
                       if name in ("right", "text", "kind")}}
-    methods = ("cot", "cot_continued", "filtered", "grpo", "rejection", "sft_direct", "perfect", "grpo_zero", "mine")
+    methods = ("cot", "cot_continued", "filtered", "grpo", "rejection", "sft_direct", "perfect", "ppo_zero", "mine")
     scores = {"teacher": {split: teacher for split in ("id", "crowded")}}
     scores |= {method: {split: dict(greedy=scored([[1], [0]]), t1=scored([[1, 0], [1, 1]], kind=["at", "count"]))
                         for split in ("id", "crowded")} for method in methods}
     text = table([row for method, of in scores.items() for split, raw in of.items()
-                  for row in rows(method, split, raw, 0)], scores)
+                  for row in rows(method, split, raw, 0)], scores, "grpo")
     for title in ("Accuracy, greedy", "Accuracy, T = 1", "Paired difference to grpo in points, T = 1", "pass@2, T = 1",
                   "maj@2, T = 1", "format, T = 1", "length, T = 1", "Accuracy on id by question kind"):
         [part] = [part for part in text.split("\n\n") if part.startswith(title)]
@@ -235,7 +236,7 @@ def test_what_eval_does_not_understand_is_one_sentence(run, flags, said):
 
 def test_training_rows_by_hand():
     log = [dict(stage="cot", step=0, loss=1.0)]
-    log += [dict(stage="rl", step=n, reward=1.0, correctness=n / 4, format=1.0, samples=8 * (n + 1), seconds=9.0,
+    log += [dict(stage="rl", method="grpo", step=n, reward=1.0, correctness=n / 4, format=1.0, samples=8 * (n + 1), seconds=9.0,
                  seconds_decode=1.0, seconds_update=float(n), **(dict(clip_low=0.1, clip_high=0.3, entropy=0.5) if n
                                                                  else {})) for n in range(3)]
     found = training_rows(log, 7, last=2)

@@ -91,7 +91,7 @@ def test_a_jsonl_file_goes_through_every_stage_with_and_without_reasoning(tmp_pa
     assert (b"most" in text) == reasoning and (b"like" in text)         # the tokenizer knows the words of the chains
     found = rows(out)
     assert {(r["method"], r["split"]) for r in found} == {
-        (method, "val") for method in ("cot", "cot_continued", "filtered", "grpo")}
+        (method, "val") for method in ("cot", "cot_continued", "filtered", "grpo_token")}
     assert {r["n"] for r in found if r["decoding"] == "greedy"} == {8}
 
     train_paths, val_paths = ({str(tmp_path / f"{n}.png") for n in range(24) if (n % 4 == 3 or n % 8 == 2) == is_val}
@@ -119,8 +119,8 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
     for stage in train.Config(compare="all").stages():
         assert (out / f"{stage}.pt").exists() and witness.read[stage] <= paths(splits["train"])
     assert len(witness.read["clip"]) == 16 and witness.read["evaluation"] <= paths(splits["val"])
-    assert {r["method"] for r in rows(out)} == {"cot", "grpo", "cot_continued", "filtered", "rejection", "sft_direct",
-                                                "perfect", "grpo_zero"}
+    assert {r["method"] for r in rows(out)} == {"cot", "grpo_token", "cot_continued", "filtered", "rejection", "sft_direct",
+                                                "perfect", "grpo_token_zero"}
 
 
 def test_the_test_above_would_see_a_validation_picture_in_training(tmp_path, monkeypatch):
@@ -161,8 +161,8 @@ with pytest.MonkeyPatch.context() as patch:
     assert set(read["clip"]) == paths(splits["train"]) and set(read["evaluation"]) == paths(splits["val"])
 
     found, guess = rows(out), 1 / len(CLASSES)
-    for method in ("cot", "grpo"):
+    for method in ("cot", "grpo_token"):
         assert value(found, method, "t1")["low"] > 1.5 * guess and value(found, method, "greedy")["low"] > 1.5 * guess
-    assert value(rows(out, "differences.json"), "cot", "t1", "accuracy - grpo")["high"] < 0.05
+    assert value(rows(out, "differences.json"), "cot", "t1", "accuracy - grpo_token")["high"] < 0.05
     log = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["stage"] == "rl"]
     assert np.mean([line["flat"] for line in log]) < 0.9

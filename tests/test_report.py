@@ -18,9 +18,9 @@ def supervised(stage, steps=3):
     return [dict(stage=stage, step=n, loss=2.0 / (n + 1), lr=1e-3, seconds=0.1 * n) for n in range(steps)]
 
 
-def learned(stage, steps=3):
+def learned(stage, method, steps=3):
     """The last rollout is all flat: it has no update, so no entropy."""
-    lines = [dict(stage=stage, step=n, reward=1.1, correctness=0.5, format=1.0, flat=0.2, length=9.0, entropy=0.3,
+    lines = [dict(stage=stage, method=method, step=n, reward=1.1, correctness=0.5, format=1.0, flat=0.2, length=9.0, entropy=0.3,
                   loss=0.0) for n in range(steps)]
     del lines[-1]["entropy"]
     return lines
@@ -31,13 +31,14 @@ def result(method, split="id", value=0.5, low=0.4, high=0.6):
                 seed=0)
 
 
-RESULTS = [result(method, split) for method in ("teacher", "cot", "grpo", "mine") for split in ("id", "crowded")]
-LOG = supervised("clip", 40) + supervised("cot") + learned("rl") + supervised("filtered") + learned("grpo_zero")
+RESULTS = [result(method, split) for method in ("teacher", "cot", "grpo_token", "mine") for split in ("id", "crowded")]
+LOG = supervised("clip", 40) + supervised("cot") + learned("rl", "grpo_token") + supervised("filtered")
+LOG += learned("rl_zero", "grpo_token_zero")
 
 
 @pytest.mark.parametrize("log, results", [
-    (LOG, RESULTS), (LOG, []), ([], RESULTS), ([], []), (supervised("clip"), []), (learned("rl"), RESULTS),
-    (supervised("clip", 1) + learned("rl", 1) + supervised("filtered", 1), [result("grpo", "val")]),
+    (LOG, RESULTS), (LOG, []), ([], RESULTS), ([], []), (supervised("clip"), []), (learned("rl", "ppo"), RESULTS),
+    (supervised("clip", 1) + learned("rl", "grpo", 1) + supervised("filtered", 1), [result("grpo", "val")]),
     (LOG, [result("cot", "val", value=1.0, low=-np.inf, high=np.inf)]),       # one prompt has no interval
     (LOG, [dict(result("cot"), metric="length", value=9.0)]),
     ([dict(stage="clip", step=0, loss=float("nan")), dict(stage="sft", step=0, loss=0.0)], []),
@@ -156,7 +157,8 @@ def test_a_run_without_a_log_has_an_empty_one(tmp_path):
 
 
 def test_the_mean_of_logs_by_hand():
-    one = [dict(stage="rl", step=0, reward=1.0, entropy=2.0), dict(stage="rl", step=1, reward=3.0)]
-    two = [dict(stage="rl", step=0, reward=2.0), dict(stage="cot", step=0, loss=5.0)]
-    assert report.mean_log([one, two]) == [dict(stage="rl", step=0, reward=1.5), dict(stage="rl", step=1, reward=3.0),
+    rl = dict(stage="rl", method="ppo")
+    one = [dict(rl, step=0, reward=1.0, entropy=2.0), dict(rl, step=1, reward=3.0)]
+    two = [dict(rl, step=0, reward=2.0), dict(stage="cot", step=0, loss=5.0)]
+    assert report.mean_log([one, two]) == [dict(rl, step=0, reward=1.5), dict(rl, step=1, reward=3.0),
                                            dict(stage="cot", step=0, loss=5.0)]

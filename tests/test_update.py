@@ -545,7 +545,7 @@ def test_every_number_a_run_logs_is_defined(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     known = [re.sub(r"<\w+>", r"[a-z]+", name) for name in metrics.DEFINITIONS]
     for stage in ("ppo", "grpo", "dapo"):
-        logged = {name for line in lines if line["stage"] == stage for name in line} - {"stage", "step"}
+        logged = {name for line in lines if line["stage"] == stage for name in line} - {"stage", "method", "step"}
         assert [name for name in logged if not any(re.fullmatch(form, name) for form in known)] == []
         assert {"reward", "reward_std", "repetition", "repetition_std", "flat", "length", "lr", "samples"} <= logged
         assert ({"value", "lr_critic", "grad_norm_critic"} <= logged) == (stage == "ppo")
