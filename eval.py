@@ -26,7 +26,7 @@ from data.sample import Sample, batch_indices, collate, to_pixels
 from data.supply import TEST_SEED, Supply, real_data, scene_teacher
 from model import checkpoint, pretrained
 from model.clip import Clip
-from model.config import from_command_line, to_command_line
+from model.config import check_ranges, from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
 from model.export import export_folder, export_hf
 from model.generate import Sampler, generate
@@ -397,18 +397,21 @@ class Config:
     dtype: str = ""                 # float32 | bfloat16 | float64; empty: the checkpoint's, float32 of a folder
 
 
+RANGES = {
+    "[1, 1000000]": "eval_greedy eval_sampled eval_batch",
+    "[1, 10000]": "eval_samples",
+    "[0, 131072]": "max_new",
+}
+
+
 def main(argv):
     cfg = from_command_line(Config, {"": lambda given: "default", "default": {}}, argv, __doc__)
     if bool(cfg.checkpoint) == bool(cfg.llava):
         raise ValueError("either --checkpoint= must name a stage's .pt file or --llava= a LLaVA folder")
     if cfg.export:
         export_folder(cfg.export)
-    for name, allowed in dict(set=tuple(TEST_SEED), method=("", *chat.PROMPTS), template=("", *chat.TEMPLATES)).items():
-        if getattr(cfg, name) not in allowed:
-            raise ValueError(f"--{name}={getattr(cfg, name)} must be one of {', '.join(a for a in allowed if a)}")
-    for name, low in dict(eval_greedy=1, eval_sampled=1, eval_samples=1, eval_batch=1, max_new=0).items():
-        if getattr(cfg, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(cfg, name)} must be at least {low}")
+    check_ranges(cfg, RANGES, dict(
+        set=tuple(TEST_SEED), method=("", *chat.PROMPTS), template=("", *chat.TEMPLATES)))
     for split in cfg.splits.split(","):
         if split not in scenes.SPLITS:
             raise ValueError(f"--splits={cfg.splits}: {split!r} must be one of {', '.join(scenes.SPLITS)}")

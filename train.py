@@ -201,21 +201,10 @@ class Config:
     def check(self):
         """Raises ValueError in one sentence about the first value that cannot work; returns notes on idle ones."""
         need = needs(self)
-        check_ranges(self, at_least={
-            0: "seed seeds explain threads micro_batch min_new clip_steps align_steps sft_steps cot_steps rl_steps eps "
-               "weight_decay clip_high refill ref_sync lora_rank max_length align_batch align_epochs sft_epochs",
-            1: "jobs batch rl_batch group bad_steps max_new epochs mini_batches save_every eval_greedy eval_sampled "
-               "eval_samples eval_batch image_size patch clip_width clip_layers clip_heads text_width text_layers "
-               "text_heads embed layers heads kv_heads ff vocab pictures questions traces rl_prompts",
-            2: "clip_batch candidates text_length width"},
-            shares="slip confuse drop_hop forget_close teacher_error warmup final_lr gamma lam clip_low overlong_share",
-            positive="reward_timeout clip_lr align_lr sft_lr cot_lr rl_lr temperature grad_clip theta lora_alpha",
-            one_of=algorithms.ALLOWED | dict(
-                compare=tuple(COMPARISONS), eval_set=tuple(TEST_SEED), bench=("", "step", "prefix"),
-                template=("auto", *chat.TEMPLATES), projector=("linear", "mlp2x_gelu"),
-                bad_records=("skip", "stop"), image_fit=("", "crop", "pad"), moments=("float32", "bfloat16")))
-        need(0 <= self.beta2 < 1, "beta2", "lie in [0, 1)")
-        need(0 < self.val_percent < 100, "val_percent", "lie between 0 and 100")
+        check_ranges(self, RANGES, algorithms.ALLOWED | dict(
+            compare=tuple(COMPARISONS), eval_set=tuple(TEST_SEED), bench=("", "step", "prefix"),
+            template=("auto", *chat.TEMPLATES), projector=("linear", "mlp2x_gelu"),
+            bad_records=("skip", "stop"), image_fit=("", "crop", "pad"), moments=("float32", "bfloat16")))
         need(self.rl_batch % self.mini_batches == 0, "rl_batch", f"be a multiple of --mini-batches={self.mini_batches}")
         need(self.min_new <= self.max_new, "min_new", f"not exceed --max-new={self.max_new}")
         need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
@@ -266,6 +255,43 @@ class Config:
             return first
         return [*first, "rl"] if self.pretrained else [*first, "cot", *COMPARISONS[self.compare]]
 
+
+# The range of every number above; a test holds that none is left out. The upper ends are far beyond any use: what lies
+# outside is a slip, and would end in a crash, a hang or numbers that are not finite.
+RANGES = {
+    "[0, 2147483647]": "seed",
+    "[0, 1000000000]": "clip_steps align_steps sft_steps cot_steps rl_steps ref_sync",
+    "[1, 1000000000]": "save_every",
+    "[1, 100000000]": "pictures questions traces rl_prompts",
+    "[1, 1000000]": "batch rl_batch eval_greedy eval_sampled eval_batch bad_steps correct_cap",
+    "[2, 1000000]": "clip_batch vocab",
+    "[2, 131072]": "width text_length",
+    "[1, 131072]": "max_new clip_width text_width embed",
+    "[0, 131072]": "min_new",
+    "[1, 1e12]": "theta",
+    "[1, 1048576]": "ff",
+    "[1, 8192]": "image_size patch",
+    "[0, 10000]": "seeds explain lora_rank",
+    "[1, 10000]": "group eval_samples epochs mini_batches",
+    "[0, 1024]": "threads refill",
+    "[1, 1024]": "jobs layers heads kv_heads clip_layers clip_heads text_layers text_heads",
+    "[2, 1000]": "candidates",
+    "[-1024, -1]": "feature_layer",
+    "[1, 99]": "val_percent",
+    "[0, 100000]": "align_epochs sft_epochs",
+    "[0, 1]": "slip confuse drop_hop forget_close teacher_error warmup final_lr gamma lam clip_low overlong_share",
+    "(0, 1]": "top_entropy",
+    "[0, 1)": "beta2",
+    "[0, 0.1]": "eps",
+    "(0, 10000]": "clip_lr align_lr sft_lr cot_lr rl_lr value_lr",
+    "[0, 100]": "weight_decay",
+    # Colder than this is greedy, which evaluation has; the logits are divided by it.
+    "[0.01, 100]": "temperature",
+    "(0, 1000000]": "grad_clip lora_alpha",
+    "[0, 1000000]": "micro_batch align_batch max_length "
+                    "clip_high bound kl_coef kl_target entropy_coef kl_stop value_coef value_clip",
+    "(0, 86400]": "reward_timeout",
+}
 
 # what --compare adds to clip, align, sft and cot
 COMPARISONS = {

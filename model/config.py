@@ -9,7 +9,6 @@
 import argparse
 import difflib
 import inspect
-import math
 import re
 from dataclasses import fields, replace
 from functools import cache
@@ -74,6 +73,7 @@ def from_command_line(cls, presets, argv, doc, saved=lambda given: None, more=la
              for name, text in vars(known).items() if text is not None}
     earlier = saved(given)
     if earlier is not None:
+        check_types(cls, earlier, "the config.json of the run that --resume goes on with")
         return replace(cls(), **{name: earlier[name] for name in cls.__dataclass_fields__ if name in earlier} | given)
     preset = given.get("preset") or presets[""](given)
     if "flags" in cls.__dataclass_fields__:
@@ -82,6 +82,17 @@ def from_command_line(cls, presets, argv, doc, saved=lambda given: None, more=la
         names = ", ".join(name for name in presets if name)
         raise ValueError(f"--preset={preset} must be one of {names}")
     return replace(cls(), **{**presets[preset], "preset": preset, **more(given), **given})
+
+
+def check_types(cls, values, where):
+    """Raises ValueError when one of `values` (name -> value) is of another type than the field of `cls`; where: what
+    holds them, for the message."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    for field in fields(cls):
+        value = values.get(field.name, field.default)
+        allowed = (int, float) if field.type is float else (field.type,)
+        if type(value) not in allowed:
+            raise ValueError(f"{where} has {field.name}={value!r}; expected {words[field.type]}")
 
 
 def adopt(config, saved, names, who):
@@ -101,18 +112,27 @@ def needs(config):
     return need
 
 
-def check_ranges(config, at_least, shares, positive, one_of):
-    """at_least: {smallest: names}; shares, in [0, 1], positive: names, all in one string; one_of: {name: allowed}."""
+def inside(value, interval):
+    """Whether a number lies in an interval as mathematics writes it: a round bracket leaves its bound out.
+
+    >>> inside(1, "[0, 1]"), inside(0.0, "(0, 1]"), inside(float("inf"), "[0, 1e9]")
+    (True, False, False)
+    """
+    least, most = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= least if interval[0] == "[" else value > least
+    below = value <= most if interval[-1] == "]" else value < most
+    return above and below
+
+
+def check_ranges(config, ranges, one_of):
+    """ranges: {interval: names of number fields, in one string}; one_of: {name: allowed values}. Raises ValueError in
+    one sentence about the first field outside."""
     need = needs(config)
-    for low, names in at_least.items():
+    for interval, names in ranges.items():
         for name in names.split():
-            need(getattr(config, name) >= low, name, f"be at least {low}")
+            need(inside(getattr(config, name), interval), name, f"lie in {interval}")
     for name, allowed in one_of.items():
         need(getattr(config, name) in allowed, name, f"be one of {', '.join(a for a in allowed if a)}")
-    for name in shares.split():
-        need(0 <= getattr(config, name) <= 1, name, "lie in [0, 1]")
-    for name in positive.split():
-        need(0 < getattr(config, name) < math.inf, name, "be positive")
 
 
 def to_command_line(config):

@@ -110,11 +110,6 @@ def labels(cfg, stages):
 
 def check(cfg, need):
     """need(ok, name, expected) raises; returns notes on switches that have no effect."""
-    for name in ("kl_coef", "kl_target", "entropy_coef", "kl_stop", "value_clip", "value_coef", "bound"):
-        need(0 <= getattr(cfg, name) < float("inf"), name, "be a number that is not negative")
-    need(1 <= cfg.correct_cap < float("inf"), "correct_cap", "be a number of at least 1")
-    need(0 < cfg.top_entropy <= 1, "top_entropy", "lie in (0, 1]")
-    need(0 < cfg.value_lr < float("inf"), "value_lr", "be positive")
     need(not cfg.bound or cfg.bound >= 1 + cfg.clip_high, "bound", f"be 0 or at least 1 + --clip-high={cfg.clip_high}")
     whole = cfg.baseline in ("batch", "critic")         # rewards are compared with those of other groups
     need(cfg.group >= 2 or whole, "group",

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import pickle
 import re
 import shutil
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import eval as evaluation
 import train
 from draw_folder import draw_folder
 from model import checkpoint
-from model.config import comments, from_command_line, to_command_line
+from model.config import check_ranges, comments, from_command_line, inside, to_command_line
 from model.runfolder import RunFolder
 from rl import report
 
@@ -114,7 +117,7 @@ def run(finished, tmp_path):
     ("--group=", r"--group= must be a whole number"),
     ("--resume=maybe", r"--resume=maybe must be True or False"),
     ("--rl-lr=nan", r"--rl-lr=nan must be a number"),
-    ("--rl-lr=inf", r"--rl-lr=inf must be positive"),
+    ("--rl-lr=inf", r"--rl-lr=inf must lie in \(0, 10000\]"),
     ("--rl-lr=fast", r"--rl-lr=fast must be a number"),
     ("--heads=3", r"width 128 must be an even multiple of heads 3"),
     ("--kv-heads=3", r"heads 4 must be a multiple of kv_heads 3"),
@@ -125,13 +128,13 @@ def run(finished, tmp_path):
     ("--mini-batches=5", r"--rl-batch=32 must be a multiple of --mini-batches=5"),
     ("--min-new=50", r"--min-new=50 must not exceed --max-new=32"),
     ("--feature-layer=-9", r"--feature-layer=-9 must lie in \[-2, -1\]"),
-    ("--layers=0", r"--layers=0 must be at least 1"),
-    ("--rl-steps=-1", r"--rl-steps=-1 must be at least 0"),
-    ("--seed=-1", r"--seed=-1 must be at least 0"),
-    ("--val-percent=100", r"--val-percent=100 must lie between 0 and 100"),
+    ("--layers=0", r"--layers=0 must lie in \[1, 1024\]"),
+    ("--rl-steps=-1", r"--rl-steps=-1 must lie in \[0, 1000000000\]"),
+    ("--seed=-1", r"--seed=-1 must lie in \[0, 2147483647\]"),
+    ("--val-percent=100", r"--val-percent=100 must lie in \[1, 99\]"),
     ("--slip=1.5", r"--slip=1.5 must lie in \[0, 1\]"),
     ("--beta2=1", r"--beta2=1.0 must lie in \[0, 1\)"),
-    ("--theta=0", r"--theta=0.0 must be positive"),
+    ("--theta=0", r"--theta=0.0 must lie in \[1, 1e12\]"),
     ("--vocab=300", r"--vocab=300 is too small: .* need at least 3\d\d"),
     ("--stage=fly", r"--stage=fly: 'fly' must be one of clip, align, sft, cot, rl"),
     ("--stage=", r"--stage=: '' must be one of clip"),
@@ -139,12 +142,12 @@ def run(finished, tmp_path):
     ("--loss=ppp", r"--loss=ppp must be one of .*cispo"), ("--algorithm=gpro", "must be one of grpo_token, grpo, dr_grpo"),
     ("--bound=1.1", "--bound=1.1 must be 0 or at least 1 [+] --clip-high=0.2"),
     ("--baseline=critic", "--baseline=critic must come with --std=batch or --std=none"),
-    ("--value-lr=inf", "--value-lr=inf must be positive"), ("--refill=1 --flat=count", "--flat=count must be drop"),
+    ("--value-lr=inf", r"--value-lr=inf must lie in \(0, 10000\]"), ("--refill=1 --flat=count", "--flat=count must be drop"),
     ("--stage=ppo --algorithm=dapo", "--algorithm=dapo must be left out where stages are named after"),
     ("--rewards=iou:1", "iou needs samples with boxes, and --data=scenes has none"),
     ("--stage=ppo --std=group", "--baseline=critic must come with"),
     ("--combine=each --baseline=batch --std=none", "must be mean with --combine=each"), ("--top-entropy=0", r"\(0, 1"),
-    ("--refill=1 --baseline=critic --std=none", "--refill=1 must be 0 where"), ("--kl-coef=-1", "not negative"),
+    ("--refill=1 --baseline=critic --std=none", "--refill=1 must be 0 where"), ("--kl-coef=-1", r"must lie in \[0, "),
     ("--projector=x", r"--projector=x must be one of linear, mlp2x_gelu"),
     ("--clip-stem=x", r"clip stem 'x' must be one of conv, mlp"),
     ("--template=x", r"--template=x must be one of auto, brief, vicuna_v1, llama_2, chatml"),
@@ -159,11 +162,72 @@ def run(finished, tmp_path):
     ("--data=images", r"--data=images must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
     ("--data=images:", r"--data=images: must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
     ("--data=scenes:x", r"--data=scenes:x must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
+    ("--align-epochs=inf", r"--align-epochs=inf must lie in \[0, 100000\]"),
+    ("--max-new=1000000000", r"--max-new=1000000000 must lie in \[1, 131072\]"),
+    ("--threads=100000", r"--threads=100000 must lie in \[0, 1024\]"),
     ("--data=images:/no/such", r"folder '/no/such' does not exist; expected DIR/<class>"),
     ("--data=jsonl:/no/such", r"jsonl file '/no/such' does not exist; expected"),
 ])
 def test_a_wrong_flag_is_one_sentence_before_any_work(refuse, flags, said):
     assert re.search(said, refuse(*flags.split()))
+
+
+# ---------------------------------------------------------------- ranges of numbers
+
+NUMBERS = [(config, field.name, interval) for config, ranges in ((train.Config, train.RANGES),
+                                                                  (evaluation.Config, evaluation.RANGES))
+           for field in dataclasses.fields(config) if field.type in (int, float)
+           for interval, names in ranges.items() if field.name in names.split()]
+
+
+def bounds(interval):
+    least, most = (float(bound) for bound in interval[1:-1].split(","))
+    return least, most
+
+
+@pytest.mark.parametrize("config", [train.Config, evaluation.Config])
+def test_every_number_has_one_range_and_its_default_lies_inside(config):
+    fields = [field for field in dataclasses.fields(config) if field.type in (int, float)]
+    assert sorted(name for of, name, _ in NUMBERS if of is config) == sorted(field.name for field in fields)
+    for of, name, interval in NUMBERS:
+        assert inside(of.__dataclass_fields__[name].default, interval), name
+
+
+def numbers(kind, least, most):
+    """Any number of `kind` from `least` to `most`, the bounds and the extremes more often than chance."""
+    if kind is int:
+        return st.integers(math.ceil(least), math.floor(most))
+    return st.floats(least, most, allow_nan=False)
+
+
+@pytest.mark.parametrize("config, name, interval", NUMBERS, ids=lambda value: value if isinstance(value, str) else None)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_number_outside_its_range_is_one_sentence_that_names_it(config, name, interval, data):
+    kind, (least, most) = config.__dataclass_fields__[name].type, bounds(interval)
+    far = 10 ** 400 if kind is int else math.inf
+    below = numbers(kind, -10 ** 30 if kind is int else -math.inf, least)
+    above = numbers(kind, most, far if kind is float else 10 ** 30)
+    value = data.draw(st.one_of(below, above, st.just(far), st.just(-far)).filter(lambda x: not inside(x, interval)))
+    flag = f"--{name.replace('_', '-')}={value}"
+    with pytest.raises(ValueError) as caught:
+        check_ranges(from_command_line(config, {"": lambda given: "default", "default": {}}, [flag], ""),
+                     {train.Config: train.RANGES, evaluation.Config: evaluation.RANGES}[config], {})
+    assert str(caught.value) == f"{flag} must lie in {interval}"
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_numbers_inside_their_ranges_never_end_in_anything_but_a_sentence(data):
+    values = {}
+    for config, name, interval in NUMBERS:
+        if config is train.Config and data.draw(st.integers(0, 9)) == 0:
+            kind = config.__dataclass_fields__[name].type
+            values[name] = data.draw(numbers(kind, *bounds(interval)).filter(lambda x: inside(x, interval)))
+    try:
+        train.Config(**values).check()
+    except ValueError as error:
+        assert str(error).isprintable() and len(str(error)) < 400
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -223,8 +223,8 @@ def test_ask_answers_about_a_picture_and_without_one(run, tmp_path, capsys):
     (["--template=x"], "--template=x must be one of brief, vicuna_v1"),
     (["--set=train"], "--set=train must be one of test, val"),
     (["--splits=id,far"], "--splits=id,far: 'far' must be one of id, crowded, pairs, walk3, walk4"),
-    (["--eval-samples=0"], "--eval-samples=0 must be at least 1"),
-    (["--max-new=-1"], "--max-new=-1 must be at least 0"),
+    (["--eval-samples=0"], "--eval-samples=0 must lie in [1, 10000]"),
+    (["--max-new=-1"], "--max-new=-1 must lie in [0, 131072]"),
     (["--ask=what ?", "--image=/no/such.png"], "image '/no/such.png' does not exist"),
     (["--device=tpu"], "--device=tpu is not available here"),
     (["--checkpoint=/no/such.pt"], "checkpoint '/no/such.pt' does not exist")])
