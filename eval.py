@@ -24,7 +24,7 @@ from data import chat, scenes, tokenizer
 from data.jinja import jinja
 from data.sample import Sample, batch_indices, collate, to_pixels
 from data.supply import TEST_SEED, Supply, real_data, scene_teacher
-from model import checkpoint, pretrained
+from model import checkpoint, memory, pretrained
 from model.clip import Clip
 from model.config import check_ranges, from_command_line, to_command_line
 from model.device import pick_device, pick_dtype
@@ -296,12 +296,17 @@ def many_seeds(script, cfg):
     samples = Supply(cfg).own()
     if cfg.init:
         checkpoint.load(cfg.init)
-    root = choose(cfg.out, cfg.preset, cfg.resume)
-    if cfg.resume:
-        # Without --threads the number of jobs decides the threads of each, and with them the rounding.
-        RunFolder(root).reopen(asdict(cfg), ("resume", "out", *(["jobs"] if cfg.threads else [])), (), samples)
-    else:
-        RunFolder(root).create(asdict(cfg), samples)
+    with RunFolder(choose(cfg.out, cfg.preset, cfg.resume)) as run:
+        if cfg.resume:
+            # Without --threads the number of jobs decides the threads of each, and with them the rounding.
+            run.reopen(asdict(cfg), ("resume", "out", *(["jobs"] if cfg.threads else [])), (), samples)
+        else:
+            run.create(asdict(cfg), samples)
+        run_seeds(script, cfg, run.folder)
+
+
+def run_seeds(script, cfg, root):
+    """The seeds of `many_seeds`, in the folder `root`, and what they have in common."""
     threads = cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
     shared = replace(cfg, seeds=0, jobs=1, resume=False, threads=threads)
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
@@ -448,7 +453,11 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):     # a class or an answer that the terminal cannot show ends no run
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
+    except (MemoryError, RuntimeError) as error:
+        sys.exit(f"eval.py: {memory.shortage(error)}")

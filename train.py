@@ -646,15 +646,15 @@ STAGES = {
 }
 
 
-def open_run(cfg, plan=None):
-    """A new run folder, or the interrupted one. Whatever cannot work is said before the folder is made."""
-    run = Run(cfg, choose(cfg.out, cfg.preset, cfg.resume), plan)
-    real = run.supply.own()
+def open_run(run):
+    """Gives a run its tokenizer and its folder, a new one or the interrupted one. Whatever cannot work is said before
+    the folder is made."""
+    cfg, real = run.cfg, run.supply.own()
     if cfg.resume:
         run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages(), real)
     if "iou" in rewards.start(cfg) and not any(sample.boxes for sample in real):
         raise ValueError(f"--rewards={cfg.rewards}: iou needs samples with boxes, and --data={cfg.data} has none")
-    if plan and "cot" in cfg.stages() and not all(sample.reasoning for sample in real):
+    if run.plan and "cot" in cfg.stages() and not all(sample.reasoning for sample in real):
         raise ValueError(f"--stage={cfg.stage}: cot needs a reasoning in every line of --data={cfg.data}: a pretrained "
                          "model has no teacher")
     given = {cfg.stages()[0]} if cfg.llava else {"align"} if cfg.clip and not cfg.init else {}
@@ -668,7 +668,6 @@ def open_run(cfg, plan=None):
         run.open_board()
     if isinstance(run.tokenizer.saved, bytes):
         checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
-    return run
 
 
 def main(argv):
@@ -689,12 +688,21 @@ def main(argv):
         return evaluation.run_bench(cfg, Run, reinforce)
     if cfg.explain:
         print("".join(f"note: {note}\n" for note in notes), end="")
-        with tempfile.TemporaryDirectory() as folder:
-            return STAGES[cfg.stage][0](open_run(replace(cfg, out=folder), plan), stage=cfg.stage, like=())
-    began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, Run(replace(cfg, out=folder), folder, plan) as run:
+            open_run(run)
+            STAGES[cfg.stage][0](run, stage=cfg.stage, like=())
+        return
     if plan:
         prepare.plan(plan, cfg, [stage for stage in cfg.stages() if stage != "clip"])
-    cfg = (run := open_run(cfg, plan)).cfg
+        pretrained.check_weights(cfg)
+    with Run(cfg, choose(cfg.out, cfg.preset, cfg.resume), plan) as run:
+        open_run(run)
+        train_and_compare(run, notes)
+
+
+def train_and_compare(run, notes):
+    """Every stage of the run that is not done, then the comparison; prints `notes` and what comes out."""
+    began, cfg = time.perf_counter(), run.cfg
     print(describe(cfg))
     for note in notes + run.notes:
         print(f"note: {note}")
@@ -722,9 +730,13 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):     # a class or an answer that the terminal cannot show ends no run
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except (MemoryError, RuntimeError) as error:
+        sys.exit(f"train.py: {memory.shortage(error)}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; --resume goes on from the last checkpoint")

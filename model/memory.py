@@ -4,6 +4,8 @@ Weights, gradients and the optimizer's state are exact. Activations are what aut
 below from the tensors that each operation of a block saves. On top come what a library's kernels use for a moment, the
 head's chunk of logits (kernels/linear_logp.py), the encoded pictures and what the projector keeps of them.
 """
+import re
+
 import torch
 
 from model.flops import flow, input_trains, trains
@@ -108,3 +110,14 @@ def announce(stage, vlm, cfg, samples):
     sampling = dict(rows=cfg.rl_batch, cache_tokens=T + group * cfg.max_new, prefix_tokens=P * group * T)
     print(table(stage, vlm, P * (T + group * cfg.max_new), moments=cfg.moments, master=cfg.master,
                 **(sampling if samples else {})), flush=True)
+
+
+def shortage(error):
+    """What a person reads when `error` says that memory ran out; raises `error` when it says anything else."""
+    said = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", said, flags=re.IGNORECASE)
+        what = f" for {asked[1]} more" if asked else ""
+        return (f"memory ran out{what}; smaller --micro-batch, --max-new, --rl-batch or --eval-batch need less of it, "
+                "and --resume goes on from the last checkpoint")
+    raise error

@@ -1,4 +1,5 @@
 """What a stage does to a vision-language model before it trains, and what of it can be said before there is one."""
+import os
 from dataclasses import replace
 
 import torch
@@ -33,9 +34,14 @@ def check(cfg, need, stages):
         need(cfg.resume or not folder.exists() or folder.is_dir() and not any(folder.iterdir()), "export",
              "name a folder that does not exist yet")
         need(not cfg.seeds, "export", "be left out beside --seeds: one folder for several models")
-        need(cfg.pretrained or cfg.init or not cfg.image_positions and cfg.clip_stem == "conv"
-             and cfg.clip_pool == "class", "export", "come with --image-positions=False --clip-stem=conv "
-             "--clip-pool=class: LLaVA knows nothing else")
+        # A loaded model or an --init has decided these fields already.
+        llavas_own = not cfg.image_positions and cfg.clip_stem == "conv" and cfg.clip_pool == "class"
+        need(llavas_own, "export", "come with --image-positions=False --clip-stem=conv --clip-pool=class: LLaVA knows "
+             "nothing else")
+        need(stages[-1] != "clip", "export", "be left out where stage clip is the last: a CLIP by itself is no LLaVA")
+        above = next(parent for parent in folder.resolve().parents if parent.exists())
+        need(above.is_dir() and os.access(above, os.W_OK), "export", f"lie in a folder that can be written, unlike "
+             f"{above}")
     for name in cfg.lora_targets.split(","):
         need(cfg.lora_targets == "all" or name.strip() in LINEARS, "lora_targets", f"be all or some of "
              f"{', '.join(LINEARS)}")

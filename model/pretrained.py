@@ -433,6 +433,13 @@ def planned(cfg):
     return VlmConfig(tower, llm, cfg.projector, cfg.feature_layer, cfg.image_positions, speaks=bool(cfg.llm))
 
 
+def check_weights(cfg):
+    """Raises ValueError when the decoder of --llm cannot be loaded, by the names and shapes of its tensors: stage clip
+    may train for hours before that decoder is asked for."""
+    if cfg.llm:
+        load_llm(cfg.llm, getattr(torch, cfg.dtype), "meta")
+
+
 def _tower_config(name):
     return _open_clip_shape(name) if _is_open_clip(name) else folder_clip_config(resolve(name, "--clip"))
 

@@ -2,6 +2,7 @@
 
     NAME.pt        a finished stage: weights, tokenizer, config, FLOPs, how long the log was
     progress.pt    the stage under way: weights, optimizer, random state, step, how long the log was
+    lock           which process works here; empty when none does
 
 Whatever moment a run is killed at, `reopen` finds the last whole state: finished stages are not repeated, the stage
 under way goes on at its last checkpoint, and log lines written after it are cut off, to be written again.
@@ -9,9 +10,16 @@ under way goes on at its last checkpoint, and log lines written after it are cut
 import hashlib
 import json
 import os
+import socket
+import time
 from pathlib import Path
 
 from model import checkpoint
+
+try:
+    import fcntl
+except ImportError:         # Windows: nothing keeps a second process out of a run folder there
+    fcntl = None
 
 
 def write_json(path, value):
@@ -70,8 +78,41 @@ def choose(out, name, resume):
 
 
 class RunFolder:
+    """Use it in a `with`, or call `release`: what holds a folder keeps other processes out of it."""
+
     def __init__(self, folder, device="cpu"):
         self.folder, self.device, self.progress, self.board = Path(folder), device, None, None
+        self.lock = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+    def hold(self):
+        """Keeps the folder for this process alone until `release`, or its end, however that comes. Raises ValueError
+        that says who holds it, when another process does."""
+        lock = open(self.folder / "lock", "a+")
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise ValueError(f"--out={self.folder} is in use by {holder}; wait for its end, or choose another "
+                             "folder") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        lock.flush()
+        self.lock = lock
+
+    def release(self):
+        if self.lock is not None:
+            self.lock.truncate(0)
+            self.lock.close()
+            self.lock = None
 
     def path(self, stage):
         return self.folder / f"{stage}.pt"
@@ -82,11 +123,16 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"--out={self.folder} cannot be made: {error.strerror}") from None
+        self.hold()
+        if (self.folder / "config.json").exists():      # since `choose`, by a process that was a little faster
+            raise ValueError(f"--out={self.folder} already holds a run; choose another folder")
         write_json(self.folder / "config.json", config | {"data_digest": digest(samples)})
 
     def reopen(self, config, free, stages, samples=()):
         """Checks that the run was started with this config (but for the fields `free`) on these samples, and takes up
-        its state."""
+        its state. Raises ValueError when it was not, when another process works on it, or when its log has lost lines
+        that its checkpoints count on."""
+        self.hold()
         before = read_config(self.folder)
         for name, value in config.items():
             if name not in free and before.get(name) != value:
@@ -103,6 +149,9 @@ class RunFolder:
                 self.progress = None        # killed between finishing a stage and removing its progress
             else:
                 known = self.progress["log_bytes"]
+        if self.log_bytes() < known:
+            raise ValueError(f"{str(self.log_path)!r} has {self.log_bytes()} bytes and must have at least {known}, as "
+                             "when the run's last checkpoint was written; put it back, or start a new run")
         if self.log_path.exists():
             os.truncate(self.log_path, known)
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -23,7 +24,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from draw_folder import draw_folder
-from model import checkpoint
+from model import checkpoint, memory
 from model.config import check_ranges, comments, from_command_line, inside, to_command_line
 from model.runfolder import RunFolder
 from rl import report
@@ -319,6 +320,66 @@ def test_resume_with_a_damaged_config_is_one_sentence(run, text):
     assert said.endswith("config.json is damaged; the run cannot be resumed")
 
 
+@pytest.mark.parametrize("field, value, expected", [
+    ("rl_lr", "fast", "a number"), ("layers", 2.5, "a whole number"), ("layers", True, "a whole number"),
+    ("tied", "yes", "true or false"), ("data", None, "text"), ("batch", [3], "a whole number")])
+def test_a_field_of_the_wrong_type_in_a_saved_config_is_named(run, field, value, expected):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {field: value}))
+    said = complaint("--resume", f"--out={run}")
+    assert said == f"the config.json of the run that --resume goes on with has {field}={value!r}; expected {expected}"
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("")], ids=["deleted", "emptied"])
+def test_a_log_that_lost_its_lines_is_not_resumed_in_silence(run, spoil):
+    spoil(run / "log.jsonl")
+    (run / "results.json").unlink()
+    said = complaint("--resume", f"--out={run}")
+    assert re.search(r"log.jsonl' has 0 bytes and must have at least \d+, .*; put it back, or start a new run", said)
+
+
+def test_a_folder_that_another_run_holds_is_refused_and_left_alone(run):
+    with RunFolder(run) as holder:
+        holder.hold()
+        before = files(run)
+        for argv in (["--resume"], [*SMALL, "--stage=clip,align,cot", "--resume"]):
+            said = complaint(*argv, f"--out={run}")
+            assert re.match(rf"--out=\S+ is in use by process {os.getpid()} on \S+ since \d", said)
+        assert files(run) == before
+    train.main(["--resume", f"--out={run}"])
+
+
+def test_two_new_runs_of_one_name_never_share_a_folder(tmp_path):
+    slow, fast = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with fast:
+        fast.create({"data": "scenes"})
+    with pytest.raises(ValueError, match="already holds a run"):        # though both were told that the folder is free
+        slow.create({"data": "scenes"})
+    slow.release()
+
+
+@pytest.mark.slow
+def test_of_ten_processes_in_one_run_folder_one_works_and_nine_are_refused(tmp_path):
+    whole, shared = tmp_path / "whole/run", tmp_path / "shared/run"
+    flags = [*SMALL, "--threads=1", "--clip-steps=300", "--stage=clip,align,cot"]
+    for out, argv in ((whole, [*flags, f"--out={whole}"]), (shared, [*flags, f"--out={shared}"])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "align", None)             # neither gets further than its first stage
+            patch.setitem(train.STAGES, "align", (None, *train.STAGES["align"][1:]))
+            with pytest.raises(TypeError):
+                train.main(argv)
+    (shared / "clip.pt").unlink()
+    train.main(["--resume", f"--out={whole}"])
+    program = [sys.executable, str(ROOT / "train.py"), "--resume", f"--out={shared}"]
+    started = [subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(10)]
+    said = [process.communicate()[1] for process in started]
+    refused = [text for text in said if "is in use by process" in text]
+    assert len(refused) == 9 and [process.returncode for process in started].count(0) == 1
+    steps = [[(line["stage"], line["step"]) for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+             for out in (whole, shared)]
+    assert steps[0] == steps[1] and len(steps[0]) == len({*steps[0]})
+
+
 def test_resume_of_a_finished_run_changes_no_checkpoint(run, capsys):
     before = files(run)
     train.main([*SMALL, "--stage=clip,align,cot", f"--out={run}", "--resume"])
@@ -429,7 +490,7 @@ def test_resume_on_other_data_is_one_sentence(tmp_path):
 
 
 def test_training_that_diverges_stops_before_anything_is_saved(tmp_path):
-    said = complaint(*SMALL, "--stage=clip", "--clip-lr=1e30", "--clip-steps=9", f"--out={tmp_path / 'run'}")
+    said = complaint(*SMALL, "--stage=clip", "--clip-lr=1e4", "--clip-steps=9", f"--out={tmp_path / 'run'}")
     assert "training diverged" in said and not (tmp_path / "run/clip.pt").exists()
 
 
@@ -496,6 +557,38 @@ def test_a_budget_that_no_answer_fits_is_one_sentence(refuse, tmp_path):
     _, path = write_jsonl(tmp_path)
     said = refuse("--max-new=3", "--vocab=400", f"--data=jsonl:{path}")
     assert re.fullmatch(r"--max-new=3 must be at least \d, the tokens of the shortest answer with its tags", said)
+
+
+# ---------------------------------------------------------------- what would fail at the end
+
+@pytest.mark.parametrize("flags, said", [
+    ("--image-positions=False --clip-stem=conv", "must come with --image-positions=False --clip-stem=conv --clip-pool="),
+    ("--stage=clip --image-positions=False --clip-stem=conv --clip-pool=class", "left out where stage clip is the last")])
+def test_an_export_that_can_only_fail_is_refused_at_the_start(refuse, tmp_path, flags, said):
+    assert said in refuse(*flags.split(), f"--export=hf:{tmp_path / 'hf'}")
+
+
+def test_an_export_under_a_file_is_refused_at_the_start(refuse, tmp_path):
+    (tmp_path.parent / "file").write_text("mine")
+    said = refuse("--image-positions=False", "--clip-stem=conv", "--clip-pool=class",
+                  f"--export=hf:{tmp_path.parent / 'file' / 'hf'}")
+    assert said.endswith(f"must lie in a folder that can be written, unlike {tmp_path.parent / 'file'}")
+
+
+def test_memory_that_runs_out_is_one_sentence_and_any_other_error_stays_what_it_is():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2 ** 60, dtype=torch.float32)
+    assert re.match(r"memory ran out for \d+ bytes more; smaller --micro-batch, ", memory.shortage(caught.value))
+    assert memory.shortage(MemoryError()).startswith("memory ran out; smaller --micro-batch, ")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        memory.shortage(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_a_terminal_without_unicode_ends_no_run(finished, tmp_path):
+    said = subprocess.run([sys.executable, "-W", "error", str(ROOT / "eval.py"), f"--checkpoint={finished / 'cot.pt'}",
+                           "--ask=?", "--image=né.png"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert "UnicodeEncodeError" not in said.stderr and said.stderr.endswith("image 'n\\xe9.png' does not exist\n")
 
 
 # ---------------------------------------------------------------- a full disk

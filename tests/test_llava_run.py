@@ -1,5 +1,6 @@
 """Whole runs of the LLaVA recipe: JPEG and PNG files of odd kinds, models from folders, adapters, export, resume."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import eval as evaluation
@@ -130,6 +131,26 @@ def test_what_cannot_work_is_one_sentence(more, said, folder, tmp_path):
         train.main([*flags(folder[0]), f"--out={tmp_path / 'run'}", *more])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists() or any(flag.startswith(("--bad", "--max")) for flag in more)
+
+
+def test_weights_of_a_decoder_that_cannot_be_loaded_are_named_before_clip_is_trained(folder, tmp_path, monkeypatch):
+    folder, _ = folder
+    shutil.copytree(folder / "llm", tmp_path / "llm")
+    weights = load_file(tmp_path / "llm/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "llm/model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("training began"))
+    with pytest.raises(ValueError, match="1 missing .norm.weight."):
+        train.main([f"--llm={tmp_path / 'llm'}", f"--data=llava:{folder / 'records.json'}", "--stage=clip,align",
+                    f"--image-root={folder / 'pictures'}", f"--out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clip_from_nothing_that_llava_does_not_know_cannot_be_exported(folder, tmp_path):
+    folder, _ = folder
+    with pytest.raises(ValueError, match="--export=.* must come with --image-positions=False --clip-stem=conv"):
+        train.main([f"--llm={folder / 'llm'}", f"--data=llava:{folder / 'records.json'}", "--stage=clip,align",
+                    f"--image-root={folder / 'pictures'}", f"--out={tmp_path / 'run'}", f"--export=hf:{tmp_path / 'hf'}"])
 
 
 def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder, tmp_path, monkeypatch):
