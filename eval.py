@@ -266,10 +266,19 @@ def compare(folder, cfg, checkpoints, tests, teacher, to=""):
     print("\n" + statistics.table(results, scores, to))
     print("\n" + statistics.training_table(training))
     for split, samples in tests.items():
-        walks = [scenes.guess(sample) for sample in samples[:cfg.eval_sampled] if "/walk" in sample.source]
-        if walks:
-            print(f"walks of {split}: naming another thing of the picture at random is right with {np.mean(walks):.3f}")
+        print(without_looking(split, samples[:cfg.eval_sampled], drawn=teacher), end="")
     return results
+
+
+def without_looking(split, samples, drawn):
+    """Text: what an answer earns on a split that takes no look at the picture, or no thought; "" for some drawn ones."""
+    if not drawn:
+        answer, share = statistics.commonest([chat.normalise(sample.answer) for sample in samples])
+        return f"always answering {answer!r}, the commonest answer of {split}, is right with {share:.3f}\n"
+    walks = [scenes.guess(sample) for sample in samples if "/walk" in sample.source]
+    if not walks:
+        return ""
+    return f"walks of {split}: naming another thing of the picture at random is right with {np.mean(walks):.3f}\n"
 
 
 def samples_page(title, tests, scores, cfg, each=8):
@@ -450,6 +459,8 @@ def main(argv):
         scores[label][split] = evaluate(vlm, tok, samples, settings)
         results += statistics.rows(label, split, scores[label][split], trained["seed"])
     print(statistics.table(results, scores))
+    if real:
+        print(without_looking("val", real["val"][:cfg.eval_sampled], drawn=False), end="")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,12 @@ from collections import Counter
 
 import numpy as np
 
+from data.answers import normalise
+
+CLASS_MEAN = "class-averaged accuracy"      # its rows have no interval; n is the number of classes
+MOST_KINDS = 8                              # kinds of questions that a line of a table can hold
+WORST = 5                                   # those shown where there are more
+
 
 def majority_right(answers, gold, aliases):
     """1 when the commonest non-empty answer is right; ties go to the one sampled first."""
@@ -63,6 +69,10 @@ def rows(method, split, scores, seed):
                 low, high = within(*ends, 0.0, math.inf if metric == "length" else 1.0)
                 out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value, low=low,
                                 high=high, n=len(values), seed=seed))
+        if found := class_mean(of):
+            value, classes = found
+            out.append(dict(method=method, split=split, decoding=decoding, metric=CLASS_MEAN, value=value, low=None,
+                            high=None, n=classes, seed=seed))
     return out
 
 
@@ -92,6 +102,21 @@ def by_kind(scores):
     """Raw scores of a decoding -> {question kind: (accuracy, n)}."""
     accuracy, kinds = per_prompt(scores, "accuracy"), np.array(scores["kind"])
     return {kind: (float(accuracy[kinds == kind].mean()), int((kinds == kind).sum())) for kind in sorted(set(kinds))}
+
+
+def class_mean(scores):
+    """Raw scores of a decoding on pictures whose kind is their class -> (accuracy averaged over classes, classes): each
+    class counts alike, however many pictures it has. None where kinds are not classes."""
+    if "gold" not in scores or [normalise(kind) for kind in scores["kind"]] != list(scores["gold"]):
+        return None
+    accuracies = [accuracy for accuracy, _ in by_kind(scores).values()]
+    return float(np.mean(accuracies)), len(accuracies)
+
+
+def commonest(gold):
+    """Gold answers (n,) -> (the commonest, its share): what always giving that answer would be right with."""
+    [(answer, count)] = Counter(gold).most_common(1)
+    return answer, count / len(gold)
 
 
 def kind_rows(scores, seed):
@@ -166,6 +191,10 @@ def table(results, scores, to=""):
     for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
         parts.append(_grid(f"Accuracy, {words} [95 % interval]", splits,
                            [(m, cells(m, decoding, "accuracy", share)) for m in methods]))
+        if any(row["metric"] == CLASS_MEAN for row in results):
+            parts.append(_grid(f"{CLASS_MEAN.capitalize()}, {words} (classes)", splits,
+                               [(m, cells(m, decoding, CLASS_MEAN, lambda row: f"{row['value']:.3f} ({row['n']})"))
+                                for m in methods if (m, splits[0], decoding, CLASS_MEAN) in found]))
         if to in scores and len(methods) > 1:
             parts.append(_grid(f"Paired difference to {to} in points, {words} [95 % interval]", splits,
                                [(m, cells(m, decoding, f"accuracy - {to}", points)) for m in methods if m != to]))
@@ -178,12 +207,32 @@ def table(results, scores, to=""):
         for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
             kinds = {method: by_kind(of[split][decoding]) for method, of in scores.items()
                      if decoding in of.get(split, ())}
-            names = sorted({kind for of in kinds.values() for kind in of})
-            if len(names) > 1:
-                parts.append(_grid(f"Accuracy on {split} by question kind, {words} (n)", names,
-                                   [(m, [f"{of[k][0]:.3f} ({of[k][1]})" if k in of else "" for k in names])
-                                    for m, of in kinds.items()]))
+            parts.append(_kinds(f"Accuracy on {split} by question kind, {words} (n)", kinds))
     return "\n\n".join(part for part in parts if part)
+
+
+def _kinds(title, kinds):
+    """kinds: method -> {kind: (accuracy, n)} -> text; "" for one kind. Where a line cannot hold all kinds, each of the
+    worst ones has a line."""
+    names = sorted({kind for of in kinds.values() for kind in of})
+    if len(names) < 2:
+        return ""
+
+    def cell(method, kind):
+        if kind not in kinds[method]:
+            return ""
+        accuracy, count = kinds[method][kind]
+        return f"{accuracy:.3f} ({count})"
+
+    if len(names) <= MOST_KINDS:
+        return _grid(title, names, [(method, [cell(method, kind) for kind in names]) for method in kinds])
+
+    def over_methods(kind):
+        return np.mean([of[kind][0] for of in kinds.values() if kind in of])
+
+    worst = sorted(names, key=over_methods)[:WORST]
+    title = f"{title}, the worst {WORST} of {len(names)}; kinds.json has all"
+    return _grid(title, list(kinds), [(kind, [cell(method, kind) for method in kinds]) for kind in worst])
 
 
 def t95(n):
@@ -217,6 +266,10 @@ def seeds_table(results):
     """
     merged = over_seeds(results)
     parts = []
+    kinds = {row["metric"] for row in merged if row["metric"].startswith("accuracy on ")}
+    if len(kinds) > MOST_KINDS:         # a table each
+        merged = [row for row in merged if row["metric"] not in kinds]
+        parts.append(f"Accuracy by question kind, {len(kinds)} of them: see kinds.json")
     for decoding, metric in dict.fromkeys((row["decoding"], row["metric"]) for row in merged):
         these = [row for row in merged if (row["decoding"], row["metric"]) == (decoding, metric)]
         splits = list(dict.fromkeys(row["split"] for row in these))

@@ -9,7 +9,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from rl import report
-from rl.statistics import (by_kind, differences, interval, majority_right, over_seeds, per_prompt, rows, seeds_table,
+from rl.statistics import (by_kind, commonest, differences, interval, majority_right, over_seeds, per_prompt, rows, seeds_table,
                            table, training_rows, training_table)
 
 
@@ -95,6 +95,31 @@ def test_one_completion_has_neither_pass_nor_majority():
 def test_accuracy_by_question_kind_counts_its_prompts():
     scores = scored([[1, 0], [1, 1], [0, 0]], kind=["at", "walk1", "walk1"])
     assert by_kind(scores) == {"at": (0.5, 1), "walk1": (0.5, 2)}
+
+
+def test_the_mean_of_classes_counts_each_class_alike_and_the_commonest_answer_is_the_majority_class():
+    # Three pictures of cats, all right, and one of an owl, half right: .875 of completions, but (1 + .5) / 2 by class.
+    scores = scored([[1, 1], [1, 1], [1, 1], [1, 0]], kind=["Cat", "Cat", "Cat", "Owl"])
+    scores["gold"] = ["cat", "cat", "cat", "owl"]
+    found = {row["metric"]: row for row in rows("cot", "val", {"t1": scores}, 0)}
+    assert found["accuracy"]["value"] == 0.875
+    assert (found["class-averaged accuracy"]["value"], found["class-averaged accuracy"]["n"]) == (0.75, 2)
+    assert commonest(scores["gold"]) == ("cat", 0.75)
+    text = table(list(found.values()), {"cot": {"val": {"t1": scores}}})
+    assert "Class-averaged accuracy, T = 1 (classes)" in text and "0.750 (2)" in text
+    assert "class-averaged accuracy" not in {row["metric"] for row in rows("cot", "id", {"t1": scored([[1, 0]])}, 0)}
+
+
+def test_a_table_of_many_kinds_shows_the_worst_five_a_line_each():
+    kinds = [f"class {n:02}" for n in range(31)]
+    right = [[int(n >= 3), 1] for n in range(31)]               # of three classes one completion is wrong
+    scores = {method: {"val": {"t1": scored(right, kind=kinds)}} for method in ("cot", "ppo")}
+    [part] = [part for part in table(rows("cot", "val", scores["cot"]["val"], 0), scores).split("\n\n")
+              if "by question kind" in part]
+    title, head, *lines = part.splitlines()
+    assert title.endswith("the worst 5 of 31; kinds.json has all") and head.split() == ["cot", "ppo"]
+    assert [line[:8] for line in lines[:3]] == kinds[:3] and len(lines) == 5
+    assert lines[0].split()[2:] == ["0.500", "(1)"] * 2 and max(map(len, part.splitlines()[1:])) < 60
 
 
 # ---------------------------------------------------------------- tables
