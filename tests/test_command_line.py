@@ -470,6 +470,39 @@ def test_stages_start_from_the_init_of_another_run_and_take_its_shape(finished, 
     assert json.loads((tmp_path / "new/config.json").read_text())["ff"] == 64
 
 
+def labels_on_disk(out):
+    """What each file of a finished run calls what its RL stages made."""
+    def rows(name):
+        return json.loads((out / f"{name}.json").read_text())
+
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {
+        "results": {row["method"] for row in rows("results")} - {"teacher"}, "kinds": {
+            row["method"] for row in rows("kinds")} - {"teacher"},
+        "scores": {*rows("scores")} - {"teacher"}, "training": {row["method"] for row in rows("training")},
+        "log": {line["method"] for line in log if "reward" in line},
+        "checkpoints": {checkpoint.load(path)["label"] for path in out.glob("*.pt")},
+        "page": {*re.findall(r"<tr><th>(\S+)</th><td>\d", (out / "samples.html").read_text())} - {"teacher"}}
+
+
+@pytest.mark.parametrize("flags, labels", [
+    (["--stage=rl,grpo"], ["grpo_token", "grpo"]), (["--stage=rl", "--algorithm=ppo"], ["ppo"]),
+    (["--stage=rl,right", "--kl-coef=0.5"], ["grpo_token[kl_coef=0.5]", "right[kl_coef=0.5]"])])
+def test_every_file_of_a_run_calls_a_setting_by_its_one_label(finished, tmp_path, capsys, flags, labels):
+    out, wanted, first = tmp_path / "run", {*labels}, labels[0]
+    train.main([*SMALL, *flags, f"--init={finished / 'cot.pt'}", f"--out={out}"])
+    for file, found in labels_on_disk(out).items():
+        assert found == wanted, file
+    said = capsys.readouterr().out
+    assert f"Paired difference to {first} in points, T = 1" in said
+    differences = json.loads((out / "differences.json").read_text())
+    assert {row["metric"] for row in differences} == {f"accuracy - {first}"}
+    assert {row["method"] for row in differences} == {"teacher", *wanted} - {first}
+    evaluation.main([f"--checkpoint={out / 'rl.pt'}", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1",
+                     "--splits=id"])
+    assert f"\n{first} " in capsys.readouterr().out
+
+
 def test_resume_takes_the_config_of_the_run_and_the_newest_without_results(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "out/late-1")
