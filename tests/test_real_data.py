@@ -2,13 +2,15 @@
 import hashlib
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import images, jsonl
+from data import images, jsonl, sample
 from data.sample import read_image, to_array
 from data.splits import pixel_hash, split_of
 from draw_folder import CLASSES, draw_folder        # pytest puts tests/ on the path
@@ -114,6 +116,68 @@ def test_a_truncated_picture_is_a_value_error_that_names_the_file(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match=r"cut\.jpg.*truncated"):
         read_image(tmp_path / "cut.jpg")
+
+
+def test_the_bands_in_which_a_picture_is_converted_leave_no_trace(tmp_path, monkeypatch):
+    grey = np.random.default_rng(0).integers(0, 65536, (5, 7), dtype=np.uint16)
+    paths = [save(Image.fromarray(grey), tmp_path / "deep.png"), save(noise(1).quantize(9), tmp_path / "palette.png"),
+             save(noise(2).convert("RGBA").rotate(9), tmp_path / "alpha.png")]
+    whole = [(read_image(path).tobytes(), pixel_hash(path)) for path in paths]
+    stretched = (grey.astype(np.float64) - grey.min()) / float(grey.max() - grey.min()) * 255
+    assert whole[0][0] == np.repeat(stretched.astype(np.uint8)[..., None], 3, axis=2).tobytes()
+    for pixels in (1, 14):                          # a row at a time, two rows at a time
+        monkeypatch.setattr(sample, "BAND", pixels)
+        assert [(read_image(path).tobytes(), pixel_hash(path)) for path in paths] == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_a_large_16_bit_picture_takes_ten_bytes_a_pixel_at_most(tmp_path):
+    side = 6000
+    save(Image.fromarray(np.tile(np.arange(side, dtype=np.uint16), (side, 1))), tmp_path / "deep.png", compress_level=1)
+    program = """
+import sys
+from data.sample import read_image
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+read_image(sys.argv[1])
+print((peak() - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "deep.png"], capture_output=True, text=True,
+                          cwd=Path(sample.__file__).parents[1], check=True)
+    assert int(done.stdout) < 10 * side * side
+
+
+def test_too_many_pixels_are_an_error_from_the_header_alone(tmp_path):
+    (tmp_path / "huge.ppm").write_bytes(b"P6 20000 20000 255\n")           # 1.2 GB of pixels would follow
+    with pytest.raises(ValueError, match=r"huge\.ppm' has too many pixels: expected at most 178956970$"):
+        read_image(tmp_path / "huge.ppm")
+
+
+def test_a_picture_that_pil_warns_of_is_read_without_a_word(tmp_path):
+    save(Image.new("1", (10_000, 9_000)), tmp_path / "large.png")
+    program = "import sys; from PIL import Image; import data.sample; print(Image.open(sys.argv[1]).size)"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "large.png"], capture_output=True, text=True,
+                          cwd=Path(sample.__file__).parents[1])
+    assert (done.stdout, done.stderr) == ("(10000, 9000)\n", "")
+
+
+def test_a_grey_picture_with_a_nan_is_an_error(tmp_path):
+    grey = save(Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)), tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif' cannot be read as a picture: it has pixels that are no finite num"):
+        read_image(grey)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+@pytest.mark.parametrize("read", [read_image, lambda path: to_array(str(path), 8)])
+def test_what_is_no_file_is_an_error_and_is_not_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.png")                # opening it would wait for a writer, for ever
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, complaint in (("pipe.png", "it is no regular file"), (".", "it is a folder"),
+                            ("loop.png", ".*symbolic links.*")):
+        with pytest.raises(ValueError, match=f"cannot be read as a picture: {complaint}$") as caught:
+            read(tmp_path / name)
+        assert repr(str(tmp_path / name)) in str(caught.value)
 
 
 def test_to_array_takes_the_middle_square():
