@@ -90,8 +90,8 @@ def given_splits(top):
     splits = {"train": named["train"], "val": [*with_classes, *val][0]}
     for folder in splits.values():
         if not folders_in(folder):
-            raise ValueError(f"its folder {readable(folder.name)!r} holds no class folders; expected {LAYOUT}, or name a "
-                             "single folder of class folders")
+            raise ValueError(f"its folder {readable(folder.name)!r} holds no class folders; expected {LAYOUT}, or "
+                             "name a folder of class folders")
     return splits, [folder for folder in inside if folder not in splits.values()]
 
 

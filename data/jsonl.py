@@ -21,8 +21,8 @@ from data.splits import pixel_hash, split_of
 
 REQUIRED = ("image", "question", "answer")
 FIELDS = REQUIRED + ("reasoning", "caption", "aliases", "choices", "tolerance", "unit", "boxes", "id", "split")
-# Characters of a field: some 5,000 tokens of English, more than LLaVA-1.5 can read. Attention takes the square of it, and
-# `tokenizer.train` passes over texts of more than 100,000 bytes.
+# Characters of a field: some 5,000 tokens of English, more than LLaVA-1.5 can read. Attention takes the square of it,
+# and `tokenizer.train` passes over texts of more than 100,000 bytes.
 LONGEST = 20_000
 
 

@@ -340,11 +340,11 @@ def test_folders_that_name_the_same_class_are_one_class(tmp_path):
 @pytest.mark.parametrize("names, complaint", [
     (("Cat", "cat"), "classes 'Cat' and 'cat' count as the same answer; rename"),
     (("etc", "etc."), "classes 'etc' and 'etc.' count as the same answer"),
-    (("1", "1.0", "01", "two", "Two"), "classes '01' and '1' and '1.0' count as the same answer; classes 'Two' and 'tw"),
+    (("1", "1.0", "01", "two", "Two"), "classes '01' and '1' and '1.0' count as the same answer; classes 'Two' and"),
     (("1,000", "1e3"), "classes '1,000' and '1e3' count as the same answer"),
     (("a", "_..."), "class '...' is nothing but full stops and spaces, which do not count; rename"),
     (("a", "\u200b\ufeff"), r"class '\\u200b\\ufeff' holds no visible character; rename"),
-    (("a", "<ANSWER>", "<image> b"), "class '<ANSWER>' holds the tag <ANSWER>, .*; class '<image> b' holds the tag <im"),
+    (("a", "<ANSWER>", "<image> b"), "class '<ANSWER>' holds the tag <ANSWER>, .*; class '<image> b' holds"),
     (("_", "cat", "Cat"), "names no class; classes 'Cat' and 'cat' count as the same answer; rename"),
     (("a",) + tuple(f"<image> {n:02}" for n in range(13)), "class '<image> 09' .*sets itself; and 3 more; rename"),
 ])
@@ -362,8 +362,9 @@ TEXTS = st.text(st.sampled_from("aAé 1230.,-+e\n\u200b<think>(B)"), max_size=8)
 @given(TEXTS, TEXTS, st.sampled_from(["", "e", "1"]))
 def test_answers_are_called_alike_when_the_checker_takes_one_for_the_other_and_never_else(one, other, unit):
     if answers.normalise(one) and answers.normalise(other):
-        taken = answers.is_right(Sample(answer=one, unit=unit), other)
-        assert taken == bool(answers.alike([one, other], unit)) == answers.is_right(Sample(answer=other, unit=unit), one)
+        alike = bool(answers.alike([one, other], unit))
+        assert answers.is_right(Sample(answer=one, unit=unit), other) == alike
+        assert answers.is_right(Sample(answer=other, unit=unit), one) == alike
 
 
 @settings(max_examples=1000, deadline=None)

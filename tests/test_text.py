@@ -103,7 +103,8 @@ def test_bytes_that_are_no_model_are_called_so_and_not_by_lines_of_another_sourc
 
 def test_a_run_and_an_evaluation_name_the_file_whose_tokenizer_is_damaged(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    run = SimpleNamespace(cfg=SimpleNamespace(init="", llava="", llm="", template="brief"), folder=tmp_path, device="cpu")
+    cfg = SimpleNamespace(init="", llava="", llm="", template="brief")
+    run = SimpleNamespace(cfg=cfg, folder=tmp_path, device="cpu")
     with pytest.raises(ValueError, match=r"^the tokenizer '.*tokenizer\.model' cannot be used: "):
         train_script.Run.prepare_tokenizer(run)
     monkeypatch.setattr(checkpoint, "load", lambda *_: dict(tokenizer=b"no model", vlm={}, vlm_config={}))
