@@ -146,19 +146,8 @@ def load(folder, val_percent=20):
     if len(choices) == 1:
         raise ValueError(f"{where} has one class only, {choices[0]!r}: nothing to tell apart; expected {LAYOUT}")
 
-    pictures, unreadable = [], []
     fate = defaultdict(Counter)             # class -> what became of its files; the errors below quote it
-    for split, label, path in folders:
-        for entry in listing(path):
-            if entry.is_dir() or entry.suffix.lower() not in SUFFIXES:
-                fate[label]["sub-folders" if entry.is_dir() else "not pictures"] += 1
-                continue
-            try:
-                pictures.append((pixel_hash(entry), split, label, entry))
-            except ValueError:
-                unreadable.append(repr(readable(entry.relative_to(root).as_posix()))[1:-1])
-                fate[label]["unreadable"] += 1
-
+    pictures, unreadable = hashed(root, folders, fate)
     labels = defaultdict(set)               # pixel hash -> its classes
     for key, _, label, _ in pictures:
         labels[key].add(label)
@@ -192,6 +181,28 @@ def load(folder, val_percent=20):
             f"{len(splits['train'])} train, {len(splits['val'])} val")
     said = [", ".join(f"{count} {what}" for count, what in notes if count), *layout_notes(root, top, given, others)]
     return splits, "; ".join(filter(None, [line, *said]))
+
+
+def hashed(root, folders, fate):
+    """(split, class, folder) triples -> ([(pixel hash, split, class, path)], names of the unreadable below `root`).
+
+    Adds to the counts of `fate`, by class, what is passed over.
+    """
+    pictures, unreadable = [], []
+    for split, label, folder in folders:
+        for entry in listing(folder):
+            if entry.is_dir():
+                fate[label]["sub-folders"] += 1
+                continue
+            if entry.suffix.lower() not in SUFFIXES:
+                fate[label]["not pictures"] += 1
+                continue
+            try:
+                pictures.append((pixel_hash(entry), split, label, entry))
+            except ValueError:
+                unreadable.append(repr(readable(entry.relative_to(root).as_posix()))[1:-1])
+                fate[label]["unreadable"] += 1
+    return pictures, unreadable
 
 
 def by_hash(labels, val_percent):
