@@ -45,7 +45,8 @@ def load_vlm(path, device="cpu"):
     if "vlm" not in state:
         raise ValueError(f"checkpoint {str(path)!r} holds no vision-language model (stage {state.get('stage')!r})")
     vlm = VLM.from_config(state["vlm_config"], state.pop("vlm"))
-    return vlm.to(device), tokenizer.from_saved(state["tokenizer"]), state
+    tok = tokenizer.from_saved(state["tokenizer"], f"the tokenizer in checkpoint {str(path)!r}")
+    return vlm.to(device), tok, state
 
 
 def load_any(cfg):

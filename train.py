@@ -317,11 +317,12 @@ class Run(RunFolder):
         """From --init, --llava or --llm, or from the folder, else trained on what the training data says."""
         cfg, saved = self.cfg, self.folder / "tokenizer.model"
         if cfg.init:
-            self.tokenizer = tokenizer.from_saved(checkpoint.load(cfg.init, self.device)["tokenizer"])
+            self.tokenizer = tokenizer.from_saved(checkpoint.load(cfg.init, self.device)["tokenizer"],
+                                                  f"the tokenizer in checkpoint {cfg.init!r}")
         elif cfg.llava or cfg.llm:
             self.tokenizer = pretrained.load_tokenizer(cfg.llava or cfg.llm)
         elif saved.exists():
-            self.tokenizer = tokenizer.from_saved(saved.read_bytes())
+            self.tokenizer = tokenizer.from_saved(saved.read_bytes(), f"the tokenizer {str(saved)!r}")
         else:
             self.tokenizer = tokenizer.train(*self.supply.corpus(), cfg.vocab)
         if cfg.template == "auto":

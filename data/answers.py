@@ -9,6 +9,8 @@
 Whatever is not one of these, a list of answers, an answer with a reason, a part of a word, is wrong. Linear time.
 """
 import re
+import unicodedata
+from collections import defaultdict
 from decimal import Decimal
 from functools import lru_cache
 from string import ascii_lowercase
@@ -16,6 +18,9 @@ from string import ascii_lowercase
 # ASCII digits alone: int("٣") is 3 in Python, but no gold answer is written so. Nothing longer is a number.
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?", re.ASCII)
 LONGEST_NUMBER = 40
+# The template sets these itself; a second copy inside a text would add a picture or end an answer early.
+TAG = re.compile(r"<image>|</?(think|answer|summary|caption|reasoning|conclusion)>", re.IGNORECASE)
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}      # Unicode's categories: controls, zero-width characters, white space
 LETTER = re.compile(r"\(?([a-z])(?:[).:]+|$)\s*(.*)", re.DOTALL)
 
 
@@ -40,6 +45,44 @@ def number(text, unit=""):
     if len(text) > LONGEST_NUMBER or not NUMBER.fullmatch(text):
         return None
     return Decimal(text.replace(",", ""))
+
+
+def key(answer, unit=""):
+    """What an answer is compared by: the number that it is, else its normalised text.
+
+    Without a tolerance `is_right` cannot tell apart the answers of one key, and no others.
+    """
+    text = normalise(answer)
+    value = number(text, unit)
+    return text if value is None else value
+
+
+def alike(answers, unit=""):
+    """Lists of the answers that count as the same, in their order. Linear time.
+
+    >>> alike(["1", "two", "1.0", "Two.", "three"])
+    [['1', '1.0'], ['two', 'Two.']]
+    """
+    same = defaultdict(list)
+    for answer in answers:
+        same[key(answer, unit)].append(answer)
+    return [group for group in same.values() if len(group) > 1]
+
+
+def fault(answer):
+    """Why a gold answer can never be given and judged right, as the end of a sentence; "" when it can.
+
+    >>> fault("..."), fault("two")
+    ('is nothing but full stops and spaces, which do not count', '')
+    """
+    tag = TAG.search(answer)
+    if tag:
+        return f"holds the tag {tag.group()}, which the prompt template sets itself"
+    if not normalise(answer):
+        return "is nothing but full stops and spaces, which do not count"
+    if all(unicodedata.category(sign) in INVISIBLE for sign in answer):
+        return "holds no visible character"
+    return ""
 
 
 @lru_cache(maxsize=4096)

@@ -12,20 +12,35 @@ import codecs
 import json
 import math
 import os
-import re
+from collections import Counter
 from string import ascii_lowercase
 
+from data.answers import TAG, alike, fault, key, verdict
 from data.sample import Sample
 from data.splits import pixel_hash, split_of
 
 REQUIRED = ("image", "question", "answer")
 FIELDS = REQUIRED + ("reasoning", "caption", "aliases", "choices", "tolerance", "unit", "boxes", "id", "split")
-# The template sets these itself; a second copy inside a text would add a picture or end an answer early.
-TAGS = re.compile(r"<image>|</?(think|answer|summary|caption|reasoning|conclusion)>", re.IGNORECASE)
+# Characters of a field: some 5,000 tokens of English, more than LLaVA-1.5 can read. Attention takes the square of it,
+# and `tokenizer.train` passes over texts of more than 100,000 bytes.
+LONGEST = 20_000
+
+
+class RepeatedKey(ValueError):
+    """A JSON object says one thing twice."""
 
 
 def no_constant(name):
     raise ValueError(f"{name} is not a JSON number")
+
+
+def unique(pairs):
+    """The (key, value) pairs of a JSON object -> dict; json's own keeps the last of two values without a word."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise RepeatedKey(f"the key {counts.most_common(1)[0][0]!r} stands more than once in one object")
+    return record
 
 
 def text(record, field, numbers=False):
@@ -34,6 +49,8 @@ def text(record, field, numbers=False):
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"field {field!r} must be a string{' or a number' * numbers}, not {type(value).__name__}")
+    if len(value) > LONGEST:
+        raise ValueError(f"field {field!r} has {len(value)} characters and must have at most {LONGEST}")
     return value if field == "image" else value.strip()         # a file name may begin with a space
 
 
@@ -63,8 +80,10 @@ def boxes(record):
 def parse(line, folder, name):
     """One line (bytes) -> (Sample, unknown fields); ValueError says what is wrong with it."""
     try:
-        record = json.loads(line.decode("utf-8"), parse_constant=no_constant)
+        record = json.loads(line.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=unique)
         json.dumps(record, ensure_ascii=False).encode()         # "\ud800" is JSON but no text a tokenizer takes
+    except RepeatedKey:
+        raise
     except UnicodeError as error:
         raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -89,14 +108,35 @@ def parse(line, folder, name):
     if sample.tolerance < 0:
         raise ValueError(f"field 'tolerance' must not be negative, it is {sample.tolerance:g}")
     for field in ("question", "answer", "reasoning", "caption", "aliases", "choices"):
-        tag = TAGS.search(str(getattr(sample, field)))
+        tag = TAG.search(str(getattr(sample, field)))
         if tag:
             raise ValueError(f"field {field!r} holds the tag {tag.group()}, which the prompt template sets itself")
-    letters = ascii_lowercase[:len(sample.choices)]
-    if sample.choices and not {answer, *sample.aliases} & set(sample.choices) and (
-            len(answer) != 1 or answer.lower() not in letters):
-        raise ValueError(f"the answer {answer!r} is not among the choices {list(sample.choices)}")
+    check_answers(sample)
     return sample, set(record) - set(FIELDS)
+
+
+def check_answers(sample):
+    """Raises ValueError unless the answer can be given, and is right where other choices are wrong."""
+    for gold in (sample.answer, *sample.aliases):
+        why = fault(gold)
+        if why:
+            raise ValueError(f"the answer {gold!r} can never be right: it {why}")
+    if not sample.choices:
+        return
+    answer, letters = sample.answer, ascii_lowercase[:len(sample.choices)]
+    written = {answer, *sample.aliases} & set(sample.choices)
+    if not written and (len(answer) != 1 or answer.lower() not in letters):
+        raise ValueError(f"the answer {answer!r} is not among the choices {list(sample.choices)}")
+    for same in alike(sample.choices, sample.unit):
+        raise ValueError(f"the choices {' and '.join(map(repr, same))} count as the same answer")
+    golds = {key(gold, sample.unit) for gold in (answer, *sample.aliases)}
+    meant = {choice for choice in sample.choices if key(choice, sample.unit) in golds}
+    if not meant:
+        meant = {sample.choices[letters.index(answer.lower())]}
+    for choice in sample.choices:
+        right, why = verdict(sample, choice)
+        if right and choice not in meant:
+            raise ValueError(f"the choice {choice!r} counts as right beside the answer {answer!r}: it is {why}")
 
 
 def load(path, val_percent=20):

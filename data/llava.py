@@ -22,6 +22,7 @@ from itertools import dropwhile
 import numpy as np
 
 from data.chat import IMAGE
+from data.jsonl import unique
 from data.sample import CLIP_MEAN, FITS, Sample, to_array
 from data.spans import EXPECTED, spans
 
@@ -185,7 +186,7 @@ def sample_of(text, number, image_root):
     """
     name = str(number)
     try:
-        record = json.loads(text.decode("utf-8"))
+        record = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
         json.dumps(record, ensure_ascii=False).encode()         # "\ud800" is JSON but no text a tokenizer takes
     except UnicodeError as error:
         raise BadRecord("not valid JSON", number, name, f"not UTF-8 text ({error.reason})") from None

@@ -2,7 +2,10 @@
 
 Absent means empty: a Sample without a picture has `images == ()`, a Batch without targets has an all-False `target`.
 """
+import math
 import os
+import stat
+import warnings
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -91,29 +94,73 @@ class Batch:
         return [self.rows(part) for part in everyone.split(size)]
 
 
+# PIL refuses more than 178,956,970 pixels by the file's header, which bounds what one file can take: 8 bytes a pixel
+# here. From half of them on it warns of what it reads all the same.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+BAND = 2 ** 20              # pixels converted at once
+
+
 def read_image(source):
     """Path or (H, W, 3) uint8 array -> RGB PIL image, upright (EXIF), alpha on white, any palette or grey expanded.
 
-    Raises ValueError naming the file when it cannot be read as a picture.
+    Raises ValueError naming the file when it cannot be read as a picture, is no regular file or has too many pixels.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
+        kind = os.stat(source).st_mode
+        if not stat.S_ISREG(kind):          # a pipe would be waited for
+            raise ValueError("it is a folder" if stat.S_ISDIR(kind) else "it is no regular file")
         with Image.open(source) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                # PIL clips 16-bit grey at 255 on conversion; stretch the picture's own range instead.
-                grey = np.asarray(image, dtype=np.float64)
-                span = max(grey.max() - grey.min(), 1e-12)
-                image = Image.fromarray(((grey - grey.min()) / span * 255).astype(np.uint8))
-            elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            if not image.width * image.height:
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return _rgb(image)
     except FileNotFoundError:
         raise ValueError(f"image {str(source)!r} does not exist") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"image {str(source)!r} has too many pixels: expected at most "
+                         f"{2 * Image.MAX_IMAGE_PIXELS}") from None
     except Exception as error:          # PIL's readers raise OSError, SyntaxError, struct.error and more on odd bytes
         raise ValueError(f"image {str(source)!r} cannot be read as a picture: {error}") from None
+
+
+def bands(image):
+    """PIL image -> (top, the rows from `top` on) of its parts of at most `BAND` pixels, in order."""
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _rgb(image):
+    """Decoded PIL image of any mode -> RGB, by bands: copies of a whole scan of 13,000 x 13,000 would take 4 GB."""
+    clear = "transparency" in image.info
+    if image.mode == "RGB" and not clear:
+        return image
+    deep = image.mode.startswith("I") or image.mode == "F"
+    low, span = _grey_range(image) if deep else (0.0, 1.0)
+    picture = Image.new("RGB", image.size)
+    for top, band in bands(image):
+        if deep:
+            # PIL clips 16-bit grey at 255 on conversion; stretch the picture's own range instead.
+            grey = np.asarray(band, dtype=np.float64)
+            band = Image.fromarray(((grey - low) / span * 255).astype(np.uint8))
+        elif clear or band.mode in ("RGBA", "LA", "PA"):
+            band = band.convert("RGBA")
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+        picture.paste(band.convert("RGB"), (0, top))
+    return picture
+
+
+def _grey_range(image):
+    """(lowest value, distance to the highest, more than 0) of an image of one channel; ValueError unless finite."""
+    greys = [np.asarray(band) for _, band in bands(image)]
+    low = float(np.min([grey.min() for grey in greys]))
+    span = float(np.max([grey.max() for grey in greys])) - low
+    if not math.isfinite(span):
+        raise ValueError("it has pixels that are no finite numbers")
+    return low, max(span, 1e-12)
 
 
 # (path, size, fit, mean, time of change) -> array. Decoding a photograph takes longer than training on it, and every
@@ -136,7 +183,9 @@ def to_array(source, size, fit="crop", mean=CLIP_MEAN):
         raise ValueError(f"fit {fit!r} must be one of {', '.join(map(repr, FITS))}")
     if isinstance(source, np.ndarray):
         return source if source.shape == (size, size, 3) else _fitted(source, size, fit, mean)
-    key = (source, size, fit, tuple(mean), os.stat(source).st_mtime_ns) if os.path.exists(source) else None
+    if not os.path.exists(source):
+        return _fitted(source, size, fit, mean)         # says what is wrong with it
+    key = source, size, fit, tuple(mean), os.stat(source).st_mtime_ns
     if key not in CACHE:
         array = _fitted(source, size, fit, mean)
         array.flags.writeable = False

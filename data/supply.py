@@ -4,6 +4,7 @@
     supply.samples("align", 16000)  # drawn scenes; a folder's, a file's training pictures; or a LLaVA file's records
 """
 from data import chat, cot, images, jsonl, llava, scenes
+from data.answers import key
 from data.sample import Sample
 from data.splits import mixed
 
@@ -11,14 +12,20 @@ TEST_SEED = {"test": 1_000_001, "val": 2_000_002}     # the same prompts for eve
 
 
 def real_data(data, val_percent):
-    """--data -> ({"train": samples, "val": samples}, what was found); (None, "") for what has no such splits."""
+    """--data -> ({"train": samples, "val": samples}, what was found); (None, "") for what has no such splits.
+
+    Raises ValueError for anything else than scenes, images:DIR, jsonl:FILE or llava:FILE, and for what `load` refuses.
+    """
     source, _, where = data.partition(":")
+    if source not in ("scenes", "images", "jsonl", "llava") or (source != "scenes") != bool(where):
+        raise ValueError(f"--data={data} must be scenes, images:DIR, jsonl:FILE or llava:FILE")
     if source in ("scenes", "llava"):
         return None, ""
     splits, found = {"images": images, "jsonl": jsonl}[source].load(where, val_percent)
-    answers = {sample.answer for sample in splits["train"]}
+    answers = {key(sample.answer, sample.unit): sample.answer for sample in splits["train"]}
     if len(answers) == 1:
-        raise ValueError(f"--data={data}: all training answers are {answers.pop()!r}; there is nothing to tell apart")
+        raise ValueError(f"--data={data}: all training answers are {answers.popitem()[1]!r}; there is nothing to tell "
+                         "apart")
     return {**splits, "val": mixed(splits["val"])}, found
 
 

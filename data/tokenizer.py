@@ -45,9 +45,9 @@ class Tokenizer:
         try:
             self.model = spm.SentencePieceProcessor()
             self.model.LoadFromSerializedProto(proto)       # the constructor takes no bytes for no model
-        except RuntimeError as error:
-            raise ValueError(f"no sentencepiece model can be read from its {len(proto)} bytes: "
-                             f"{str(error).splitlines()[0]}") from None
+        except RuntimeError:            # it names a line of its own source
+            raise ValueError(f"no sentencepiece model can be read from its {len(proto)} bytes; expected the "
+                             "tokenizer.model that sentencepiece wrote, whole") from None
         self.pieces = self.model.get_piece_size()
         self.added = {name: i for name, i in (added or {}).items()
                       if i >= self.pieces or self.model.id_to_piece(i) != name}         # folders list <s> as well
@@ -176,15 +176,18 @@ class BytePairTokenizer:
         return found
 
 
-def from_saved(saved):
-    """What `saved` gave -> the tokenizer again; ValueError for anything else."""
-    if isinstance(saved, bytes):
-        return Tokenizer(saved)
-    if isinstance(saved, dict) and set(saved) == {"proto", "added", "names"}:
-        return Tokenizer(**saved)
-    if isinstance(saved, dict) and set(saved) == {"json", "bos", "eos", "pad"}:
-        return BytePairTokenizer(*(saved[key] for key in ("json", "bos", "eos", "pad")))
-    raise ValueError(f"a saved tokenizer must be bytes or the dict that `saved` gives, not {type(saved).__name__}")
+def from_saved(saved, where="a saved tokenizer"):
+    """What `saved` gave -> the tokenizer again; ValueError for anything else. where: the file, as an error names it."""
+    try:
+        if isinstance(saved, bytes):
+            return Tokenizer(saved)
+        if isinstance(saved, dict) and set(saved) == {"proto", "added", "names"}:
+            return Tokenizer(**saved)
+        if isinstance(saved, dict) and set(saved) == {"json", "bos", "eos", "pad"}:
+            return BytePairTokenizer(*(saved[key] for key in ("json", "bos", "eos", "pad")))
+    except (ValueError, TypeError, AttributeError) as error:        # a dict may hold anything
+        raise ValueError(f"{where} cannot be used: {str(error).splitlines()[0]}") from None
+    raise ValueError(f"{where} must be bytes or the dict that `saved` gives, not {type(saved).__name__}")
 
 
 def load(folder, rows=None):

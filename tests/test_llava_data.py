@@ -219,6 +219,7 @@ def test_a_bad_record_names_itself_its_kind_and_the_reason(pictures, one, kind, 
 
 
 @pytest.mark.parametrize("text", [b'{"id": 1,}', b'{"id": "\\ud800"}', b"{'id': 1}", b'{"id": "\xff"}', b'{"id": "\n"}',
+                                  b'{"id": 1, "image": "a.png", "image": "b.png"}',
                                   b'{"a":' + b"[" * 10 ** 5 + b"]" * 10 ** 5 + b"}"])
 def test_a_record_that_is_no_json_is_named_by_its_number_and_costs_only_itself(tmp_path, text):
     (tmp_path / "data.json").write_bytes(b"[" + json.dumps(record()).encode() + b"," + text + b"]")

@@ -2,15 +2,20 @@
 import hashlib
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from data import images, jsonl
-from data.sample import read_image, to_array
-from data.splits import pixel_hash, split_of
+from data import answers, chat, images, jsonl, sample
+from data.sample import Sample, read_image, to_array
+from data.splits import pixel_hash, sides, split_of
+from data.supply import real_data
 from draw_folder import CLASSES, draw_folder        # pytest puts tests/ on the path
 
 
@@ -114,6 +119,68 @@ def test_a_truncated_picture_is_a_value_error_that_names_the_file(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match=r"cut\.jpg.*truncated"):
         read_image(tmp_path / "cut.jpg")
+
+
+def test_the_bands_in_which_a_picture_is_converted_leave_no_trace(tmp_path, monkeypatch):
+    grey = np.random.default_rng(0).integers(0, 65536, (5, 7), dtype=np.uint16)
+    paths = [save(Image.fromarray(grey), tmp_path / "deep.png"), save(noise(1).quantize(9), tmp_path / "palette.png"),
+             save(noise(2).convert("RGBA").rotate(9), tmp_path / "alpha.png")]
+    whole = [(read_image(path).tobytes(), pixel_hash(path)) for path in paths]
+    stretched = (grey.astype(np.float64) - grey.min()) / float(grey.max() - grey.min()) * 255
+    assert whole[0][0] == np.repeat(stretched.astype(np.uint8)[..., None], 3, axis=2).tobytes()
+    for pixels in (1, 14):                          # a row at a time, two rows at a time
+        monkeypatch.setattr(sample, "BAND", pixels)
+        assert [(read_image(path).tobytes(), pixel_hash(path)) for path in paths] == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_a_large_16_bit_picture_takes_ten_bytes_a_pixel_at_most(tmp_path):
+    side = 6000
+    save(Image.fromarray(np.tile(np.arange(side, dtype=np.uint16), (side, 1))), tmp_path / "deep.png", compress_level=1)
+    program = """
+import sys
+from data.sample import read_image
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+read_image(sys.argv[1])
+print((peak() - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "deep.png"], capture_output=True, text=True,
+                          cwd=Path(sample.__file__).parents[1], check=True)
+    assert int(done.stdout) < 10 * side * side
+
+
+def test_too_many_pixels_are_an_error_from_the_header_alone(tmp_path):
+    (tmp_path / "huge.ppm").write_bytes(b"P6 20000 20000 255\n")           # 1.2 GB of pixels would follow
+    with pytest.raises(ValueError, match=r"huge\.ppm' has too many pixels: expected at most 178956970$"):
+        read_image(tmp_path / "huge.ppm")
+
+
+def test_a_picture_that_pil_warns_of_is_read_without_a_word(tmp_path):
+    save(Image.new("1", (10_000, 9_000)), tmp_path / "large.png")
+    program = "import sys; from PIL import Image; import data.sample; print(Image.open(sys.argv[1]).size)"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "large.png"], capture_output=True, text=True,
+                          cwd=Path(sample.__file__).parents[1])
+    assert (done.stdout, done.stderr) == ("(10000, 9000)\n", "")
+
+
+def test_a_grey_picture_with_a_nan_is_an_error(tmp_path):
+    grey = save(Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)), tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif' cannot be read as a picture: it has pixels that are no finite num"):
+        read_image(grey)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+@pytest.mark.parametrize("read", [read_image, lambda path: to_array(str(path), 8)])
+def test_what_is_no_file_is_an_error_and_is_not_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.png")                # opening it would wait for a writer, for ever
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, complaint in (("pipe.png", "it is no regular file"), (".", "it is a folder"),
+                            ("loop.png", ".*symbolic links.*")):
+        with pytest.raises(ValueError, match=f"cannot be read as a picture: {complaint}$") as caught:
+            read(tmp_path / name)
+        assert repr(str(tmp_path / name)) in str(caught.value)
 
 
 def test_to_array_takes_the_middle_square():
@@ -270,10 +337,41 @@ def test_folders_that_name_the_same_class_are_one_class(tmp_path):
     assert both(splits)[0].choices == ("cat", "sea gull") and "sea-gull/40.png" in ids(both(splits))
 
 
-def test_classes_that_differ_only_in_case_are_an_error(tmp_path):
-    save(noise(40), two_classes(tmp_path) / "Cat/40.png")
-    with pytest.raises(ValueError, match="differ only in upper and lower case"):
-        load50(tmp_path)
+@pytest.mark.parametrize("names, complaint", [
+    (("Cat", "cat"), "classes 'Cat' and 'cat' count as the same answer; rename"),
+    (("etc", "etc."), "classes 'etc' and 'etc.' count as the same answer"),
+    (("1", "1.0", "01", "two", "Two"), "classes '01' and '1' and '1.0' count as the same answer; classes 'Two' and"),
+    (("1,000", "1e3"), "classes '1,000' and '1e3' count as the same answer"),
+    (("a", "_..."), "class '...' is nothing but full stops and spaces, which do not count; rename"),
+    (("a", "\u200b\ufeff"), r"class '\\u200b\\ufeff' holds no visible character; rename"),
+    (("a", "<ANSWER>", "<image> b"), "class '<ANSWER>' holds the tag <ANSWER>, .*; class '<image> b' holds"),
+    (("_", "cat", "Cat"), "names no class; classes 'Cat' and 'cat' count as the same answer; rename"),
+    (("a",) + tuple(f"<image> {n:02}" for n in range(13)), "class '<image> 09' .*sets itself; and 3 more; rename"),
+])
+def test_classes_that_no_answer_could_tell_apart_are_an_error_that_lists_them(tmp_path, names, complaint):
+    for name in names:
+        (tmp_path / name).mkdir()                   # said before a picture is decoded
+    with pytest.raises(ValueError, match=f"^folder '{tmp_path}': .*{complaint}"):
+        images.load(tmp_path)
+
+
+TEXTS = st.text(st.sampled_from("aAé 1230.,-+e\n\u200b<think>(B)"), max_size=8)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(TEXTS, TEXTS, st.sampled_from(["", "e", "1"]))
+def test_answers_are_called_alike_when_the_checker_takes_one_for_the_other_and_never_else(one, other, unit):
+    if answers.normalise(one) and answers.normalise(other):
+        alike = bool(answers.alike([one, other], unit))
+        assert answers.is_right(Sample(answer=one, unit=unit), other) == alike
+        assert answers.is_right(Sample(answer=other, unit=unit), one) == alike
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.sampled_from([*"a. \n\u200b<>/", "<think>", "</answer>", "<Answer>"]), max_size=4).map("".join))
+def test_an_answer_without_a_fault_is_judged_right_when_it_is_given(answer):
+    given_back = chat.parse(chat.target_text(answer, "so")).answer
+    assert answers.fault(answer) or answers.is_right(Sample(answer=answer), given_back)
 
 
 # train/ and val/ folders
@@ -305,11 +403,113 @@ def test_a_class_missing_from_val_is_an_error(tmp_path):
         images.load(tmp_path)
 
 
-def test_train_without_val_is_an_error_that_shows_the_layout(tmp_path):
-    save(noise(0), tmp_path / "train/cat/a.png")
-    save(noise(1), tmp_path / "test/cat/a.png")
-    with pytest.raises(ValueError, match=r"class 'test' .*\(1 sub-folders\); expected .*DIR/val/<class>"):
+def draw(root, *places):
+    """A picture of its own in each of these class folders."""
+    for seed, place in enumerate(places):
+        save(noise(seed), root / place / "a.png")
+    return root
+
+
+CLASSES_OF = {name: (f"{name}/cat", f"{name}/dog") for name in (
+    "train", "Train", "TRAIN", "val", "Val", "valid", "Validation", "test", "TEST", "extra")}
+
+
+@pytest.mark.parametrize("train, val, others, said", [
+    ("train", "test", (), "; val is the folder 'test'"),
+    ("train", "valid", (), "; val is the folder 'valid'"),
+    ("Train", "Val", (), ""),
+    ("TRAIN", "Validation", ("TEST",), "; val is the folder 'Validation'; left out: 'TEST'"),
+    ("train", "val", ("test", "extra"), "; left out: 'extra', 'test'"),
+    ("train", "val", ("Train", "Val"), "; left out: 'Train', 'Val'"),
+])
+def test_train_and_another_split_are_found_by_their_usual_names(tmp_path, train, val, others, said):
+    draw(tmp_path, *[place for name in (train, val, *others) for place in CLASSES_OF[name]])
+    splits, report = images.load(tmp_path)
+    assert ids(splits["train"]) == [f"{place}/a.png" for place in CLASSES_OF[train]]
+    assert ids(splits["val"]) == [f"{place}/a.png" for place in CLASSES_OF[val]]
+    assert report == f"images: 4 pictures, 2 classes; 2 train, 2 val{said}"
+
+
+def test_a_test_folder_without_classes_is_left_out_where_another_has_them(tmp_path):
+    draw(tmp_path, *CLASSES_OF["train"], *CLASSES_OF["test"], "val")
+    _, report = images.load(tmp_path)
+    assert report.endswith("; val is the folder 'test'; left out: 'val'")
+
+
+@pytest.mark.parametrize("places", [("train/cat", "train/dog", "test"), ("train", "val"), ("train", "test/cat")])
+def test_split_folders_without_class_folders_are_an_error(tmp_path, places):
+    with pytest.raises(ValueError, match=r"its folder '\w+' holds no class folders; expected .*DIR/val/<class>"):
+        images.load(draw(tmp_path, *places))
+
+
+def test_a_folder_that_only_wraps_another_is_read_as_that_one(tmp_path):
+    two_splits(tmp_path / "zip/pets")
+    (tmp_path / "README.md").write_text("pets")
+    (tmp_path / "__MACOSX").mkdir()
+    splits, report = images.load(tmp_path)
+    assert ids(splits["val"]) == ["zip/pets/val/cat/a.png", "zip/pets/val/dog/a.png"]
+    assert report == "images: 4 pictures, 2 classes; 2 train, 2 val; read from its folder 'zip/pets'"
+    assert [s.answer for s in splits["val"]] == [s.answer for s in images.load(tmp_path / "zip/pets")[0]["val"]]
+
+
+def test_a_wrapping_folder_without_an_end_is_an_error(tmp_path):
+    (tmp_path / "again").symlink_to(".")
+    with pytest.raises(ValueError, match="it holds a single folder, which holds a single folder, 8 deep; expected"):
         images.load(tmp_path)
+
+
+def test_classes_inside_of_classes_are_an_error_that_names_what_was_seen(tmp_path):
+    draw(tmp_path, "pets/cat", "pets/dog", "wild/fox", "wild/owl")
+    with pytest.raises(ValueError, match="hold folders, not pictures, as in 'pets/cat'; expected DIR/<class>.*move"):
+        images.load(tmp_path)
+    save(noise(9), tmp_path / "plants/a.png")           # one class is as it should be: the others are named
+    with pytest.raises(ValueError, match=r"'pets' is left with no usable picture \(2 sub-folders\); class 'wild' is"):
+        images.load(tmp_path)
+
+
+# Small classes
+
+def test_every_class_of_two_pictures_or_more_falls_on_both_sides(tmp_path):
+    seeds = iter(range(200))
+    for name in range(60):
+        for _ in range(2 + name % 2):
+            seed = next(seeds)
+            save(noise(seed), tmp_path / f"c{name:02}/{seed}.png")
+            save(noise(seed), tmp_path / f"c{name:02}/{seed} copy.bmp")
+    splits, report = images.load(tmp_path)
+    for samples in splits.values():
+        assert len({sample.answer for sample in samples}) == 60
+    train, val = ({pixel_hash(sample.images[0]) for sample in splits[side]} for side in ("train", "val"))
+    assert not train & val and len(train | val) == 150
+    again = sum(split_of(key, 20) == "val" for key in train) + sum(split_of(key, 20) == "train" for key in val)
+    assert again and f"{again} moved to the other split, so that each has every class" in report
+    assert splits == images.load(tmp_path)[0]
+
+
+def test_only_a_class_that_lacks_a_side_is_split_otherwise():
+    keys = [f"{n:064x}" for n in (5, 150, 160, 170, 199)]       # at 20 percent: val, and train for the others
+    assert sides(keys, 20) == {key: split_of(key, 20) for key in keys}
+    assert [sides(keys[1:], 20)[key] for key in keys[1:]] == ["val", "train", "train", "train"]
+    assert [sides(keys[:4], 99)[key] for key in keys[:4]] == ["val", "val", "val", "train"]
+    assert sides(keys[1:2], 20) == {keys[1]: "train"} and sides([], 20) == {}
+
+
+def test_a_larger_val_percent_only_adds_to_the_val_of_a_small_class():
+    keys = [hashlib.sha256(bytes([n])).hexdigest() for n in range(4)]
+    found = [{key for key, side in sides(keys, percent).items() if side == "val"} for percent in range(1, 100)]
+    assert all(0 < len(val) < 4 for val in found) and all(a <= b for a, b in zip(found, found[1:]))
+
+
+def test_data_that_names_no_source_is_an_error():
+    for data in ("nonsense:x", "nonsense", "", "images", "images:", "jsonl:", "llava:", "scenes:x", ":"):
+        with pytest.raises(ValueError, match=f"^--data={data} must be scenes, images:DIR, jsonl:FILE or llava:FILE$"):
+            real_data(data, 20)
+
+
+def test_training_answers_that_all_count_as_the_same_are_an_error(tmp_path):
+    path = write(tmp_path, {**GOOD, "answer": 1}, {**GOOD, "answer": "1.0"}, {**GOOD, "image": "b.png"})
+    with pytest.raises(ValueError, match="all training answers are '1.0'; there is nothing to tell apart"):
+        real_data(f"jsonl:{path}", 50)
 
 
 # What a folder can be wrong in
@@ -346,6 +546,17 @@ def test_a_class_left_without_a_usable_picture_is_an_error_that_counts_what_was_
         (tmp_path / "owl" / name).write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"class 'owl' .* \(2 not pictures, 1 unreadable\)"):
         load50(tmp_path)
+
+
+def test_all_classes_that_lack_pictures_are_listed_at_once(tmp_path):
+    two_classes(tmp_path)
+    for name in range(8):
+        (tmp_path / f"empty{name}").mkdir()
+        save(noise(100 + name), tmp_path / f"single{name}/a.png")
+    with pytest.raises(ValueError, match=r"class 'empty0' is left .*'empty7' is left .* class 'single1' \(1 in \w+\); "
+                                         "and 6 more; expected .*; add pictures") as caught:
+        load50(tmp_path)
+    assert "single2" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("split, other", [("train", "val"), ("val", "train")])
@@ -414,6 +625,17 @@ def test_the_answer_zero_is_an_answer(tmp_path):
     assert [sample.answer for sample in both(splits)] == ["0", "0.5"]
 
 
+@pytest.mark.parametrize("line", [
+    {"question": "a" * 20_000},
+    {"answer": "blue", "aliases": ["red", "crimson"], "choices": ["red", "crimson", "green"]},
+    {"answer": "A", "choices": [".", ","], "question": "Which? (A) . (B) ,"},
+    {"answer": 1, "choices": [1, 2.5, 4], "tolerance": 1},
+    {"answer": "1 cm", "choices": ["1 cm", "2 cm"], "unit": "cm"},
+])
+def test_lines_at_the_edge_of_what_can_be_judged_are_accepted(tmp_path, line):
+    assert len(both(jsonl.load(write(tmp_path, {**GOOD, **line}, {**GOOD, "image": "b.png"}), 50)[0])) == 2
+
+
 def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path):
     path = write(tmp_path, "", json.dumps(GOOD) + "\r", "  \r", {**GOOD, "image": "b.png", "caption": None}, "")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -447,6 +669,24 @@ def test_unknown_fields_are_named_in_the_report(tmp_path):
 
 @pytest.mark.parametrize("line, complaint", [
     ("{", "not valid JSON"),
+    ('{"image": "a.png", "question": "W", "answer": "red", "answer": "blue"}', "the key 'answer' stands more than on"),
+    ('{"image": "a.png", "question": "W", "answer": "red", "answer": null}', "the key 'answer' stands more than once"),
+    ({**GOOD, "question": "what " * 200_000}, "field 'question' has 1000000 characters and must have at most 20000"),
+    ({**GOOD, "reasoning": "a" * 20_001}, "field 'reasoning' has 20001 characters and must have at most 20000"),
+    ({**GOOD, "answer": "a" * 20_001}, "field 'answer' has 20001 characters"),
+    ({**GOOD, "caption": "a" * 20_001}, "field 'caption' has 20001 characters"),
+    ({**GOOD, "aliases": ["red", "a" * 20_001]}, r"field 'aliases\[1\]' has 20001 characters"),
+    ({**GOOD, "answer": "..."}, "the answer '...' can never be right: it is nothing but full stops and spaces"),
+    ({**GOOD, "answer": "\u200b"}, r"the answer '\\u200b' can never be right: it holds no visible character"),
+    ({**GOOD, "aliases": ["crimson", ". ."]}, "the answer '. .' can never be right"),
+    ({**GOOD, "choices": ["red", "blue", "Blue."]}, "the choices 'blue' and 'Blue.' count as the same answer"),
+    ({**GOOD, "choices": ["red", "red"]}, "the choices 'red' and 'red' count as the same answer"),
+    ({**GOOD, "answer": 1, "choices": [1, "01", 2]}, "the choices '1' and '01' count as the same answer"),
+    ({**GOOD, "answer": "1", "choices": ["1", "1 cm"], "unit": "cm"}, "the choices '1' and '1 cm' count as the same"),
+    ({**GOOD, "answer": 1, "choices": [1, 2, 3], "tolerance": 1},
+     "the choice '2' counts as right beside the answer '1': it is within 1 of 1"),
+    ({**GOOD, "question": "(A) (b (B) red", "choices": ["(b", "red"]},
+     r"the choice '\(b' counts as right beside the answer 'red': it is choice b"),
     ('{"answer": NaN}', "not valid JSON .*NaN"),
     ("[" * 100_000, "not valid JSON"),
     ("[1]", "expected a JSON object with image, question, answer, not list"),

@@ -1,14 +1,19 @@
 """Tokenizer and prompts: text comes back as it went in, and the target mask holds exactly the target."""
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eval as evaluation
+import train as train_script
 from data import chat, cot, scenes
 from data.sample import Sample
 from data.tokenizer import from_saved, train
+from model import checkpoint
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 PATCHES = 5
@@ -76,6 +81,39 @@ def test_the_model_travels_as_bytes(tok):
     assert tok.saved == tok.proto
     again = from_saved(tok.saved)
     assert len(again) == len(tok) <= 512 and again.encode(" two cats </s>") == tok.encode(" two cats </s>")
+
+
+DAMAGED = [b"", b"no model", bytes(100), TOKENIZERS["prose"].proto[:-1], dict(proto=b"no model", added={}, names={}),
+           dict(proto=TOKENIZERS["prose"].proto, added=["<x>"], names={}),
+           dict(proto=TOKENIZERS["prose"].proto, added={"<x>": "y"}, names={}), dict(proto=5, added={}, names={}),
+           dict(json="{", bos=None, eos="</s>", pad=None)]
+
+
+@pytest.mark.parametrize("saved", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_tokenizer_is_one_sentence_that_names_where_it_lies(saved):
+    with pytest.raises(ValueError, match="^the tokenizer 'out/tokenizer.model' cannot be used: [^\n]+$"):
+        from_saved(saved, "the tokenizer 'out/tokenizer.model'")
+
+
+def test_bytes_that_are_no_model_are_called_so_and_not_by_lines_of_another_source():
+    with pytest.raises(ValueError, match=r"no sentencepiece model can be read from its 8 bytes; expected the tokenizer"
+                                         r"\.model that sentencepiece wrote, whole$"):
+        from_saved(b"no model")
+
+
+def test_a_run_and_an_evaluation_name_the_file_whose_tokenizer_is_damaged(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    cfg = SimpleNamespace(init="", llava="", llm="", template="brief")
+    run = SimpleNamespace(cfg=cfg, folder=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=r"^the tokenizer '.*tokenizer\.model' cannot be used: "):
+        train_script.Run.prepare_tokenizer(run)
+    monkeypatch.setattr(checkpoint, "load", lambda *_: dict(tokenizer=b"no model", vlm={}, vlm_config={}))
+    run.cfg.init = "a.pt"
+    with pytest.raises(ValueError, match=r"^the tokenizer in checkpoint 'a\.pt' cannot be used: "):
+        train_script.Run.prepare_tokenizer(run)
+    monkeypatch.setattr(evaluation.VLM, "from_config", lambda *_: torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"^the tokenizer in checkpoint 'a\.pt' cannot be used: "):
+        evaluation.load_vlm("a.pt")
 
 
 def test_training_is_reproducible_and_a_vocabulary_too_small_is_said():
