@@ -436,6 +436,9 @@ def main(argv):
         raise ValueError(f"--llava={cfg.llava} needs --ask=, --data= or --export=: it was not trained on drawn scenes")
     vlm, tok, state = load_any(cfg)
     trained = state["config"]
+    if cfg.data.startswith("llava:"):
+        raise ValueError(f"--data={cfg.data} holds conversations, which nothing can check; expected images:DIR or "
+                         "jsonl:FILE")
     if trained["data"].startswith("llava:") and not (cfg.ask or cfg.export or cfg.data):
         raise ValueError(f"--checkpoint={cfg.checkpoint} was trained on conversations, which nothing can check; it "
                          "needs --ask=, --data= or --export=")
