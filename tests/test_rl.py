@@ -211,11 +211,12 @@ def test_metrics_of_a_rollout_by_hand():
     rollout = Rollout(ids, mask, torch.zeros(0), ((ids == EOS) & mask).any(-1), texts, parts, torch.zeros(0),
                       torch.tensor([[1.1, 0.1], [0.0, 0.0]]))
     line = metrics.of_rollout(rollout)
+    of_rewards = {"reward/correctness": 0.25, "reward_std/correctness": 0.5, "reward/format": 0.5,
+                  "reward_std/format": (1 / 3) ** 0.5}
     assert line == pytest.approx(dict(
-        reward=0.3, reward_std=(((0.8 ** 2 + 0.2 ** 2 + 2 * 0.3 ** 2) / 3) ** 0.5), correctness=0.25,
-        correctness_std=0.5, format=0.5, format_std=(1 / 3) ** 0.5, flat=0.5, length=9 / 4, length_right=2,
-        length_wrong=7 / 3, truncated=0.25, words_wait=0.25, words_again=0.25, words_check=0, words_verify=0,
-        words_however=0, words_alternatively=0))
+        reward=0.3, reward_std=(((0.8 ** 2 + 0.2 ** 2 + 2 * 0.3 ** 2) / 3) ** 0.5), flat=0.5, length=9 / 4,
+        length_right=2, length_wrong=7 / 3, truncated=0.25, words_wait=0.25, words_again=0.25, words_check=0,
+        words_verify=0, words_however=0, words_alternatively=0, **of_rewards))
     nothing = dict(parts, correctness=torch.zeros(2, 2))
     assert "length_right" not in metrics.of_rollout(replace(rollout, parts=nothing))        # nothing to take a mean of
     known = [re.sub("<[a-z]+>", "[a-z]+", name) for name in metrics.DEFINITIONS]
