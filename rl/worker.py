@@ -197,6 +197,15 @@ class Pipes:
         sys.stdout.reconfigure(line_buffering=True)     # nor be lost when the process is killed
         self.process = os.getpid()
         self.identity = self._identity()
+        if hasattr(os, "register_at_fork"):             # else a child left behind would hide that its parent died
+            os.register_at_fork(after_in_child=self._close)
+
+    def _close(self):
+        for fd in (self.requests.fileno(), self.answers):
+            try:
+                os.close(fd)
+            except OSError:
+                pass
 
     def _identity(self):
         found = [os.fstat(fd) for fd in (self.requests.fileno(), self.answers)]
