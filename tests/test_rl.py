@@ -1,4 +1,5 @@
 """The policy loss and what is logged, against hand-worked numbers and naive loops."""
+import json
 import math
 import re
 from dataclasses import replace
@@ -6,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import train
 from data.sample import Sample
 from kernels import group_advantage, policy_loss
 from model.vlm import Output
-from rl import metrics
+from rl import metrics, report, rewards
 from rl.rewards import parse_weights, score, total, why
 from rl.rollout import collect
 from rl.types import Policy, Rollout
@@ -221,3 +223,29 @@ def test_metrics_of_a_rollout_by_hand():
     assert "length_right" not in metrics.of_rollout(replace(rollout, parts=nothing))        # nothing to take a mean of
     known = [re.sub("<[a-z]+>", "[a-z]+", name) for name in metrics.DEFINITIONS]
     assert all(any(re.fullmatch(name, logged) for name in known) for logged in line)
+
+
+# Of the metrics, of what train.py adds to a line, and of the arguments that log it.
+NAMES = ("reward", "reward_std", "loss", "seconds", "step", "stage", "lr", "flops", "samples", "flat", "self")
+
+
+def test_a_reward_may_have_the_name_of_a_metric_and_changes_none(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("".join(f"def {name}(sample, text):\n    return {number} / 64\n"
+                                              for number, name in enumerate(NAMES)))
+    run = ["--preset=tiny", "--stage=clip,align,grpo_zero", "--clip-steps=1", "--align-steps=1", "--rl-steps=1",
+           "--eval-greedy=1", "--eval-sampled=1"]
+    own = ",".join(f"{tmp_path / 'mine.py'}:{name}:0" for name in NAMES)
+    monkeypatch.setattr(report, "curves", lambda *_: b"")
+    lines = []
+    for folder, more in (("plain", ""), ("own", f",{own}")):
+        train.main([*run, f"--rewards=length:1,repetition:1{more}", f"--out={tmp_path / folder}"])
+        lines.append(json.loads((tmp_path / folder / "log.jsonl").read_text().splitlines()[-1]))
+    for name in NAMES:
+        rewards.REWARDS.pop(name).close()
+    plain, with_own = lines
+    for number, name in enumerate(NAMES):
+        assert with_own.pop(f"reward/{name}") == number / 64 and with_own.pop(f"reward_std/{name}") == 0
+    timed = {name for name in plain if name.startswith("seconds") or name.endswith("per_second")}
+    assert {name: plain[name] for name in plain if name not in timed} == {
+        name: with_own[name] for name in with_own if name not in timed}
+    assert plain["length"] > 0 > plain["reward/length"]         # in tokens, and a reward for wrong answers
