@@ -52,10 +52,12 @@ class Worker:
 
     def __call__(self, sample, text):
         about = f"sample {sample.id or sample.question!r}, text {text[:200]!r}"
-        if self.process is not None and self._is_lost():
-            self._fail(DIED["error"] + " between two calls", f"before {about}", lost=True)
-        elif self.process is not None:
-            self.lost = 0
+        if self.process is not None:
+            error = self._meanwhile()
+            if error:
+                self._fail(f"{error} between two calls", f"before {about}", lost=True)
+            else:
+                self.lost = 0
         self.start()
         answer = self._ask(self.timeout, sample=_plain(sample), text=text)
         if not answer["error"]:
@@ -88,9 +90,11 @@ class Worker:
             self.close()
             raise ValueError(f"reward {self.name} of {self.path} cannot be loaded: {answer['error']}")
 
-    def _is_lost(self):
-        """Whether the process died, or wrote something, although nothing was asked."""
-        return self.process.poll() is not None or not self.answers.empty()
+    def _meanwhile(self):
+        """What is wrong with the process since it last answered; "" if nothing is."""
+        if not self.answers.empty():
+            return self.answers.get()["error"]
+        return "" if self.process.poll() is None else DIED["error"]
 
     def _ask(self, seconds, **request):
         """-> the answer to this request: number, value and error, which is empty where there is a value; without a

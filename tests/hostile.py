@@ -1,5 +1,6 @@
 """A reward that harms its own process: hostile(sample, "fork 3") forks and then returns 3, if it is still there."""
 import contextlib
+import fcntl
 import os
 import signal
 import sys
@@ -94,6 +95,13 @@ def close_pipes():
     os.closerange(3, 100)
 
 
+def close_what_it_reads():
+    for fd in range(3, 20):
+        with contextlib.suppress(OSError):
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                os.close(fd)
+
+
 def replace_pipes():
     for fd in range(3, 10):
         os.dup2(2, fd)
@@ -125,10 +133,10 @@ def hang():
     time.sleep(1000)
 
 
-HARMLESS = [fork, close_stdin, close_fd_0, read_stdin, print_much, write_to_stdout, leave_a_thread, leave_a_child]
+HARMLESS = [fork, read_stdin, close_stdin, close_fd_0, print_much, write_to_stdout, leave_a_thread, leave_a_child]
 FAILING = [throw, throw_half_a_character, throw_silently, leave, deep]      # the process goes on
-FATAL = [exit_at_once, kill, kill_all, close_all, close_pipes, replace_pipes, go_on_as_a_child, write_a_line,
-         write_part_of_a_line, write_many_lines, write_without_end]
+FATAL = [exit_at_once, kill, kill_all, close_all, close_pipes, close_what_it_reads, replace_pipes, go_on_as_a_child,
+         write_a_line, write_part_of_a_line, write_many_lines, write_without_end]
 HARM = {harm.__name__: harm for harm in [*HARMLESS, *FAILING, *FATAL, hang]}
 
 
@@ -141,6 +149,11 @@ def hostile(sample, text):
 
 def dies_between_calls(sample, text):
     threading.Timer(0.05, exit_at_once).start()
+    return 1.0
+
+
+def writes_between_calls(sample, text):
+    threading.Timer(0.05, write_without_end).start()
     return 1.0
 
 

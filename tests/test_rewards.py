@@ -351,7 +351,8 @@ def mine(tmp_path):
         rewards.REWARDS.pop(name).close()
 
 
-def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mine, capfd):
+def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mine, capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     weights = parse_weights(f"correctness:1,{mine}:brevity:0.5", timeout=1.0)
     assert weights == {"correctness": 1.0, "brevity": 0.5}
     reward = rewards.REWARDS["brevity"]
@@ -469,6 +470,7 @@ def test_whatever_a_call_does_to_its_process_every_other_value_is_its_own(mine, 
     assert values == wanted
     assert reward.failed == rewards.failures() == 2 * len(hostile.FAILING) + len(hostile.FATAL)
     said = capfd.readouterr().out
+    assert "no answer" not in said and "ValueError: \\ud800; " in said
     assert said.count("its process died") == said.count("it wrote into the pipe of its answers") == 1
 
 
@@ -501,9 +503,19 @@ def test_one_that_dies_between_calls_is_asked_anew_until_it_has_died_three_times
     for _ in range(3):
         assert reward(gold("two"), "") == 1
         reward.process.wait(10)
-    assert reward.failed == 0 and capfd.readouterr().out.count("its process died between two calls") == 1
+    assert reward.failed == 0 and capfd.readouterr().out.count("its process died between two calls; before") == 1
     with pytest.raises(ValueError, match="died between two calls; .*; its process was lost 3 times in a row"):
         reward(gold("two"), "")
+
+
+def test_what_is_written_between_calls_fails_none_and_fills_no_memory(mine, capfd):
+    parse_weights(f"{HOSTILE}:writes_between_calls", timeout=10.0)
+    reward = rewards.REWARDS["writes_between_calls"]
+    assert reward(gold("two"), "") == 1
+    time.sleep(0.5)
+    assert reward.answers.qsize() <= 2          # the line, and that the process died of the closed pipe
+    assert reward(gold("two"), "") == 1 and reward.failed == 0
+    assert "it wrote into the pipe of its answers between two calls; before sample" in capfd.readouterr().out
 
 
 def test_a_death_can_stop_the_run_instead(mine):
