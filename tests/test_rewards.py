@@ -367,7 +367,8 @@ def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mi
     said, printed = capfd.readouterr()
     assert "called two" in printed
     assert said.count("RuntimeError: no; sample 's7', text 'raise'; it counts 0") == 1
-    assert "no answer within 1 s" in said and "SystemExit" in said and "it returned nan" in said and "it returned 1e+39" in said
+    for reason in ("no answer within 1 s", "SystemExit", "it returned nan", "it returned 1e+39"):
+        assert reason in said
     assert reward(gold("two"), "die") == 0 and reward(gold("two"), "") == 1
     assert "its process died" in capfd.readouterr().out
     parts, earned = rewards.score([gold("two")], [[FORMED, "nan"]], weights, gated=False)
