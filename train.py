@@ -430,7 +430,8 @@ def reinforce(run, stage, vlm, samples, method, steps, cfg):
         run.log(stage=stage, method=label, step=step, lr=lr, **learner.rates(lr, cfg), flops=run.flops,
                 samples=int(learner.samples), seconds=round(time.perf_counter() - began, 3),
                 **metrics.costs(clock.laps, rollout, line.pop("passed", 0)), **line)
-        bar.set_postfix({name: f"{line[name]:.2f}" for name in ("reward", *weights, "flat", "length")}, refresh=False)
+        shown = ["reward", *(f"reward/{name}" for name in weights), "flat", "length"]
+        bar.set_postfix({name: f"{line[name]:.2f}" for name in shown}, refresh=False)
         if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             run.save_progress(stage, step + 1, learner, optimizer, generator, run.flops)
     if not updates:

@@ -1,10 +1,9 @@
 """curves.png: what a run learned, from its log.jsonl and results.json, as one picture."""
 import io
 import math
+from itertools import cycle
 
 import numpy as np
-
-from rl.rewards import REWARDS
 
 MAIN = ("clip", "align", "sft", "cot")      # stages that follow each other; other supervised ones are comparison arms
 # Okabe and Ito's palette, which colour-blind readers tell apart, darkened where it is faint on white; and a marker
@@ -18,20 +17,19 @@ STYLE = {"teacher": ("#000000", ""), "cot": ("#0072B2", "o"), "cot_continued": (
          "reinforce++": ("#8A2BE2", "d"), "right": ("#0072B2", "s"), "right_gated": ("#3D9FDC", "^"),
          "format": ("#D99400", "v"), "format_gated": ("#D55E00", "D")}
 OTHER = ("#555555", "h")
-
-
-def style(label):
-    """Colour and marker of a stage or method; those of its name where some switches differ, "grpo[kl_coef=0.0]"."""
-    return STYLE.get(label.partition("[")[0], OTHER)
-
-
-REWARD_COLORS = {"correctness": "#D55E00", "format": "#3D9FDC", "reward": "#333333"}
+REWARD_COLORS = {"reward": "#333333", "reward/format": "#3D9FDC", "reward/correctness": "#D55E00"}
+OTHER_REWARDS = ("#009E73", "#CC79A7", "#D99400", "#0072B2", "#7A4B00", "#8A2BE2")     # in turn
 SPLITS = {"id": "like training", "crowded": "more objects", "pairs": "unseen pairs", "walk3": "3 hops, unseen",
           "walk4": "4-5 hops, unseen"}
 LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left",
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "xtick.color": "#444444",
         "ytick.color": "#444444", "axes.labelcolor": "#444444", "axes.grid": True, "axes.grid.axis": "y",
         "grid.color": "#E6E6E6", "axes.axisbelow": True, "legend.frameon": False}
+
+
+def style(label):
+    """Colour and marker of a stage or method; those of its name where some switches differ, "grpo[kl_coef=0.0]"."""
+    return STYLE.get(label.partition("[")[0], OTHER)
 
 
 def curves(log, results):
@@ -41,9 +39,18 @@ def curves(log, results):
     """
     try:
         from matplotlib import rc_context
-        from matplotlib.figure import Figure      # not pyplot: no window, no figure that outlives the call
     except ImportError:
         return None
+    with rc_context(LOOK):
+        file = io.BytesIO()
+        draw(log, results).savefig(file, facecolor="white")
+    return file.getvalue()
+
+
+def draw(log, results):
+    """The picture of `curves` as a matplotlib Figure."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure          # not pyplot: no window, no figure that outlives the call
     learned, imitated = {}, {}                    # method or stage -> its lines
     for line in log:
         if "reward" in line:
@@ -66,33 +73,38 @@ def curves(log, results):
                                        if row["method"] == "teacher" and row["split"] in ("id", "val")])
         if rows:
             _accuracies(lower.subplots(), rows)
-        file = io.BytesIO()
-        figure.savefig(file, facecolor="white")
-    return file.getvalue()
+    return figure
 
 
 def _draw(ax, lines, name, color, width=2.2, place=lambda step: step):
     """Raw values thin, their centred moving average thick; -> [its last value], or [] when nobody logged the metric."""
-    points = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
-    if not points:                                # a rollout whose groups are all flat has no update and no entropy
+    # A rollout whose groups are all flat has no update and no entropy; a step without usable records no loss.
+    points = [(line["step"], line[name]) for line in lines
+              if line.get(name) is not None and math.isfinite(line[name])]
+    if not points:
         return []
     x, y = np.array(points, dtype=float).T
     window = np.ones(max(1, len(y) // 15))
     smooth = np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
     ax.plot(place(x), y, color=color, alpha=0.3, linewidth=0.8)
-    ax.plot(place(x), smooth, color=color, linewidth=width, marker="o" if len(y) == 1 else "")
+    ax.plot(place(x), smooth, color=color, linewidth=width, marker="o" if len(y) == 1 else "", label=name)
     return [smooth[-1]]
 
 
 def _label_ends(ax, ends, gap=0.075):
     """Names at the right of lines, [(y, text, color)], moved apart where they would overlap."""
-    at, above, placed = ax.transScale + ax.transLimits, -math.inf, []
-    for height, text, color in sorted((at.transform((1, y))[1], text, color) for y, text, color in ends):
-        half = gap * (1 + text.count("\n")) / 2
-        placed.append((max(height, above + half), text, color))
-        above = placed[-1][0] + half
-    for height, text, color in placed:
-        ax.text(1.02, height - max(0, placed[-1][0] - 1), text, color=color, transform=ax.transAxes, va="center")
+    at = ax.transScale + ax.transLimits
+    ends = sorted((at.transform((1, y))[1], text, color) for y, text, color in ends)
+    halves = [gap * (1 + text.count("\n")) / 2 for _, text, _ in ends]
+    heights = [height for height, _, _ in ends]
+    for i in range(1, len(ends)):               # up from the lowest
+        heights[i] = max(heights[i], heights[i - 1] + halves[i - 1] + halves[i])
+    ceiling = 1.0
+    for i in reversed(range(len(ends))):        # and those that left the axes down again, with what is in their way
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - halves[i] - halves[i - 1]
+    for height, (_, text, color) in zip(heights, ends):
+        ax.text(1.02, height, text, color=color, transform=ax.transAxes, va="center")
 
 
 def _losses(ax, stages):
@@ -130,7 +142,7 @@ def _learning(figure, stages, teacher):
     Of several runs the big panel shows correctness alone, and a small one the format.
     """
     several = len(stages) > 1
-    small = {"format": "Format"} if several else {}
+    small = {"reward/format": "Format"} if several else {}
     small |= {"length": "Tokens of a completion", "entropy": "Entropy, nats a token", "flat": "Share of flat groups"}
     names = "BCDE"[:len(small)]
     big, *axes = figure.subplot_mosaic(";".join(f"A{name}" for name in names), width_ratios=(1.25, 1)).values()
@@ -140,11 +152,13 @@ def _learning(figure, stages, teacher):
         big.axhline(y, color="black", linestyle="--", linewidth=1.4)
     for stage, lines in stages.items():
         if several:
-            ends += [(y, stage, colors[stage]) for y in _draw(big, lines, "correctness", colors[stage])]
+            ends += [(y, stage, colors[stage]) for y in _draw(big, lines, "reward/correctness", colors[stage])]
             continue
-        for name in dict.fromkeys(("reward", "format", "correctness", *REWARDS)):
-            color = REWARD_COLORS.get(name, "#009E73")
-            ends += [(y, name, color) for y in _draw(big, lines, name, color, 3 if name == "correctness" else 1.8)]
+        others = [name for name in lines[0] if name.startswith("reward/") and name not in REWARD_COLORS]
+        reward_colors = REWARD_COLORS | dict(zip(others, cycle(OTHER_REWARDS)))
+        for name, color in reward_colors.items():
+            width = 3 if name == "reward/correctness" else 1.8
+            ends += [(y, name.removeprefix("reward/"), color) for y in _draw(big, lines, name, color, width)]
     big.set(title="RL: correctness" if several else "RL: rewards", xlabel="step", ylabel="mean over completions")
     big.set_ylim(min(0, big.get_ylim()[0]), max(1.05, big.get_ylim()[1]))
     _label_ends(big, ends)
@@ -152,7 +166,8 @@ def _learning(figure, stages, teacher):
         for stage, lines in stages.items():
             _draw(ax, lines, name, colors[stage])
         ax.set_title(words, fontsize=12, fontweight="normal")
-        ax.set_ylim(0, max(1.05 if name in ("flat", "format") else 1e-3, 1.1 * ax.dataLim.y1 if ax.has_data() else 1))
+        least = 1.05 if name in ("flat", "reward/format") else 1e-3
+        ax.set_ylim(0, max(least, 1.1 * ax.dataLim.y1 if ax.has_data() else 1))
         ax.locator_params(axis="y", nbins=3)
         ax.tick_params(labelbottom=name == "flat")
     axes[-1].set_xlabel("step")

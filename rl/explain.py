@@ -54,7 +54,7 @@ def preflight(rollout, active, costs, steps, refill=0):
     text = [f"  preflight, {P} prompts x {G}: reward {line['reward']:.3f}, flat groups {line['flat']:.2f}, "
             f"{line['length']:.1f} tokens, {100 * line['truncated']:.0f} % cut off, "
             f"{costs['tokens_per_second']:.0f} tokens/s"]
-    shares = [f"{name} {line[name]:.3f}" for name in rollout.parts]
+    shares = [f"{name} {line[f'reward/{name}']:.3f}" for name in rollout.parts]
     shares.append(f"pass@{G} {(rollout.parts['correctness'] > 0).any(1).float().mean():.3f}")
     tries = min(1 + refill, 1 / max(active, 1e-9)) if refill else 1
     each = costs["seconds_update"] + tries * sum(seconds for name, seconds in costs.items()
@@ -64,9 +64,9 @@ def preflight(rollout, active, costs, steps, refill=0):
     if active < 0.05:
         text.append("  warning: almost no group can move the model, all rewards in it being equal or all completions "
                     "left out: easier or harder prompts, a larger --group, a warmer start or another reward would help")
-    if line["correctness"] < 0.02:
+    if line["reward/correctness"] < 0.02:
         text.append("  warning: almost no completion is right; RL finds only what the model sometimes does already")
-    if line["correctness"] > 0.98:
+    if line["reward/correctness"] > 0.98:
         text.append("  warning: almost every completion is right already")
     if line["truncated"] > 0.5:
         text.append("  warning: most completions are cut off before they answer; see --max-new")

@@ -10,13 +10,14 @@ DEFINITIONS = {
     # of the rollout
     "reward": "mean over all completions of the weighted reward, in reward units",
     "reward_std": "deviation of that",
-    "correctness": "share of completions whose answer is right, whatever their form",
-    "format": "share of completions that are exactly <think>..</think><answer>..</answer>",
-    "<reward>": "mean over completions of a reward, before gate and weight",
-    "<reward>_std": "deviation of that",
+    # of each reward under a name of its own, so that a reward may be called length, loss or step
+    "reward/<name>": "mean over completions of a reward, before gate and weight",
+    "reward_std/<name>": "deviation of that",
+    "reward/correctness": "share of completions whose answer is right, whatever their form; logged in any case",
+    "reward/format": "share of completions that are exactly <think>..</think><answer>..</answer>; logged in any case",
     "flat": "share of groups whose rewards are all equal; as a rule they are left out of the update",
     "groups": "groups that went through the update", "reward_failures": "calls of rewards of one's own that raised, "
-    "hung or gave no finite number, so far", "rollouts": "batches of prompts sampled for it, refills included",
+    "hung, died or gave no finite number, so far", "rollouts": "batches of prompts sampled for it, refills included",
     "length": "mean tokens of a completion, EOS included", "length_right": "the same over right completions",
     "length_wrong": "the same over wrong completions", "truncated": "share of completions that hit the budget, no EOS",
     "words_<word>": "share of completions with a word of reflection (wait, again, ...), as a whole word",
@@ -69,8 +70,8 @@ def of_rollout(rollout):
     words = [set(re.findall(r"[a-z]+", text.lower())) for group in rollout.texts for text in group]
     return {
         "reward": mean(rollout.reward), "reward_std": deviation(rollout.reward),
-        **{name: mean(part) for name, part in rollout.parts.items()},
-        **{f"{name}_std": deviation(part) for name, part in rollout.parts.items()},
+        **{f"reward/{name}": mean(part) for name, part in rollout.parts.items()},
+        **{f"reward_std/{name}": deviation(part) for name, part in rollout.parts.items()},
         "flat": mean(is_flat(rollout.reward)), "length": mean(length), "truncated": mean(~rollout.ended),
         **{f"length_{name}": mean(some) for name, some in (("right", length[right]), ("wrong", length[~right]))
            if len(some)},

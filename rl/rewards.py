@@ -117,6 +117,9 @@ def _of_file(spec, path, name, timeout, errors):
     if arguments and not arguments.vararg and not len(arguments.args) - len(arguments.defaults) <= 2 <= len(
             arguments.args):
         raise ValueError(f"--rewards={spec}: {name} of {path!r} must take two arguments, sample and text")
+    if name == "overlong":
+        raise ValueError(f"--rewards={spec}: 'overlong' is the soft penalty on length (--overlong-share); give yours "
+                         "another name")
     if name in REWARDS:
         if not isinstance(REWARDS[name], Worker):
             raise ValueError(f"--rewards={spec}: {name!r} is the name of a built-in reward; give yours another")

@@ -147,7 +147,8 @@ def training_rows(log, seed, last=10):
             "s/step": float(np.median([sum(line[name] for name in line if name.startswith("seconds_"))
                                        for line in lines])),
             "clipped, %": 100 * (mean("clip_low", lines) + mean("clip_high", lines)),
-            "right": mean("correctness", lines[-last:]), "format": mean("format", lines[-last:]),
+            "right": mean("reward/correctness", lines[-last:]),
+            "format": mean("reward/format", lines[-last:]),
             "entropy": mean("entropy", lines[-last:])}
         out += [dict(method=method, split=column, decoding="training", metric="RL", value=value, seed=seed)
                 for column, value in columns.items()]

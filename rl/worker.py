@@ -4,53 +4,66 @@
     brevity(sample, text)               # what mine.py's brevity(sample, text) returns; 0 when it raises or hangs
 
 The function sees the sample's fields as attributes, pictures as paths or arrays. Requests and answers are lines of
-JSON, so that nothing the function makes is ever unpickled here; what it prints goes to stderr.
+JSON, so that nothing the function makes is ever unpickled here; what it prints goes to stderr. A request has a number
+that its answer repeats, so no value can end up at another completion.
 """
 import base64
+import io
 import json
-import math
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START_SECONDS = 60              # for its imports
-HANGS = 3                       # in a row, and it is given up: each costs its whole timeout
+LOSSES = 3                      # processes lost in a row, and it is given up: each costs a timeout or a start
+LONGEST = 65536                 # bytes of an answer; a longer line is none
+LARGEST = 3.4028234e38          # rewards become fp32, where more is infinite
+# What comes in the place of an answer when the process is of no more use.
 DIED = {"error": "its process died"}
+GARBLED = {"error": "it wrote into the pipe of its answers"}
 
 
 class Worker:
-    """Callable like any reward. failed: how often it raised, hung or returned no finite number; each kind of failure is
-    printed once, with its sample and text."""
+    """Callable like any reward. failed: how many calls raised, hung, killed the process or returned no finite number;
+    each kind of failure is printed once, with its sample and text.
+
+    Raises ValueError when the file cannot be loaded, when LOSSES processes in a row were lost, and at the first failure
+    with errors "stop".
+    """
 
     def __init__(self, path, name, timeout=5.0, errors="zero"):
         if errors not in ("zero", "stop"):
             raise ValueError(f"--reward-errors={errors} must be zero or stop")
-        self.path, self.name, self.timeout, self.errors = os.path.abspath(path), name, timeout, errors
-        self.process, self.failed, self.hung, self.said = None, 0, 0, set()
+        self.path = os.path.abspath(path)
+        self.name = name
+        self.timeout = timeout
+        self.errors = errors
+        self.process = None
+        self.number = 0                 # of the last request
+        self.failed = 0
+        self.lost = 0                   # processes in a row
+        self.said = set()
 
     def __call__(self, sample, text):
+        about = f"sample {sample.id or sample.question!r}, text {text[:200]!r}"
+        if self.process is not None:
+            error = self._meanwhile()
+            if error:
+                self._fail(f"{error} between two calls", f"before {about}", lost=True)
+            else:
+                self.lost = 0
         self.start()
-        self._send(dict(sample=_plain(sample), text=text))
-        answer = self._receive(self.timeout)
-        self.hung = 0 if answer else self.hung + 1
-        answer = answer or {"error": f"no answer within {self.timeout:g} s"}
-        if "error" not in answer:
+        answer = self._ask(self.timeout, sample=_plain(sample), text=text)
+        if not answer["error"]:
             return answer["value"]
         self.failed += 1
-        said = (f"reward {self.name} of {self.path}: {answer['error']}; sample {sample.id or sample.question!r}, "
-                f"text {text[:200]!r}")
-        if self.hung or answer is DIED:
-            self.close()
-        if self.errors == "stop" or self.hung == HANGS:
-            raise ValueError(said + (f"; {HANGS} times in a row" if self.hung == HANGS else ""))
-        if answer["error"] not in self.said and len(self.said) < 10:
-            self.said.add(answer["error"])
-            print(f"  note: {said}; it counts 0", flush=True)
+        self._fail(answer["error"], f"{about}; it counts 0", lost="number" not in answer)
         return 0.0
 
     def is_for(self, path, timeout, errors):
@@ -63,46 +76,97 @@ class Worker:
             return
         program = f"import sys; sys.path.insert(0, {ROOT!r}); from rl.worker import serve; serve()"
         # A group of its own, so that what it starts is killed with it.
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, "-c", program], bufsize=0, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, start_new_session=True)
+        self.requests = queue.Queue()
         self.answers = queue.Queue()
-        # A thread reads, because waiting on a pipe with a limit in time works differently everywhere.
-        threading.Thread(target=_read, args=(self.process.stdout, self.answers), daemon=True).start()
-        self._send(dict(path=self.path, name=self.name, timeout=self.timeout))
-        answer = self._receive(START_SECONDS)
-        if answer is None or "error" in answer:
+        # Threads read and write, because waiting on a pipe with a limit in time works differently everywhere. Each
+        # closes its pipe itself.
+        for target, pipe, lines in ((_write, self.process.stdin, self.requests),
+                                    (_read, self.process.stdout, self.answers)):
+            threading.Thread(target=target, args=(pipe, lines), daemon=True).start()
+        answer = self._ask(START_SECONDS, path=self.path, name=self.name, timeout=self.timeout)
+        if answer["error"]:
             self.close()
-            reason = answer["error"] if answer else f"nothing heard of it for {START_SECONDS} s"
-            raise ValueError(f"reward {self.name} of {self.path} cannot be loaded: {reason}")
+            raise ValueError(f"reward {self.name} of {self.path} cannot be loaded: {answer['error']}")
 
-    def _send(self, message):
-        try:
-            self.process.stdin.write(json.dumps(message, default=_listed).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            pass                # it died; no answer will come
+    def _meanwhile(self):
+        """What is wrong with the process since it last answered; "" if nothing is."""
+        if not self.answers.empty():
+            return self.answers.get()["error"]
+        return "" if self.process.poll() is None else DIED["error"]
 
-    def _receive(self, seconds):
-        try:
-            return self.answers.get(timeout=seconds)
-        except queue.Empty:
-            return None
+    def _ask(self, seconds, **request):
+        """-> the answer to this request: number, value and error, which is empty where there is a value; without a
+        number when the process is of no more use."""
+        self.number += 1
+        self.requests.put(json.dumps(dict(request, number=self.number), default=_listed).encode() + b"\n")
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                answer = self.answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return {"error": f"no answer within {seconds:g} s"}
+            if answer.get("number", self.number) == self.number:
+                return answer
+
+    def _fail(self, error, about, lost):
+        """Prints what went wrong, once for each kind, or raises it as ValueError; closes a process that is lost."""
+        message = f"reward {self.name} of {self.path}: {error}; {about}"
+        if lost:
+            self.lost += 1
+            self.close()
+        if self.lost >= LOSSES:
+            raise ValueError(f"{message}; its process was lost {LOSSES} times in a row")
+        if self.errors == "stop":
+            raise ValueError(message)
+        if error not in self.said and len(self.said) < 10:
+            self.said.add(error)
+            print(f"  note: {message}", flush=True)
 
     def close(self):
-        if self.process is not None:
+        if self.process is None:
+            return
+        self.requests.put(b"")
+        try:
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
             else:
                 self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-            self.process = None
+        except (ProcessLookupError, PermissionError):
+            pass                # it is gone, and with it all that it started; macOS forbids to kill what is gone
+        self.process.wait()
+        self.process = None
 
 
-def _read(stream, answers):
-    for line in stream:
-        answers.put(json.loads(line))
+def _write(pipe, lines):
+    """Writes lines until an empty one."""
+    with pipe:
+        for line in iter(lines.get, b""):
+            try:
+                while line:
+                    line = line[pipe.write(line):]
+            except OSError:
+                return                  # it died; no answer will come
+
+
+def _read(pipe, answers):
+    """Passes answers on until the first line that is none, or the end of the process and all that hold its pipe."""
+    with io.BufferedReader(pipe) as lines:
+        for line in iter(lambda: lines.readline(LONGEST), b""):
+            answer = _answer(line)
+            answers.put(answer)
+            if answer is GARBLED:
+                return
     answers.put(DIED)
+
+
+def _answer(line):
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return GARBLED
+    return answer if isinstance(answer, dict) and answer.keys() == {"number", "value", "error"} else GARBLED
 
 
 def _plain(sample):
@@ -124,38 +188,102 @@ def _sample(fields):
     return SimpleNamespace(**{**fields, "images": images})
 
 
+class Pipes:
+    """The worker's ends of its two pipes, away from stdin and stdout, which are the function's to use and to close."""
+
+    def __init__(self):
+        self.requests = os.fdopen(os.dup(0), "rb")
+        self.answers = os.dup(1)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.dup2(2, 1)                   # what the function prints must not end up among the answers
+        os.close(nothing)
+        sys.stdout.reconfigure(line_buffering=True)     # nor be lost when the process is killed
+        self.process = os.getpid()
+        self.identity = self._identity()
+        if hasattr(os, "register_at_fork"):             # else a child left behind would hide that its parent died
+            os.register_at_fork(after_in_child=self._close)
+
+    def _close(self):
+        for fd in (self.requests.fileno(), self.answers):
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+
+    def _identity(self):
+        found = [os.fstat(fd) for fd in (self.requests.fileno(), self.answers)]
+        return [(status.st_dev, status.st_ino) for status in found]
+
+    def read(self):
+        """-> the next request, or None when nobody asks any more."""
+        line = self.requests.readline()
+        return json.loads(line) if line else None
+
+    def answer(self, number, value=0.0, error=""):
+        """Answers a request. A process that the function forked ends here instead, and so does one whose pipes it
+        closed: it could read no further request, and the next call would fail in the place of this one."""
+        line = json.dumps(dict(number=number, value=value, error=error)).encode() + b"\n"
+        try:
+            if os.getpid() == self.process and self._identity() == self.identity:
+                os.write(self.answers, line)
+                return
+        except OSError:
+            pass
+        os._exit(1)
+
+
 def serve():
     """The worker's side: reads requests from stdin until it is closed."""
     import importlib.util
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)               # what the function prints must not end up among the answers
-
-    def answer(**fields):
-        answers.write(json.dumps(fields) + "\n")
-        answers.flush()
-
-    first = json.loads(sys.stdin.readline())
+    import numpy    # noqa: F401: before the clock of the first call runs
+    pipes = Pipes()
+    first = pipes.read()
+    if first is None:
+        return
     try:
         sys.path.insert(0, os.path.dirname(first["path"]))
         spec = importlib.util.spec_from_file_location("reward_file", first["path"])
         module = sys.modules["reward_file"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, first["name"])
-        answer(ready=True)
-    except BaseException as error:      # whatever a user's file does, SystemExit too
-        return answer(error=_line(error))
-    for line in sys.stdin:
-        request = json.loads(line)
-        if hasattr(signal, "setitimer"):        # an orphan must not spin forever: the system ends it
-            signal.setitimer(signal.ITIMER_REAL, 2 * first["timeout"] + 1)
-        try:
-            value = float(function(_sample(request["sample"]), request["text"]))
-            answer(**({"value": value} if math.isfinite(value) else {"error": f"it returned {value}"}))
-        except BaseException as error:
-            answer(error=_line(error))
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        error = ""
+    except BaseException as caught:     # whatever a user's file does, SystemExit too
+        error = _line(caught)
+    pipes.answer(first["number"], error=error)
+    if error:
+        return
+    while (request := pipes.read()) is not None:
+        _limit(2 * first["timeout"] + 1)        # an orphan must not spin forever: the system ends it
+        value, error = _call(function, request)
+        pipes.answer(request["number"], value, error)
+        _limit(0)
+    # Threads and processes that the function left behind end here, too.
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(0)
+
+
+def _limit(seconds):
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _call(function, request):
+    """-> (value, error), one of them empty."""
+    try:
+        value = float(function(_sample(request["sample"]), request["text"]))
+    except BaseException as caught:
+        return 0.0, _line(caught)
+    if not abs(value) <= LARGEST:
+        return 0.0, f"it returned {value}"
+    return value, ""
 
 
 def _line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """An exception as one line that can be printed, even if its own message cannot be made or has half a character."""
+    try:
+        message = f"{type(error).__name__}: {error}"
+    except BaseException:
+        message = type(error).__name__
+    return message.splitlines()[0][:300].encode(errors="backslashreplace").decode()

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from rl import report
+from rl.curves import draw
 from rl.report import curves, read_log, samples
 
 
@@ -20,8 +21,8 @@ def supervised(stage, steps=3):
 
 def learned(stage, method, steps=3):
     """The last rollout is all flat: it has no update, so no entropy."""
-    lines = [dict(stage=stage, method=method, step=n, reward=1.1, correctness=0.5, format=1.0, flat=0.2, length=9.0, entropy=0.3,
-                  loss=0.0) for n in range(steps)]
+    lines = [{"stage": stage, "method": method, "step": n, "reward": 1.1, "reward/correctness": 0.5,
+              "reward/format": 1.0, "flat": 0.2, "length": 9.0, "entropy": 0.3, "loss": 0.0} for n in range(steps)]
     del lines[-1]["entropy"]
     return lines
 
@@ -42,12 +43,46 @@ LOG += learned("rl_zero", "grpo_token_zero")
     (LOG, [result("cot", "val", value=1.0, low=-np.inf, high=np.inf)]),       # one prompt has no interval
     (LOG, [dict(result("cot"), metric="length", value=9.0)]),
     ([dict(stage="clip", step=0, loss=float("nan")), dict(stage="sft", step=0, loss=0.0)], []),
+    ([dict(stage="sft", step=0, loss=None), dict(stage="sft", step=1, loss=1.0)], []),
 ], ids=["all", "no results", "results alone", "nothing", "one stage", "RL alone", "one step", "one prompt",
-        "no accuracy", "loss nan and zero"])
+        "no accuracy", "loss nan and zero", "a step without records"])
 def test_curves_are_drawn_with_and_without_their_parts(log, results):
     pytest.importorskip("matplotlib")
     with Image.open(io.BytesIO(curves(log, results))) as picture:
         assert picture.width == 1600 and np.asarray(picture.convert("L")).min() < 200      # not blank
+
+
+def panels(log):
+    """Title of a panel -> its axes."""
+    pytest.importorskip("matplotlib")
+    return {ax.get_title("left"): ax for ax in draw(log, []).get_axes()}
+
+
+def curve(ax, name):
+    """The smoothed values drawn under that name."""
+    [line] = [line for line in ax.get_lines() if line.get_label() == name]
+    return line.get_ydata()
+
+
+def test_rewards_and_tokens_are_drawn_on_axes_of_their_own():
+    log = learned("rl", "grpo_token", 40)
+    rewards = panels(log)["RL: rewards"]
+    assert [text.get_text() for text in rewards.texts] == ["correctness", "format", "reward"]       # from below
+    assert all(0 <= y <= 1.2 for line in rewards.get_lines() for y in line.get_ydata())
+    assert rewards.get_ylim()[0] >= -0.1 and rewards.get_ylim()[1] <= 1.2
+
+    with_length = [line | {"reward/length": -0.7, "reward/mine": 1.05} for line in log]
+    drawn = panels(with_length)
+    rewards = drawn["RL: rewards"]
+    assert {text.get_text() for text in rewards.texts} == {"correctness", "format", "reward", "length", "mine"}
+    assert len({text.get_color() for text in rewards.texts}) == 5
+    heights = {text.get_text(): text.get_position()[1] for text in rewards.texts}
+    for name, y in (("correctness", 0.5), ("length", -0.7)):        # at the end of its line where there is room
+        assert heights[name] == pytest.approx((rewards.transScale + rewards.transLimits).transform((1, y))[1])
+    assert heights["format"] < heights["mine"] < heights["reward"] <= 1
+    assert np.allclose(curve(rewards, "reward/length"), -0.7)
+    assert np.allclose(curve(drawn["Tokens of a completion"], "length"), 9)
+    assert rewards.get_ylim()[0] >= -1.1 and rewards.get_ylim()[1] <= 1.2
 
 
 def test_without_matplotlib_there_are_no_curves(monkeypatch):

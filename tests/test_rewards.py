@@ -1,15 +1,18 @@
 """Rewards against an adversary: nothing earns what it should not, nothing raises, nothing is slow."""
 import math
+import random
 import re
 import sys
 import time
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import hostile
 from data import chat, scenes
 from data.sample import Sample
 from rl import rewards
@@ -327,6 +330,8 @@ def brevity(sample, text):
         sys.exit(3)
     if "nan" in text:
         return float("nan")
+    if "more than fp32 holds" in text:
+        return 1e39
     if "die" in text:
         import os
         os._exit(1)
@@ -346,20 +351,24 @@ def mine(tmp_path):
         rewards.REWARDS.pop(name).close()
 
 
-def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mine, capfd):
+def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mine, capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     weights = parse_weights(f"correctness:1,{mine}:brevity:0.5", timeout=1.0)
     assert weights == {"correctness": 1.0, "brevity": 0.5}
     reward = rewards.REWARDS["brevity"]
     assert reward(gold("two"), "abc") == 0.25
     first = reward.process.pid
-    assert [reward(gold("two", id="s7"), text) for text in ("raise", "raise", "nan", "exit", "")] == [0, 0, 0, 0, 1]
-    assert reward.failed == rewards.failures() == 4 and reward.process.pid == first
+    texts = ["raise", "raise", "nan", "more than fp32 holds", "exit", ""]
+    assert [reward(gold("two", id="s7"), text) for text in texts] == [0, 0, 0, 0, 0, 1]
+    assert reward.failed == rewards.failures() == 5 and reward.process.pid == first
     began = time.time()
     assert reward(gold("two"), "hang") == 0 and time.time() - began < 10
     assert reward(gold("two"), "") == 1 and reward.process.pid != first         # another one took over
-    said = capfd.readouterr().out
+    said, printed = capfd.readouterr()
+    assert "called two" in printed
     assert said.count("RuntimeError: no; sample 's7', text 'raise'; it counts 0") == 1
-    assert "no answer within 1 s" in said and "SystemExit" in said and "it returned nan" in said
+    for reason in ("no answer within 1 s", "SystemExit", "it returned nan", "it returned 1e+39"):
+        assert reason in said
     assert reward(gold("two"), "die") == 0 and reward(gold("two"), "") == 1
     assert "its process died" in capfd.readouterr().out
     parts, earned = rewards.score([gold("two")], [[FORMED, "nan"]], weights, gated=False)
@@ -392,7 +401,12 @@ def test_one_that_hangs_again_and_again_is_given_up(mine):
 
 
 @pytest.mark.parametrize("source", ["def f(sample, text, k=3):\n    return k", "f = lambda sample, text: 3",
-                                    "from three import f", "from __future__ import annotations\nimport dataclasses\n"
+                                    "from three import f",
+                                    "import numpy\ndef f(sample, text): return numpy.float32(3)",
+                                    "import sys\ndef f(sample, text): return 3 + ('torch' in sys.modules)",
+                                    "import torch\ndef f(sample, text): return torch.tensor(3)",
+                                    "class F(float): pass\ndef f(sample, text): return F(True + 2)",
+                                    "from __future__ import annotations\nimport dataclasses\n"
                                     "@dataclasses.dataclass\nclass A:\n    x: int\ndef f(*args):\n    return A(3).x"])
 def test_any_callable_of_two_arguments_will_do(source, tmp_path, mine):
     (tmp_path / "three.py").write_text("def f(sample, text): return 3")
@@ -413,6 +427,8 @@ def test_one_that_fails_can_stop_the_run_instead(mine):
     ("def f(x, y, z): pass", "x.py:f", "f of .* must take two arguments"),
     ("def g(a, b): pass", "x.py:f:1", "defines no f"), ("def f(:", "x.py:f:1", "is not Python"),
     ("def format(a, b): pass", "x.py:format:1", "name of a built-in reward"),
+    ("def length(a, b): pass", "x.py:length:1", "name of a built-in reward"),
+    ("def overlong(a, b): pass", "x.py:overlong:1", "'overlong' is the soft penalty on length"),
     ("def f(a, b): 0", "x.py:f:x", "must be a number"),
     ("def f(a, b): 0", "x.py:f:1,{folder}/x.py:f:2", "f is given twice")])
 def test_a_reward_file_that_cannot_be_used_is_named_before_it_runs(text, spec, said, tmp_path, mine):
@@ -427,3 +443,100 @@ def test_a_file_that_fails_on_import_is_one_sentence(tmp_path, mine):
     parse_weights(f"{tmp_path}/x.py:f")
     with pytest.raises(ValueError, match="reward f of .* cannot be loaded: ModuleNotFoundError"):
         rewards.REWARDS["f"](gold("two"), "")
+
+
+# ---------------------------------------------------------------- one that harms its own process
+
+HOSTILE = Path(__file__).with_name("hostile.py")
+
+
+def judged(harms, timeout):
+    """Rewards of one completion for each of `harms` ("": none) by hostile.py, each of which is worth its number.
+
+    -> (values that came, values that should have come, the worker).
+    """
+    parse_weights(f"{HOSTILE}:hostile", timeout=timeout)
+    texts = [f"{harm} {number}" for number, harm in enumerate(harms, 1)]
+    parts, _ = rewards.score([gold("two")], [texts], {"hostile": 1.0}, gated=False)
+    bad = {harm.__name__ for harm in [*hostile.FAILING, *hostile.FATAL, hostile.hang]}
+    wanted = [0.0 if harm in bad else float(number) for number, harm in enumerate(harms, 1)]
+    return parts["hostile"][0].tolist(), wanted, rewards.REWARDS["hostile"]
+
+
+def test_whatever_a_call_does_to_its_process_every_other_value_is_its_own(mine, capfd):
+    mild = [*hostile.HARMLESS, *hostile.FAILING]
+    harms = [name for harm in mild for name in ("", harm.__name__, harm.__name__, "")]
+    harms += [name for harm in hostile.FATAL for name in (harm.__name__, "")]       # each costs a start
+    values, wanted, reward = judged(harms, timeout=10.0)
+    assert values == wanted
+    assert reward.failed == rewards.failures() == 2 * len(hostile.FAILING) + len(hostile.FATAL)
+    said = capfd.readouterr().out
+    assert "no answer" not in said and "ValueError: \\ud800; " in said
+    assert said.count("its process died") == said.count("it wrote into the pipe of its answers") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_soak_among_hundreds_of_random_misdeeds_every_value_is_exact(seed, mine):
+    names = ["", *hostile.HARM]
+    weights = [{"": 20, "hang": 0.2}.get(name, 1) for name in names]
+    fatal = {harm.__name__ for harm in [*hostile.FATAL, hostile.hang]}
+    harms = []
+    for harm in random.Random(seed).choices(names, weights, k=300):
+        third = len(harms) > 1 and {harm, *harms[-2:]} <= fatal         # would end the run
+        harms.append("" if third else harm)
+    values, wanted, reward = judged(harms, timeout=5.0)
+    assert values == wanted and reward.failed == wanted.count(0.0) > 80
+
+
+@pytest.mark.parametrize("harm, reason", [("kill", "its process died"),
+                                          ("write_a_line", "it wrote into the pipe of its answers")])
+def test_one_whose_process_is_lost_again_and_again_is_given_up(harm, reason, mine):
+    values, _, reward = judged([harm, harm, "", harm, harm], timeout=10.0)
+    assert values == [0, 0, 3, 0, 0]
+    with pytest.raises(ValueError, match=f"reward hostile of .*{reason}; .*; its process was lost 3 times in a row"):
+        reward(gold("two"), f"{harm} 1")
+
+
+def test_one_that_dies_between_calls_is_asked_anew_until_it_has_died_three_times(mine, capfd):
+    parse_weights(f"{HOSTILE}:dies_between_calls", timeout=10.0)
+    reward = rewards.REWARDS["dies_between_calls"]
+    for _ in range(3):
+        assert reward(gold("two"), "") == 1
+        reward.process.wait(10)
+    assert reward.failed == 0 and capfd.readouterr().out.count("its process died between two calls; before") == 1
+    with pytest.raises(ValueError, match="died between two calls; .*; its process was lost 3 times in a row"):
+        reward(gold("two"), "")
+
+
+def test_what_is_written_between_calls_fails_none_and_fills_no_memory(mine, capfd):
+    parse_weights(f"{HOSTILE}:writes_between_calls", timeout=10.0)
+    reward = rewards.REWARDS["writes_between_calls"]
+    assert reward(gold("two"), "") == 1
+    time.sleep(0.5)
+    assert reward.answers.qsize() <= 2          # the line, and that the process died of the closed pipe
+    assert reward(gold("two"), "") == 1 and reward.failed == 0
+    assert "it wrote into the pipe of its answers between two calls; before sample" in capfd.readouterr().out
+
+
+def test_a_death_can_stop_the_run_instead(mine):
+    parse_weights(f"{HOSTILE}:hostile", timeout=10.0, errors="stop")
+    with pytest.raises(ValueError, match="reward hostile of .*: its process died; sample 'why', text 'kill 1'"):
+        rewards.REWARDS["hostile"](gold("two", question="why"), "kill 1")
+
+
+def test_one_that_reads_no_more_is_given_up_however_large_the_picture(mine):
+    parse_weights(f"{HOSTILE}:reads_no_more", timeout=1.0)
+    reward = rewards.REWARDS["reads_no_more"]
+    large = gold("two", images=(torch.zeros(600, 600, 3, dtype=torch.uint8).numpy(),))    # more than a pipe holds
+    assert reward(gold("two"), "") == 1
+    time.sleep(0.5)
+    assert reward(large, "") == 0 and reward(large, "") == 1 and reward.failed == 1
+
+
+def test_what_a_reward_left_running_ends_with_the_run(mine):
+    parse_weights(f"{HOSTILE}:runs_on", timeout=10.0)
+    reward = rewards.REWARDS["runs_on"]
+    assert reward(gold("two"), "") == 1
+    reward.requests.put(b"")            # its pipe is closed, as when the run has ended
+    reward.process.wait(10)

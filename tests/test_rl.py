@@ -1,4 +1,5 @@
 """The policy loss and what is logged, against hand-worked numbers and naive loops."""
+import json
 import math
 import re
 from dataclasses import replace
@@ -6,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import train
 from data.sample import Sample
 from kernels import group_advantage, policy_loss
 from model.vlm import Output
-from rl import metrics
+from rl import metrics, report, rewards
 from rl.rewards import parse_weights, score, total, why
 from rl.rollout import collect
 from rl.types import Policy, Rollout
@@ -211,12 +213,39 @@ def test_metrics_of_a_rollout_by_hand():
     rollout = Rollout(ids, mask, torch.zeros(0), ((ids == EOS) & mask).any(-1), texts, parts, torch.zeros(0),
                       torch.tensor([[1.1, 0.1], [0.0, 0.0]]))
     line = metrics.of_rollout(rollout)
+    of_rewards = {"reward/correctness": 0.25, "reward_std/correctness": 0.5, "reward/format": 0.5,
+                  "reward_std/format": (1 / 3) ** 0.5}
     assert line == pytest.approx(dict(
-        reward=0.3, reward_std=(((0.8 ** 2 + 0.2 ** 2 + 2 * 0.3 ** 2) / 3) ** 0.5), correctness=0.25,
-        correctness_std=0.5, format=0.5, format_std=(1 / 3) ** 0.5, flat=0.5, length=9 / 4, length_right=2,
-        length_wrong=7 / 3, truncated=0.25, words_wait=0.25, words_again=0.25, words_check=0, words_verify=0,
-        words_however=0, words_alternatively=0))
+        reward=0.3, reward_std=(((0.8 ** 2 + 0.2 ** 2 + 2 * 0.3 ** 2) / 3) ** 0.5), flat=0.5, length=9 / 4,
+        length_right=2, length_wrong=7 / 3, truncated=0.25, words_wait=0.25, words_again=0.25, words_check=0,
+        words_verify=0, words_however=0, words_alternatively=0, **of_rewards))
     nothing = dict(parts, correctness=torch.zeros(2, 2))
     assert "length_right" not in metrics.of_rollout(replace(rollout, parts=nothing))        # nothing to take a mean of
     known = [re.sub("<[a-z]+>", "[a-z]+", name) for name in metrics.DEFINITIONS]
     assert all(any(re.fullmatch(name, logged) for name in known) for logged in line)
+
+
+# Of the metrics, of what train.py adds to a line, and of the arguments that log it.
+NAMES = ("reward", "reward_std", "loss", "seconds", "step", "stage", "lr", "flops", "samples", "flat", "self")
+
+
+def test_a_reward_may_have_the_name_of_a_metric_and_changes_none(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("".join(f"def {name}(sample, text):\n    return {number} / 64\n"
+                                              for number, name in enumerate(NAMES)))
+    run = ["--preset=tiny", "--stage=clip,align,rl_zero", "--clip-steps=1", "--align-steps=1", "--rl-steps=1",
+           "--eval-greedy=1", "--eval-sampled=1"]
+    own = ",".join(f"{tmp_path / 'mine.py'}:{name}:0" for name in NAMES)
+    monkeypatch.setattr(report, "curves", lambda *_: b"")
+    lines = []
+    for folder, more in (("plain", ""), ("own", f",{own}")):
+        train.main([*run, f"--rewards=length:1,repetition:1{more}", f"--out={tmp_path / folder}"])
+        lines.append(json.loads((tmp_path / folder / "log.jsonl").read_text().splitlines()[-1]))
+    for name in NAMES:
+        rewards.REWARDS.pop(name).close()
+    plain, with_own = lines
+    for number, name in enumerate(NAMES):
+        assert with_own.pop(f"reward/{name}") == number / 64 and with_own.pop(f"reward_std/{name}") == 0
+    timed = {name for name in plain if name.startswith("seconds") or name.endswith("per_second")}
+    assert {name: plain[name] for name in plain if name not in timed} == {
+        name: with_own[name] for name in with_own if name not in timed}
+    assert plain["length"] > 0 > plain["reward/length"]         # in tokens, and a reward for wrong answers

@@ -547,9 +547,10 @@ def test_every_number_a_run_logs_is_defined(tmp_path):
     for stage in ("ppo", "grpo", "dapo"):
         logged = {name for line in lines if line["stage"] == stage for name in line} - {"stage", "method", "step"}
         assert [name for name in logged if not any(re.fullmatch(form, name) for form in known)] == []
-        assert {"reward", "reward_std", "repetition", "repetition_std", "flat", "length", "lr", "samples"} <= logged
+        assert {"reward", "reward_std", "reward/repetition", "reward_std/repetition", "flat", "length", "lr",
+                "samples"} <= logged
         assert ({"value", "lr_critic", "grad_norm_critic"} <= logged) == (stage == "ppo")
-        assert ("overlong" in logged) == (stage == "dapo") and (stage == "dapo") == ("kl_coef" not in logged)
+        assert ("reward/overlong" in logged) == (stage == "dapo") and (stage == "dapo") == ("kl_coef" not in logged)
 
 
 def test_an_interrupted_run_goes_on_with_critic_reference_and_coefficient_as_they_were(tmp_path, monkeypatch):
