@@ -1,7 +1,7 @@
 """model.flops against what torch's FlopCounterMode sees of the executed code: equal to the last product."""
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from model import flops
 from model.generate import Sampler, generate
@@ -18,8 +18,19 @@ KINDS = pytest.mark.parametrize("options", [
 ], ids=["conv", "mlp", "last-layer"])
 
 
-def counted(function):
-    with FlopCounterMode(display=False) as counter:
+# The CPU's fused attention, which torch counts since 2.15 only: the formulas are those of its other fused attentions,
+# of shapes.
+aten = torch.ops.aten
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+UNCOUNTED = {op: formula for op, formula in CPU_ATTENTION.items() if op not in flop_registry}
+
+
+def counted(function, formulas=UNCOUNTED):
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function()
     return counter.get_total_flops()
 
@@ -213,6 +224,15 @@ def test_a_sampler_given_encoded_pictures_does_not_count_them_again():
     batch = encoded(vlm)
     sampler = Sampler(vlm)
     assert counted(lambda: sampler.prefill(batch, G, 3)) == sampler.flops == flops.prompt(vlm, batch)
+
+
+@pytest.mark.parametrize("formulas", [UNCOUNTED, CPU_ATTENTION], ids=["as counted", "by the formulas here"])
+def test_fused_attention_worked_by_hand(formulas):
+    # 2 rows, 3 heads of 4, 5 queries, 7 keys: a product is 2 * 2 * 3 * 5 * 7 * 4 = 1680, two ahead and five back.
+    q, k, v = (torch.zeros(2, 3, n, 4, requires_grad=True) for n in (5, 7, 7))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert counted(lambda: attend(q, k, v), formulas) == 2 * 1680
+    assert counted(lambda: attend(q, k, v).sum().backward(), formulas) == 7 * 1680
 
 
 def test_worked_by_hand():

@@ -82,6 +82,7 @@ def test_dropping_ended_rows_changes_no_token():
     dropping = sampler.decode(21, EOS, **options)
     assert sampler.position.numel() < 2 * P * G             # some were dropped
     keeping = generate(vlm, batch, G, 21, EOS, drop=False, **options)[0]
+    # Logits of fewer rows may round otherwise; the greedy token's lead over the next is far beyond that.
     assert torch.equal(dropping.ids, keeping.ids) and torch.equal(dropping.mask, keeping.mask)
     assert difference(dropping.logp, keeping.logp) < 1e-6
 

@@ -33,6 +33,14 @@ def logp(model):
         return model(to_batch(ROWS), IDS, 0.7).logp
 
 
+def frozen(vlm):
+    """With a decoder that stands still, as under adapters. Equal bits are asked only of equal products, and torch takes
+    another one for a weight that needs no gradient: of an input (B, N, D) that is a view, a batched product in the place
+    of one of matrices, which rounds otherwise on some CPUs."""
+    vlm.llm.requires_grad_(False)
+    return vlm
+
+
 def train(vlm, steps=3):
     """A few steps of all that trains, on completions."""
     optimizer = make_optimizer(vlm, 0.95, 0.1)
@@ -71,7 +79,7 @@ def test_gradients_equal_the_formulas():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_adapters_that_are_zero_change_no_bit(dtype):
-    assert torch.equal(logp(adapted(dtype, trained=False)), logp(make_vlm(dtype)))
+    assert torch.equal(logp(adapted(dtype, trained=False)), logp(frozen(make_vlm(dtype))))
     if dtype != torch.bfloat16:         # there it may be lost in rounding
         assert difference(logp(adapted(dtype)), logp(make_vlm(dtype))) > 1e-3
 
@@ -114,7 +122,9 @@ def test_one_seed_gives_one_adapter_in_every_dtype():
     assert all(torch.equal(a.lora_a.float(), b.lora_a) for a, b in zip(double, single))
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+# (W + s B A) x is rounded once a weight, W x + s B (A x) once a product: some units in the last place (2^-24 in fp32) a
+# Linear, of which 14 follow each other here, in an order that each BLAS has its own of. Seen: 1.2e-6.
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_merged_equals_unmerged(dtype, bound):
     vlm = adapted(dtype, llm=dict(qkv_bias=True))
     plain = copy.deepcopy(vlm)
@@ -142,7 +152,7 @@ def test_a_state_dict_goes_round():
 
 
 def test_off_ignores_adapters_within_itself_and_through_errors():
-    vlm, plain = adapted(), logp(make_vlm())
+    vlm, plain = adapted(), logp(frozen(make_vlm()))
     on = logp(vlm)
     with off(vlm.llm):
         with off(vlm.llm):
@@ -179,7 +189,8 @@ def test_adapters_on_adapters_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_base_is_the_model_before_attach_bit_for_bit_after_training_too(dtype):
-    vlm, before = adapted(dtype, trained=False), make_vlm(dtype)
+    # The base's projector stands still as well.
+    vlm, before = adapted(dtype, trained=False), frozen(make_vlm(dtype)).requires_grad_(False)
     base, batch = vlm.base(), to_batch(ROWS)
     train(vlm)                          # adapters, projector and image positions
     assert difference(logp(vlm), logp(before)) > 1e-3
@@ -202,7 +213,8 @@ def test_base_holds_no_second_decoder():
     assert not any(p.requires_grad for p in learner.reference.parameters())
     twin = copy.deepcopy(learner)       # its reference follows its own policy, not this one
     train(vlm)
-    assert twin.reference.llm is twin.policy.llm and torch.equal(logp(twin.reference), logp(make_vlm()))
+    assert twin.reference.llm is twin.policy.llm
+    assert torch.equal(logp(twin.reference), logp(make_vlm().requires_grad_(False)))
 
 
 def test_base_resumes_with_the_projector_it_began_with():
