@@ -1,7 +1,8 @@
 """Matmul FLOPs as executed: padding, frozen forwards, sampling and sharing included, elementwise work left out.
 
 A product (m, k) @ (k, n) is 2 m k n. Attention counts the full square of its scores, causal or not, because that is
-what torch's FlopCounterMode counts; a test holds the two equal.
+what torch's FlopCounterMode counts; a test holds the two equal, and counts a CPU's fused attention itself where torch
+(before 2.15) does not.
 """
 from torch import nn
 

@@ -1,7 +1,9 @@
 """model.flops against what torch's FlopCounterMode sees of the executed code: equal to the last product."""
+import math
+
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from model import flops
 from model.generate import Sampler, generate
@@ -18,8 +20,26 @@ KINDS = pytest.mark.parametrize("options", [
 ], ids=["conv", "mlp", "last-layer"])
 
 
-def counted(function):
-    with FlopCounterMode(display=False) as counter:
+def attention(q, k, v, *_, **__):
+    """Shapes (B, H, T, K), (B, H, S, K), (B, H, S, L): scores, and their product with v."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def attention_backward(g, q, k, v, *_, **__):
+    """Of those shapes: scores again, gradients of q and k; of the probabilities and v."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
+
+
+# torch counts the CPU's fused attention since 2.15 only; before, these do, as torch counts its other fused attentions.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+UNCOUNTED = {op: formula for op, formula in CPU_ATTENTION.items() if op not in flop_registry}
+
+
+def counted(function, formulas=UNCOUNTED):
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function()
     return counter.get_total_flops()
 
@@ -213,6 +233,15 @@ def test_a_sampler_given_encoded_pictures_does_not_count_them_again():
     batch = encoded(vlm)
     sampler = Sampler(vlm)
     assert counted(lambda: sampler.prefill(batch, G, 3)) == sampler.flops == flops.prompt(vlm, batch)
+
+
+@pytest.mark.parametrize("formulas", [UNCOUNTED, CPU_ATTENTION], ids=["as counted", "by the formulas here"])
+def test_fused_attention_worked_by_hand(formulas):
+    # 2 rows, 3 heads of 4, 5 queries, 7 keys: a product is 2 * 2 * 3 * 5 * 7 * 4 = 1680, two ahead and five back.
+    q, k, v = (torch.zeros(2, 3, n, 4, requires_grad=True) for n in (5, 7, 7))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert counted(lambda: attend(q, k, v), formulas) == 2 * 1680
+    assert counted(lambda: attend(q, k, v).sum().backward(), formulas) == 7 * 1680
 
 
 def test_worked_by_hand():
