@@ -18,7 +18,7 @@ from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from data.sample import collate
 from data.tokenizer import IMAGE_ID
-from model import lora, names, pretrained, tensors
+from model import checkpoint, lora, names, pretrained, tensors
 from model.export import export_hf
 from model.generate import generate
 from model.llama import Llama
@@ -372,6 +372,27 @@ def test_a_model_keeps_its_weights_when_its_file_changes(tmp_path):
         opened.seek(size // 4)
         opened.write(bytes(size - size // 4))
     assert all(torch.equal(value, before[name]) for name, value in vlm.state_dict().items())
+
+
+def misplaced(tensors):
+    return [name for name, value in tensors.items() if value.data_ptr() % 64]
+
+
+@pytest.mark.filterwarnings("ignore:.*is read with exact GELU")
+def test_weights_from_any_file_lie_where_a_resumed_run_has_them(open_clip_model, tmp_path):
+    # A matmul rounds by where its weights lie: at a file's odd offsets otherwise than at torch's multiples of 64 bytes.
+    name, file, _ = open_clip_model
+    mapped = tmp_path / "clip.safetensors"
+    state = torch.load(file, weights_only=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, mapped)
+    assert misplaced(load_file(mapped))
+    vlm = pretrained.load_llava(written(llava(), tmp_path / "llava"))[0]
+    assert misplaced(load_file(tmp_path / "llava" / "model.safetensors"))
+    pickled = pretrained.load_llava(written(llava(), tmp_path / "pickled", 1))[0]
+    for model in (pretrained.load_clip(f"{name}:{mapped}"), vlm, pickled):
+        assert not misplaced(model.state_dict())
+    checkpoint.save(tmp_path / "align.pt", dict(stage="align", vlm=vlm.state_dict()))
+    assert not misplaced(checkpoint.load(tmp_path / "align.pt")["vlm"])
 
 
 @pytest.mark.parametrize("ratio, fit", [("pad", "pad"), ("square", "crop"), (None, "crop")])
