@@ -87,11 +87,16 @@ def _fill(module, folder, names, where, dtype, device, idle=lambda name: False, 
     for name, (parts, turned) in sorted(sources.items(), key=lambda item: folder.by_file(item[1][0][0])):
         tensors = [folder.get(part) for part in parts]
         tensor = torch.cat(tensors) if len(parts) > 1 else tensors[0]
-        # A copy always: the file's own pages would change with the file, and lie at odd addresses, where products round
-        # otherwise.
-        state[name] = (tensor.T if turned else tensor).to(device, dtype, copy=len(parts) == 1).contiguous()
+        state[name] = _own(tensor.T if turned else tensor, device, dtype)
     module.load_state_dict(state, assign=True)
     return module
+
+
+def _own(tensor, device, dtype):
+    """A contiguous copy in memory that torch allocates. The pages of a memory-mapped file would change with the file;
+    and a file's tensors lie at any offset, where a matmul rounds otherwise than on the same numbers at torch's own
+    multiples of 64 bytes, as a resumed run has them."""
+    return torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
 
 
 def _collect(shapes, rename, where=""):
@@ -215,9 +220,7 @@ def _load_open_clip(name, dtype, device):
     state = {key: value.detach() for key, value in state.items() if key not in OPENAI_EXTRAS}
     check_tensors({key: tuple(value.shape) for key, value in ours.state_dict().items()},
                   {key: tuple(value.shape) for key, value in state.items()}, where)
-    # A copy always: a file mapped into memory has its tensors at odd addresses, where products round otherwise.
-    state = {key: value.to(device, dtype, copy=True) for key, value in state.items()}
-    ours.load_state_dict(state, assign=True)
+    ours.load_state_dict({key: _own(value, device, dtype) for key, value in state.items()}, assign=True)
     return ours
 
 

@@ -104,7 +104,7 @@ def test_text_padding_changes_nothing():
     with torch.no_grad():
         whole = model.encode_text(ids, length)
         for row, n in enumerate(length.tolist()):
-            assert difference(model.encode_text(ids[row:row + 1, :n], length[row:row + 1])[0], whole[row]) < 1e-6
+            assert difference(model.encode_text(ids[row:row + 1, :n], length[row:row + 1])[0], whole[row]) < 1e-5
     with pytest.raises(ValueError, match="12 tokens.*text_length 11"):
         model.encode_text(torch.ones(1, 12, dtype=torch.long), torch.tensor([12]))
 

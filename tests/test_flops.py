@@ -1,7 +1,9 @@
 """model.flops against what torch's FlopCounterMode sees of the executed code: equal to the last product."""
+import math
+
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from model import flops
 from model.generate import Sampler, generate
@@ -18,14 +20,21 @@ KINDS = pytest.mark.parametrize("options", [
 ], ids=["conv", "mlp", "last-layer"])
 
 
-# The CPU's fused attention, which torch counts since 2.15 only: the formulas are those of its other fused attentions,
-# of shapes.
-aten = torch.ops.aten
+def attention(q, k, v, *_, **__):
+    """Shapes (B, H, T, K), (B, H, S, K), (B, H, S, L): scores, and their product with v."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def attention_backward(g, q, k, v, *_, **__):
+    """Of those shapes: scores again, gradients of q and k; of the probabilities and v."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
+
+
+# torch counts the CPU's fused attention since 2.15 only; before, these do, as torch counts its other fused attentions.
 CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
 UNCOUNTED = {op: formula for op, formula in CPU_ATTENTION.items() if op not in flop_registry}
 
 

@@ -3,7 +3,6 @@ import copy
 import io
 import json
 import shutil
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ from model.export import export_hf
 from model.generate import generate
 from model.llama import Llama
 from model.vlm import VLM
-from tiny import aligned, difference, gradients, make_vlm, shake
+from tiny import difference, gradients, make_vlm, shake
 
 SIDE, PATCH, PATCHES, VOCAB, IMAGE = 15, 5, 9, 67, 66
 VISION = dict(hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=3, image_size=SIDE,
@@ -172,7 +171,6 @@ def test_every_layout_loads_to_the_same_bits(family, layout, tmp_path):
     wanted, given = (pretrained.load_llava(written(hf, tmp_path / str(n), n))[0] for n in (4, layout))
     assert given.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in given.state_dict().items())
-    assert aligned(given) and aligned(wanted)
     same = dict(folder_image_id=-200, clip=wanted.config.clip) if layout == 1 else {}
     assert given.config == replace(wanted.config, **same)
 
@@ -184,21 +182,6 @@ def test_shards_load_as_one_file_does(tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
     parts = pretrained.load_llava(tmp_path / "shards")[0]
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in parts.state_dict().items())
-    assert aligned(parts)
-
-
-def test_weights_in_files_lie_at_odd_addresses_and_those_of_models_do_not(open_clip_model, tmp_path):
-    name, file, model = open_clip_model
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "clip.safetensors")
-    odd = load_file(tmp_path / "clip.safetensors")
-    assert any(value.data_ptr() % 64 for value in odd.values())         # the file is such a one
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                 # about the activation
-        for path in (file, tmp_path / "clip.safetensors"):
-            assert aligned(pretrained.load_clip(f"{name}:{path}"))
-    vlm = make_vlm()
-    checkpoint.save(tmp_path / "own.pt", dict(stage="cot", vlm=vlm.state_dict()))
-    assert aligned(VLM.from_config(vlm.config_dict(), checkpoint.load(tmp_path / "own.pt")["vlm"]))
 
 
 def test_loading_takes_the_wanted_dtype(tmp_path):
@@ -389,6 +372,27 @@ def test_a_model_keeps_its_weights_when_its_file_changes(tmp_path):
         opened.seek(size // 4)
         opened.write(bytes(size - size // 4))
     assert all(torch.equal(value, before[name]) for name, value in vlm.state_dict().items())
+
+
+def misplaced(tensors):
+    return [name for name, value in tensors.items() if value.data_ptr() % 64]
+
+
+@pytest.mark.filterwarnings("ignore:.*is read with exact GELU")
+def test_weights_from_any_file_lie_where_a_resumed_run_has_them(open_clip_model, tmp_path):
+    # A matmul rounds by where its weights lie: at a file's odd offsets otherwise than at torch's multiples of 64 bytes.
+    name, file, _ = open_clip_model
+    mapped = tmp_path / "clip.safetensors"
+    state = torch.load(file, weights_only=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, mapped)
+    assert misplaced(load_file(mapped))
+    vlm = pretrained.load_llava(written(llava(), tmp_path / "llava"))[0]
+    assert misplaced(load_file(tmp_path / "llava" / "model.safetensors"))
+    pickled = pretrained.load_llava(written(llava(), tmp_path / "pickled", 1))[0]
+    for model in (pretrained.load_clip(f"{name}:{mapped}"), vlm, pickled):
+        assert not misplaced(model.state_dict())
+    checkpoint.save(tmp_path / "align.pt", dict(stage="align", vlm=vlm.state_dict()))
+    assert not misplaced(checkpoint.load(tmp_path / "align.pt")["vlm"])
 
 
 @pytest.mark.parametrize("ratio, fit", [("pad", "pad"), ("square", "crop"), (None, "crop")])

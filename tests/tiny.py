@@ -61,12 +61,6 @@ def random_completions(rows, group, length, seed=1):
     return torch.randint(3, VOCAB, (rows, group, length), generator=torch.Generator().manual_seed(seed))
 
 
-def aligned(module):
-    """Whether every tensor begins where torch's own memory does, at a multiple of 64 bytes. Products round by it: with
-    a weight at another address, as in a file mapped into memory, a run would not equal itself resumed."""
-    return all(tensor.data_ptr() % 64 == 0 for tensor in module.state_dict().values())
-
-
 def gradients(module, loss):
     """Name -> gradient of every parameter that got one."""
     module.zero_grad(set_to_none=True)
