@@ -94,7 +94,7 @@ def _fill(module, folder, names, where, dtype, device, idle=lambda name: False, 
 
 def _own(tensor, device, dtype):
     """A contiguous copy in memory that torch allocates. The pages of a memory-mapped file would change with the file;
-    and a file's tensors lie at any offset, where a matmul rounds otherwise than on the same numbers at torch's own
+    and a file's tensors lie at any offset, where a matmul may round otherwise than on the same numbers at torch's own
     multiples of 64 bytes, as a resumed run has them."""
     return torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
 

@@ -142,7 +142,7 @@ def test_a_merge_in_bf16_rounds_once():
     llm = nn.Sequential(LoraLinear(base, 8, 16.0, torch.Generator().manual_seed(0)))
     nn.init.normal_(llm[0].lora_b, std=0.1, generator=torch.Generator().manual_seed(1))
     W, B, A = (t.detach().double() for t in (base.weight, llm[0].lora_b, llm[0].lora_a))
-    # Half of bf16's spacing, 2^-8 of a number at most; the fp32 sum before it, of 8 terms, is off by far less than 1e-6.
+    # Half of bf16's spacing, 2^-8 of a number at most; the fp32 sum before it, of 8 terms, is off by less than 1e-6.
     exact = W + 2 * B @ A
     assert ((merge(llm)[0].weight - exact).abs() <= 2 ** -8 * exact.abs() + 1e-6).all()
 

@@ -380,7 +380,7 @@ def misplaced(tensors):
 
 @pytest.mark.filterwarnings("ignore:.*is read with exact GELU")
 def test_weights_from_any_file_lie_where_a_resumed_run_has_them(open_clip_model, tmp_path):
-    # A matmul rounds by where its weights lie: at a file's odd offsets otherwise than at torch's multiples of 64 bytes.
+    # A matmul may round by where its weights lie: at a file's offsets otherwise than at torch's multiples of 64 bytes.
     name, file, _ = open_clip_model
     mapped = tmp_path / "clip.safetensors"
     state = torch.load(file, weights_only=True)
