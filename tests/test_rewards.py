@@ -392,10 +392,10 @@ def test_it_sees_pictures_as_arrays_and_paths(mine):
 
 
 def test_one_that_hangs_again_and_again_is_given_up(mine):
-    parse_weights(f"{mine}:brevity", timeout=0.2)
+    parse_weights(f"{mine}:brevity", timeout=1.0)        # on a busy machine an innocent call takes some tenths
     reward = rewards.REWARDS["brevity"]
     assert reward(gold("two"), "hang") == reward(gold("two"), "hang") == 0 and reward(gold("two"), "") == 1
-    with pytest.raises(ValueError, match="no answer within 0.2 s; .*3 times in a row"):
+    with pytest.raises(ValueError, match="no answer within 1 s; .*3 times in a row"):
         for _ in range(3):
             reward(gold("two"), "hang")
 
