@@ -62,7 +62,8 @@ def test_with_master_a_bf16_weight_follows_fp32_and_without_it_stands_still():
             optimizers = [make_optimizer(module, 0.95, 0.0, master=module is narrow) for module in (wide, narrow, bare)]
         for optimizer in optimizers:
             optimizer_step(optimizer, 1e-4, 1e6)
-    assert abs(wide.weight[0, 0].item() - 0.98) < 1e-5      # far from .9785, where bf16's rounding turns: equal after it
+    # Far from .9785, where bf16's rounding turns: the two, each a little off, are equal after it.
+    assert abs(wide.weight[0, 0].item() - 0.98) < 1e-5
     assert torch.equal(narrow.weight, wide.weight.bfloat16()) and narrow.weight[0, 0] != 1
     assert torch.equal(bare.weight, torch.ones(4, 4, dtype=torch.bfloat16))
     assert torch.equal(optimizers[1].state[narrow.weight]["master"].bfloat16(), narrow.weight)
