@@ -272,7 +272,7 @@ def compare(folder, cfg, checkpoints, tests, teacher, to=""):
 
 
 def without_looking(split, samples, drawn):
-    """Text: what an answer earns on a split that takes no look at the picture, or no thought; "" for some drawn ones."""
+    """Text: how often an answer is right that takes no look at the picture, or no thought; "" for some drawn splits."""
     if not drawn:
         answer, share = statistics.commonest([chat.normalise(sample.answer) for sample in samples])
         return f"always answering {answer!r}, the commonest answer of {split}, is right with {share:.3f}\n"

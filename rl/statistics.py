@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 
-from data.answers import normalise
+from data.chat import normalise
 
 CLASS_MEAN = "class-averaged accuracy"      # its rows have no interval; n is the number of classes
 MOST_KINDS = 8                              # kinds of questions that a line of a table can hold

@@ -243,8 +243,8 @@ def ppo(x):
 
 
 # grpo_token is DAPO's sum with one clip on both sides.
-PAPERS = {"grpo_token": dapo, "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo, "sapo": sapo, "luspo": luspo,
-          "rloo": rloo, "reinforce++": reinforce_plus_plus, "ppo": ppo}
+PAPERS = {"grpo_token": dapo, "grpo": grpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo,
+          "sapo": sapo, "luspo": luspo, "rloo": rloo, "reinforce++": reinforce_plus_plus, "ppo": ppo}
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -9,8 +9,8 @@ from PIL import Image
 import eval as evaluation
 import train
 from rl import report
-from rl.statistics import (by_kind, commonest, differences, interval, majority_right, over_seeds, per_prompt, rows, seeds_table,
-                           table, training_rows, training_table)
+from rl.statistics import (by_kind, commonest, differences, interval, majority_right, over_seeds, per_prompt, rows,
+                           seeds_table, table, training_rows, training_table)
 
 
 def scored(right, answer=None, gold="two", **more):
@@ -265,7 +265,8 @@ def test_training_rows_by_hand():
     log = [dict(stage="cot", step=0, loss=1.0)]
     log += [{"stage": "rl", "method": "grpo", "step": n, "reward": 1.0, "reward/correctness": n / 4,
               "reward/format": 1.0, "samples": 8 * (n + 1), "seconds": 9.0, "seconds_decode": 1.0,
-              "seconds_update": float(n), **(dict(clip_low=0.1, clip_high=0.3, entropy=0.5) if n else {})} for n in range(3)]
+              "seconds_update": float(n), **(dict(clip_low=0.1, clip_high=0.3, entropy=0.5) if n else {})}
+            for n in range(3)]
     found = training_rows(log, 7, last=2)
     assert {row["split"]: row["value"] for row in found} == pytest.approx({
         "1000 samples": 0.024, "s/step": 2.0, "clipped, %": 40, "right": 0.375, "format": 1, "entropy": 0.5})

@@ -150,7 +150,8 @@ def test_a_clip_from_nothing_that_llava_does_not_know_cannot_be_exported(folder,
     folder, _ = folder
     with pytest.raises(ValueError, match="--export=.* must come with --image-positions=False --clip-stem=conv"):
         train.main([f"--llm={folder / 'llm'}", f"--data=llava:{folder / 'records.json'}", "--stage=clip,align",
-                    f"--image-root={folder / 'pictures'}", f"--out={tmp_path / 'run'}", f"--export=hf:{tmp_path / 'hf'}"])
+                    f"--image-root={folder / 'pictures'}", f"--out={tmp_path / 'run'}",
+                    f"--export=hf:{tmp_path / 'hf'}"])
 
 
 def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder, tmp_path, monkeypatch):

@@ -119,8 +119,8 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
     for stage in train.Config(compare="all").stages():
         assert (out / f"{stage}.pt").exists() and witness.read[stage] <= paths(splits["train"])
     assert len(witness.read["clip"]) == 16 and witness.read["evaluation"] <= paths(splits["val"])
-    assert {r["method"] for r in rows(out)} == {"cot", "grpo_token", "cot_continued", "filtered", "rejection", "sft_direct",
-                                                "perfect", "grpo_token_zero"}
+    assert {r["method"] for r in rows(out)} == {"cot", "grpo_token", "cot_continued", "filtered", "rejection",
+                                                "sft_direct", "perfect", "grpo_token_zero"}
 
 
 def test_the_test_above_would_see_a_validation_picture_in_training(tmp_path, monkeypatch):
