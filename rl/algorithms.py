@@ -50,8 +50,8 @@ REWARDS = {
 SWITCHES = (
     "loss", "ratio", "clip_low", "clip_high", "bound", "norm", "baseline", "flat", "std", "combine", "kl", "kl_coef",
     "kl_in", "kl_target", "ref_sync", "entropy_coef", "top_entropy", "correct", "correct_cap", "correct_level",
-    "refill", "drop_truncated", "overlong_share", "kl_stop", "critic", "gamma", "lam", "value_lr", "value_coef", "value_clip",
-    "return_norm", "bootstrap")
+    "refill", "drop_truncated", "overlong_share", "kl_stop", "critic", "gamma", "lam", "value_lr", "value_coef",
+    "value_clip", "return_norm", "bootstrap")
 
 # field -> values it may have
 ALLOWED = dict(algorithm=tuple(ALGORITHMS), loss=tuple(LOSSES), ratio=("token", "sequence"), norm=NORMS,
