@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from data import chat, scenes, tokenizer
+from data.answers import key as answer_key
 from data.jinja import jinja
 from data.sample import Sample, batch_indices, collate, to_pixels
 from data.supply import TEST_SEED, Supply, real_data, scene_teacher
@@ -267,14 +269,23 @@ def compare(folder, cfg, checkpoints, tests, teacher, to=""):
     print("\n" + statistics.table(results, scores, to))
     print("\n" + statistics.training_table(training))
     for split, samples in tests.items():
-        print(without_looking(split, samples[:cfg.eval_sampled], drawn=teacher), end="")
+        asked = samples[:cfg.eval_sampled] if teacher else samples
+        print(without_looking(split, asked, drawn=teacher), end="")
     return results
 
 
+def commonest_answer(samples):
+    """-> (the gold answer that is right most often, the share of `samples` it is right for), by the checker."""
+    counts = Counter(answer_key(sample.answer, sample.unit) for sample in samples)
+    [(most, _)] = counts.most_common(1)
+    answer = next(sample.answer for sample in samples if answer_key(sample.answer, sample.unit) == most)
+    return answer, float(np.mean([chat.is_right(sample, answer) for sample in samples]))
+
+
 def without_looking(split, samples, drawn):
-    """Text: how often an answer is right that takes no look at the picture, or no thought; "" for some drawn splits."""
+    """Text: what the prompts of a split earn without a look at the picture; "" for drawn ones that are no walks."""
     if not drawn:
-        answer, share = statistics.commonest([chat.normalise(sample.answer) for sample in samples])
+        answer, share = commonest_answer(samples)
         return f"always answering {answer!r}, the commonest answer of {split}, is right with {share:.3f}\n"
     walks = [scenes.guess(sample) for sample in samples if "/walk" in sample.source]
     if not walks:
@@ -464,7 +475,7 @@ def main(argv):
         results += statistics.rows(label, split, scores[label][split], trained["seed"])
     print(statistics.table(results, scores))
     if real:
-        print(without_looking("val", real["val"][:cfg.eval_sampled], drawn=False), end="")
+        print(without_looking("val", real["val"], drawn=False), end="")
 
 
 if __name__ == "__main__":
@@ -475,4 +486,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        sys.exit(f"eval.py: {memory.shortage(error)}")
+        sys.exit("eval.py: " + memory.shortage(error, "a smaller --eval-batch or --max-new needs less"))

@@ -152,7 +152,7 @@ class Config:
     epochs: int = 1                 # passes over a rollout
     mini_batches: int = 1           # optimizer steps a pass
     # what an algorithm sets (rl/algorithms.py has the papers)
-    algorithm: str = "grpo_token"   # grpo | dr_grpo | dapo | gspo | cispo | sapo | luspo | rloo | reinforce++ | ppo
+    algorithm: str = "grpo_token"   # or grpo | dr_grpo | dapo | gspo | cispo | sapo | luspo | rloo | reinforce++ | ppo
     loss: str = "clip"              # clip | cispo | sapo
     ratio: str = "token"            # importance ratio of each token | of the whole sequence (GSPO)
     clip_low: float = 0.2           # ratio clip below; acts from the second update of a rollout on
@@ -205,6 +205,7 @@ class Config:
             compare=tuple(COMPARISONS), eval_set=tuple(TEST_SEED), bench=("", "step", "prefix"),
             template=("auto", *chat.TEMPLATES), projector=("linear", "mlp2x_gelu"),
             bad_records=("skip", "stop"), image_fit=("", "crop", "pad"), moments=("float32", "bfloat16")))
+        need(self.seed + self.seeds <= 2 ** 31, "seed", f"leave room for --seeds={self.seeds} below 2147483648")
         need(self.rl_batch % self.mini_batches == 0, "rl_batch", f"be a multiple of --mini-batches={self.mini_batches}")
         need(self.min_new <= self.max_new, "min_new", f"not exceed --max-new={self.max_new}")
         need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
@@ -264,7 +265,9 @@ RANGES = {
     "[1, 1000000000]": "save_every",
     "[1, 100000000]": "pictures questions traces rl_prompts",
     "[1, 1000000]": "batch rl_batch eval_greedy eval_sampled eval_batch bad_steps correct_cap",
-    "[2, 1000000]": "clip_batch vocab",
+    "[2, 1000000]": "clip_batch",
+    # 256 bytes and the tags; how many more the data needs is said when its tokenizer is trained.
+    "[260, 1000000]": "vocab",
     "[2, 131072]": "width text_length",
     "[1, 131072]": "max_new clip_width text_width embed",
     "[0, 131072]": "min_new",
@@ -598,7 +601,7 @@ def matched(run, stage, records_of, method, like):
 
 
 def checked_chains(run):
-    """Fresh chains of the teacher, those alone that the checker finds right and well-formed."""
+    """Fresh chains of the teacher, only those that the checker finds right and well-formed."""
     records = [(s, text) for s, text in chains(run, part=5) if rewards.correctness(s, text) and rewards.format(s, text)]
     print(f"  filtered: {len(records)} chains are right and well-formed")
     return records
@@ -739,6 +742,8 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        sys.exit(f"train.py: {memory.shortage(error)}")
+        sys.exit("train.py: " + memory.shortage(error, "a smaller model, --micro-batch, --max-new or batch of the "
+                                                "stage needs less, in a new run; --init= starts that from this one's "
+                                                "last stage"))
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; --resume goes on from the last checkpoint")

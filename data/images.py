@@ -240,8 +240,8 @@ def check(where, choices, fate, given):
             lacking.add(lacks[0])
     advice = [f"expected {LAYOUT}"] if unusable else []
     if missing and given:
-        advice += [f"add pictures of it to {readable(given[split].name)}/" for split in sorted(lacking)]
+        advice += [f"add such pictures to {readable(given[split].name)}/" for split in sorted(lacking)]
     elif missing:
-        advice.append("add pictures of it, or make train/ and val/ folders yourself")
+        advice.append("add such pictures, or make train/ and val/ folders yourself")
     if advice:
         raise ValueError(f"{where}: {listed(unusable + missing)}; {'; '.join(advice)}")

@@ -290,6 +290,8 @@ def train(texts, pieces, size):
                 size = int(limit[1])
                 continue
             needed = re.search(r"required_chars. \d+ vs (\d+)", str(error))
-            reason = (f"the data's {len(letters)} characters, the tags and 256 bytes need at least {needed[1]}"
-                      if needed else f"or the tokenizer cannot be trained: {str(error).splitlines()[0]}")
-            raise ValueError(f"--vocab={size} is too small: {reason}") from None
+            if not needed:
+                raise ValueError(f"--vocab={size}: sentencepiece cannot train a tokenizer of that size on this "
+                                 "data") from None
+            raise ValueError(f"--vocab={size} is too small: the data's {len(letters)} characters, the tags and 256 "
+                             f"bytes need at least {needed[1]}") from None

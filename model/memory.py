@@ -112,12 +112,12 @@ def announce(stage, vlm, cfg, samples):
                 **(sampling if samples else {})), flush=True)
 
 
-def shortage(error):
-    """What a person reads when `error` says that memory ran out; raises `error` when it says anything else."""
-    said = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
-        asked = re.search(r"tried to allocate ([\d.]+ \w+)", said, flags=re.IGNORECASE)
-        what = f" for {asked[1]} more" if asked else ""
-        return (f"memory ran out{what}; smaller --micro-batch, --max-new, --rl-batch or --eval-batch need less of it, "
-                "and --resume goes on from the last checkpoint")
-    raise error
+def shortage(error, advice):
+    """What a person reads when `error` says that memory ran out, with `advice` at its end; raises `error` when it says
+    anything else."""
+    message = str(error)
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in message:
+        raise error
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", message, flags=re.IGNORECASE)
+    what = f" for {asked[1]} more" if asked else ""
+    return f"memory ran out{what}; {advice}"

@@ -24,7 +24,7 @@ def module_rates(module, module_lr):
     """Learning rate of each parameter in units of the stage's: name -> number, 1 where `module_lr` is silent.
 
     module_lr: "projector:0.1,llm.embed_tokens:0", rates of the parameters whose dotted name begins so; the longest
-    beginning wins. Raises ValueError on a part of another form, a rate that is not a number of at least 0, a name
+    beginning wins. Raises ValueError on a part of another form, a rate that is not a number in [0, 1e6], a name
     given twice, and one that no parameter has.
     """
     names, rates = [name for name, _ in module.named_parameters()], {}
@@ -35,8 +35,8 @@ def module_rates(module, module_lr):
         except ValueError:
             rate = math.nan
         said = f"module_lr {module_lr!r}: {part.strip()!r}"
-        if not prefix or not colon or not 0 <= rate < math.inf:
-            raise ValueError(f"{said} must be NAME:RATE, RATE a number of at least 0, as in projector:0.1")
+        if not prefix or not colon or not 0 <= rate <= 1e6:
+            raise ValueError(f"{said} must be NAME:RATE, RATE a number in [0, 1000000], as in projector:0.1")
         if prefix in rates:
             raise ValueError(f"{said} gives {prefix} a second rate, expected one")
         if not any(f"{name}.".startswith(f"{prefix}.") for name in names):

@@ -2,7 +2,7 @@
 
     NAME.pt        a finished stage: weights, tokenizer, config, FLOPs, how long the log was
     progress.pt    the stage under way: weights, optimizer, random state, step, how long the log was
-    lock           which process works here; empty when none does
+    lock           locked by the process that works here, which its text names
 
 Whatever moment a run is killed at, `reopen` finds the last whole state: finished stages are not repeated, the stage
 under way goes on at its last checkpoint, and log lines written after it are cut off, to be written again.

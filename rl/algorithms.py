@@ -79,7 +79,8 @@ def label(cfg, stage):
 
     A supervised stage has its own name. One of reinforcement learning is called by its algorithm, and by the switches
     in which it differs from that, "grpo[kl_coef=0.0]"; one that only asks for the tags "grpo_token_zero"; one named
-    after rewards by that name, behind its algorithm's unless that is the default.
+    after rewards by that name, behind its algorithm's unless that is the default. What all stages of a run share is in
+    its config.json: rates, epochs, sampling and, unless stages are named after them, rewards.
     """
     if stage not in STAGES:
         return stage
@@ -98,14 +99,15 @@ def label(cfg, stage):
 
 def labels(cfg, stages):
     """{stage: its label}. Raises ValueError when two of them are one setting."""
-    found = {}
+    settings = {}
     for stage in stages:
-        name = label(cfg, stage)
-        if name in found:
-            raise ValueError(f"--stage={','.join(stages)}: {found[name]} and {stage} are one setting, {name}; name it "
-                             "once")
-        found[name] = stage
-    return {stage: name for name, stage in found.items()}
+        # What asks for tags alone is another setting; the name of the algorithm that set the switches is none.
+        used = (stage == "rl_zero", replace(of_stage(cfg, stage), algorithm="")) if stage in STAGES else stage
+        if used in settings:
+            raise ValueError(f"--stage={','.join(stages)}: {settings[used]} and {stage} are one setting, "
+                             f"{label(cfg, stage)}; name it once")
+        settings[used] = stage
+    return {stage: label(cfg, stage) for stage in stages}
 
 
 def check(cfg, need):

@@ -32,6 +32,11 @@ def style(label):
     return STYLE.get(label.partition("[")[0], OTHER)
 
 
+def in_lines(label):
+    """A label with a line for its name and one for each switch, which would take the panel's room side by side."""
+    return label.replace("[", "\n[").replace(",", ",\n")
+
+
 def curves(log, results):
     """Lines of log.jsonl and rows of results.json (one run) -> a PNG 1600 pixels wide; parts without data are left out.
 
@@ -152,13 +157,15 @@ def _learning(figure, stages, teacher):
         big.axhline(y, color="black", linestyle="--", linewidth=1.4)
     for stage, lines in stages.items():
         if several:
-            ends += [(y, stage, colors[stage]) for y in _draw(big, lines, "reward/correctness", colors[stage])]
+            found = _draw(big, lines, "reward/correctness", colors[stage])
+            ends += [(y, in_lines(stage), colors[stage]) for y in found]
             continue
         others = [name for name in lines[0] if name.startswith("reward/") and name not in REWARD_COLORS]
         reward_colors = REWARD_COLORS | dict(zip(others, cycle(OTHER_REWARDS)))
         for name, color in reward_colors.items():
             width = 3 if name == "reward/correctness" else 1.8
-            ends += [(y, name.removeprefix("reward/"), color) for y in _draw(big, lines, name, color, width)]
+            shown = "weighted sum" if name == "reward" else name.removeprefix("reward/")
+            ends += [(y, shown, color) for y in _draw(big, lines, name, color, width)]
     big.set(title="RL: correctness" if several else "RL: rewards", xlabel="step", ylabel="mean over completions")
     big.set_ylim(min(0, big.get_ylim()[0]), max(1.05, big.get_ylim()[1]))
     _label_ends(big, ends)
@@ -200,4 +207,4 @@ def _accuracies(ax, rows):
     ax.set_xticks(range(len(splits)), [f"{split}\n{SPLITS.get(split, '')}".strip() for split in splits])
     ax.tick_params(axis="x", length=0)
     named = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    ax.legend(named.values(), named.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(named.values(), map(in_lines, named), loc="center left", bbox_to_anchor=(1, 0.5))

@@ -14,6 +14,7 @@ from data.chat import TAGS, is_right, parse, verdict
 from rl.worker import Worker
 
 COSINE_WORDS = 64               # words of a completion at which the length reward has gone all its way; for you to edit
+HEAVIEST = 1000000              # weight of a reward; far heavier ones are infinite in fp32
 GATED = ("correctness", "iou")  # earn nothing in a malformed completion, where the gate is on
 TAG = re.compile("|".join(TAGS))
 WORD = re.compile(r"[-+]?\w+(?:[.,]\w+)*|%")
@@ -154,8 +155,8 @@ def parse_weights(spec, timeout=5.0, errors="zero"):
             weights[name] = float(weight or 1)
         except ValueError:
             raise ValueError(f"--rewards={spec}: the weight {weight!r} of {name} must be a number") from None
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"--rewards={spec}: the weight of {name} must be finite")
+        if not abs(weights[name]) <= HEAVIEST:
+            raise ValueError(f"--rewards={spec}: the weight of {name} must lie in [-{HEAVIEST}, {HEAVIEST}]")
     return weights
 
 

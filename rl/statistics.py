@@ -113,12 +113,6 @@ def class_mean(scores):
     return float(np.mean(accuracies)), len(accuracies)
 
 
-def commonest(gold):
-    """Gold answers (n,) -> (the commonest, its share): what always giving that answer would be right with."""
-    [(answer, count)] = Counter(gold).most_common(1)
-    return answer, count / len(gold)
-
-
 def kind_rows(scores, seed):
     """scores: method -> split -> raw scores -> rows (method, split, decoding, metric "accuracy on KIND", value, n)."""
     return [dict(method=method, split=split, decoding=decoding, metric=f"accuracy on {kind}", value=value, n=n,

@@ -166,7 +166,12 @@ def _answer(line):
         answer = json.loads(line)
     except (ValueError, RecursionError):
         return GARBLED
-    return answer if isinstance(answer, dict) and answer.keys() == {"number", "value", "error"} else GARBLED
+    if not isinstance(answer, dict):
+        return GARBLED
+    types = {name: type(value) for name, value in answer.items()}
+    if types != {"number": int, "value": float, "error": str} or not abs(answer["value"]) <= LARGEST:
+        return GARBLED
+    return answer
 
 
 def _plain(sample):

@@ -316,7 +316,7 @@ def named(*argv):
     (("--algorithm=grpo", "--kl-coef=0", "--std=none"), {"rl": "grpo[std=none,kl_coef=0.0]"}),
     (("--stage=cot,rl,ppo,dapo", "--kl-coef=0.5"), {
         "rl": "grpo_token[kl_coef=0.5]", "ppo": "ppo[kl_coef=0.5]", "dapo": "dapo[kl_coef=0.5]"}),
-    (("--compare=rewards", "--gated=True"), {"right": "right[gated=True]", "right_gated": "right_gated"}),
+    (("--stage=cot,right,format", "--gated=True"), {"right": "right[gated=True]", "format": "format[gated=True]"}),
     (("--epochs=2", "--mini-batches=4", "--rl-lr=1e-4"), {"rl": "grpo_token"})])
 def test_a_label_names_the_setting_that_made_it(argv, wanted):
     found = named(*argv)
@@ -324,7 +324,7 @@ def test_a_label_names_the_setting_that_made_it(argv, wanted):
 
 
 @pytest.mark.parametrize("compare", COMPARISONS)
-@pytest.mark.parametrize("more", [(), ("--kl-coef=0.1",), ("--norm=sum", "--gated=False")], ids=str)
+@pytest.mark.parametrize("more", [(), ("--kl-coef=0.1",), ("--norm=sum", "--std=none")], ids=str)
 def test_no_two_settings_of_a_comparison_share_a_label(compare, more):
     cfg = from_command_line(Config, PRESETS, [f"--compare={compare}", *more], "", more=of_flags)
     found = labels(cfg, cfg.stages())
@@ -337,10 +337,14 @@ def test_no_two_settings_of_a_comparison_share_a_label(compare, more):
     assert all(len(of) == 1 for of in settings.values())
 
 
-@pytest.mark.parametrize("stages", ["cot,rl,grpo_token", "cot,rl,rl", "cot,ppo,cot"])
-def test_a_setting_that_is_named_twice_is_one_sentence(stages):
-    with pytest.raises(ValueError, match=f"--stage={stages}: .* are one setting, .*; name it once"):
-        Config(stage=stages).check()
+@pytest.mark.parametrize("argv", [
+    ["--stage=cot,rl,grpo_token"], ["--stage=cot,rl,rl"], ["--stage=cot,ppo,cot"], ["--stage=rl,format_gated"],
+    ["--stage=right,right_gated", "--gated=True"], ["--compare=rewards", "--rewards=format:1"],
+    ["--stage=rl,right", "--rewards=correctness:1", "--gated=False"]])
+def test_a_setting_that_is_named_twice_is_one_sentence(argv):
+    cfg = from_command_line(Config, PRESETS, argv, "", more=of_flags)
+    with pytest.raises(ValueError, match="--stage=.*: .* are one setting, .*; name it once"):
+        cfg.check()
 
 
 def test_off_policy_the_algorithms_gradients_differ_pairwise():

@@ -160,13 +160,17 @@ def run(finished, tmp_path):
     ("--rewards=", r"--rewards=: '' must be one of correctness, format"),
     ("--rewards=joy:1", r"--rewards=joy:1: 'joy' must be one of correctness, format"),
     ("--rewards=format:x", r"--rewards=format:x: the weight 'x' of format must be a number"),
-    ("--rewards=format:inf", r"--rewards=format:inf: the weight of format must be finite"),
+    ("--rewards=format:inf", r"--rewards=format:inf: the weight of format must lie in"),
     ("--data=photos", r"--data=photos must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
     ("--data=images", r"--data=images must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
     ("--data=images:", r"--data=images: must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
     ("--data=scenes:x", r"--data=scenes:x must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
     ("--align-epochs=inf", r"--align-epochs=inf must lie in \[0, 100000\]"),
     ("--max-new=1000000000", r"--max-new=1000000000 must lie in \[1, 131072\]"),
+    ("--seed=2147483647 --seeds=2", "--seed=2147483647 must leave room for --seeds=2"),
+    ("--rewards=correctness:1e39", r"the weight of correctness must lie in \[-1000000, 1000000\]"),
+    ("--rewards=format:nan", r"the weight of format must lie in \[-1000000, 1000000\]"),
+    ("--vocab=2", r"--vocab=2 must lie in \[260, 1000000\]"),
     ("--threads=100000", r"--threads=100000 must lie in \[0, 1024\]"),
     ("--data=images:/no/such", r"folder '/no/such' does not exist; expected DIR/<class>"),
     ("--data=jsonl:/no/such", r"jsonl file '/no/such' does not exist; expected"),
@@ -614,10 +618,11 @@ def test_an_export_under_a_file_is_refused_at_the_start(refuse, tmp_path):
 def test_memory_that_runs_out_is_one_sentence_and_any_other_error_stays_what_it_is():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2 ** 60, dtype=torch.float32)
-    assert re.match(r"memory ran out for \d+ bytes more; smaller --micro-batch, ", memory.shortage(caught.value))
-    assert memory.shortage(MemoryError()).startswith("memory ran out; smaller --micro-batch, ")
+    message = memory.shortage(caught.value, "ask for less")
+    assert re.fullmatch(r"memory ran out for \d+ bytes more; ask for less", message)
+    assert memory.shortage(MemoryError(), "ask for less") == "memory ran out; ask for less"
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        memory.shortage(RuntimeError("shapes cannot be multiplied"))
+        memory.shortage(RuntimeError("shapes cannot be multiplied"), "")
 
 
 def test_a_terminal_without_unicode_ends_no_run(finished, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from rl import report
-from rl.statistics import (by_kind, commonest, differences, interval, majority_right, over_seeds, per_prompt, rows,
+from rl.statistics import (by_kind, differences, interval, majority_right, over_seeds, per_prompt, rows,
                            seeds_table, table, training_rows, training_table)
 
 
@@ -97,17 +97,25 @@ def test_accuracy_by_question_kind_counts_its_prompts():
     assert by_kind(scores) == {"at": (0.5, 1), "walk1": (0.5, 2)}
 
 
-def test_the_mean_of_classes_counts_each_class_alike_and_the_commonest_answer_is_the_majority_class():
+def test_the_mean_of_classes_counts_each_class_alike():
     # Three pictures of cats, all right, and one of an owl, half right: .875 of completions, but (1 + .5) / 2 by class.
     scores = scored([[1, 1], [1, 1], [1, 1], [1, 0]], kind=["Cat", "Cat", "Cat", "Owl"])
     scores["gold"] = ["cat", "cat", "cat", "owl"]
     found = {row["metric"]: row for row in rows("cot", "val", {"t1": scores}, 0)}
     assert found["accuracy"]["value"] == 0.875
     assert (found["class-averaged accuracy"]["value"], found["class-averaged accuracy"]["n"]) == (0.75, 2)
-    assert commonest(scores["gold"]) == ("cat", 0.75)
     text = table(list(found.values()), {"cot": {"val": {"t1": scores}}})
     assert "Class-averaged accuracy, T = 1 (classes)" in text and "0.750 (2)" in text
     assert "class-averaged accuracy" not in {row["metric"] for row in rows("cot", "id", {"t1": scored([[1, 0]])}, 0)}
+
+
+def test_the_commonest_answer_is_judged_by_the_checker_on_the_whole_split():
+    # Five prompts: 1 and 1.0 are one answer, and so is 1.2 within its tolerance; 2 is right for two of them.
+    golds = [("1", 0), ("2", 0), ("1.0", 0), ("2", 0), ("1.2", 0.5)]
+    samples = [evaluation.Sample(question="?", answer=gold, tolerance=tolerance) for gold, tolerance in golds]
+    assert evaluation.commonest_answer(samples) == ("1", 0.6)
+    assert "always answering '1', the commonest answer of val, is right with 0.600\n" == (
+        evaluation.without_looking("val", samples, drawn=False))
 
 
 def test_a_table_of_many_kinds_shows_the_worst_five_a_line_each():

@@ -154,8 +154,8 @@ def test_a_name_ends_at_a_dot():
 
 @pytest.mark.parametrize("text, said", [
     ("projector", "'projector' must be NAME:RATE"), ("projector:", "'projector:' must be NAME:RATE"),
-    (":1", "':1' must be NAME:RATE"), ("projector:-1", "a number of at least 0"), ("projector:fast", "a number of at"),
-    ("projector:nan", "a number of at least 0"), ("projector:inf", "a number of at least 0"),
+    (":1", "':1' must be NAME:RATE"), ("projector:-1", "a number in .0, 1000000"), ("projector:fast", "a number in"),
+    ("projector:nan", "a number in .0, 1000000"), ("projector:inf", "a number in .0, 1000000"),
     ("llm:1,,projector:2", "'' must be NAME:RATE"), ("llm:1,llm:2", "gives llm a second rate"),
     ("lm:1", "must begin the name of a parameter; the first parts of those are"),
     ("llm.layer:1", "must begin the name"), ("llm.layers.1.:1", "must begin the name")])

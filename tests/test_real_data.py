@@ -554,7 +554,7 @@ def test_all_classes_that_lack_pictures_are_listed_at_once(tmp_path):
         (tmp_path / f"empty{name}").mkdir()
         save(noise(100 + name), tmp_path / f"single{name}/a.png")
     with pytest.raises(ValueError, match=r"class 'empty0' is left .*'empty7' is left .* class 'single1' \(1 in \w+\); "
-                                         "and 6 more; expected .*; add pictures") as caught:
+                                         "and 6 more; expected .*; add such pictures") as caught:
         load50(tmp_path)
     assert "single2" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -562,8 +562,8 @@ def test_all_classes_that_lack_pictures_are_listed_at_once(tmp_path):
 @pytest.mark.parametrize("split, other", [("train", "val"), ("val", "train")])
 def test_a_class_that_the_hash_leaves_out_of_a_split_is_an_error_that_says_what_to_do(tmp_path, split, other):
     save(noise_in(other, start=100), two_classes(tmp_path) / "owl/a.png")
-    with pytest.raises(ValueError, match=rf"{split} has no picture of class 'owl' \(1 in {other}\); add pictures of "
-                                         "it, or make train/ and val/"):
+    with pytest.raises(ValueError, match=rf"{split} has no picture of class 'owl' \(1 in {other}\); add such "
+                                         "pictures, or make train/ and val/"):
         load50(tmp_path)
 
 

@@ -67,19 +67,19 @@ def curve(ax, name):
 def test_rewards_and_tokens_are_drawn_on_axes_of_their_own():
     log = learned("rl", "grpo_token", 40)
     rewards = panels(log)["RL: rewards"]
-    assert [text.get_text() for text in rewards.texts] == ["correctness", "format", "reward"]       # from below
+    assert [text.get_text() for text in rewards.texts] == ["correctness", "format", "weighted sum"]       # from below
     assert all(0 <= y <= 1.2 for line in rewards.get_lines() for y in line.get_ydata())
     assert rewards.get_ylim()[0] >= -0.1 and rewards.get_ylim()[1] <= 1.2
 
     with_length = [line | {"reward/length": -0.7, "reward/mine": 1.05} for line in log]
     drawn = panels(with_length)
     rewards = drawn["RL: rewards"]
-    assert {text.get_text() for text in rewards.texts} == {"correctness", "format", "reward", "length", "mine"}
+    assert {text.get_text() for text in rewards.texts} == {"correctness", "format", "weighted sum", "length", "mine"}
     assert len({text.get_color() for text in rewards.texts}) == 5
     heights = {text.get_text(): text.get_position()[1] for text in rewards.texts}
     for name, y in (("correctness", 0.5), ("length", -0.7)):        # at the end of its line where there is room
         assert heights[name] == pytest.approx((rewards.transScale + rewards.transLimits).transform((1, y))[1])
-    assert heights["format"] < heights["mine"] < heights["reward"] <= 1
+    assert heights["format"] < heights["mine"] < heights["weighted sum"] <= 1
     assert np.allclose(curve(rewards, "reward/length"), -0.7)
     assert np.allclose(curve(drawn["Tokens of a completion"], "length"), 9)
     assert rewards.get_ylim()[0] >= -1.1 and rewards.get_ylim()[1] <= 1.2
