@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import hostile
 from data import chat, scenes
 from data.sample import Sample
-from rl import rewards
+from rl import rewards, worker
 from rl.rewards import boxes_of, consistency, correctness, format, iou, length, parse_weights, repetition
 from rl.worker import Worker
 
@@ -389,6 +389,15 @@ def test_it_sees_pictures_as_arrays_and_paths(mine):
     parse_weights(f"{mine}:brevity")
     picture = torch.arange(24, dtype=torch.uint8).view(2, 4, 3).numpy()
     assert rewards.REWARDS["brevity"](gold("two", images=(picture, "a.png")), "picture") == 5 + 5
+
+
+@pytest.mark.parametrize("line", [
+    '{"number": 1, "value": "x", "error": ""}', '{"number": 1, "value": NaN, "error": ""}', "[]", "3",
+    '{"number": true, "value": 1.0, "error": ""}', '{"number": 1, "value": 1e39, "error": ""}',
+    '{"number": 1, "value": 1.0, "error": null}', '{"number": 1, "value": 1.0}'])
+def test_what_has_another_form_than_an_answer_is_none(line):
+    assert worker._answer(line.encode()) is worker.GARBLED
+    assert worker._answer(b'{"number": 1, "value": 1.0, "error": ""}')["value"] == 1
 
 
 def test_one_that_hangs_again_and_again_is_given_up(mine):
