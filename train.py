@@ -265,9 +265,7 @@ RANGES = {
     "[1, 1000000000]": "save_every",
     "[1, 100000000]": "pictures questions traces rl_prompts",
     "[1, 1000000]": "batch rl_batch eval_greedy eval_sampled eval_batch bad_steps correct_cap",
-    "[2, 1000000]": "clip_batch",
-    # 256 bytes and the tags; how many more the data needs is said when its tokenizer is trained.
-    "[260, 1000000]": "vocab",
+    "[2, 1000000]": "clip_batch vocab",
     "[2, 131072]": "width text_length",
     "[1, 131072]": "max_new clip_width text_width embed",
     "[0, 131072]": "min_new",

@@ -103,6 +103,8 @@ class RunFolder:
             lock.close()
             raise ValueError(f"--out={self.folder} is in use by {holder}; wait for its end, or choose another "
                              "folder") from None
+        except OSError:         # some network file systems have no locks; a run goes on without
+            pass
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         lock.flush()

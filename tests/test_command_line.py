@@ -170,7 +170,7 @@ def run(finished, tmp_path):
     ("--seed=2147483647 --seeds=2", "--seed=2147483647 must leave room for --seeds=2"),
     ("--rewards=correctness:1e39", r"the weight of correctness must lie in \[-1000000, 1000000\]"),
     ("--rewards=format:nan", r"the weight of format must lie in \[-1000000, 1000000\]"),
-    ("--vocab=2", r"--vocab=2 must lie in \[260, 1000000\]"),
+    ("--vocab=2", r"--vocab=2: sentencepiece cannot train a tokenizer of that size on this data"),
     ("--threads=100000", r"--threads=100000 must lie in \[0, 1024\]"),
     ("--data=images:/no/such", r"folder '/no/such' does not exist; expected DIR/<class>"),
     ("--data=jsonl:/no/such", r"jsonl file '/no/such' does not exist; expected"),
