@@ -171,7 +171,8 @@ def test_rewards_are_the_weighted_sum_of_their_parts():
 
 
 @pytest.mark.parametrize("spec, names", [("correct:1", "'correct'"), ("", "''"), ("format:x", "'x'"),
-                                         ("format:nan", "must lie in"), ("format:inf", "must lie in"), ("format:1,", "''")])
+                                         ("format:nan", "must lie in"), ("format:inf", "must lie in"),
+                                         ("format:1,", "''")])
 def test_a_reward_that_cannot_be_read_is_named(spec, names):
     with pytest.raises(ValueError, match=f"--rewards={spec}.*{names}"):
         parse_weights(spec)
