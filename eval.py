@@ -276,9 +276,9 @@ def compare(folder, cfg, checkpoints, tests, teacher, to=""):
 
 def commonest_answer(samples):
     """-> (the gold answer that is right most often, the share of `samples` it is right for), by the checker."""
-    counts = Counter(answer_key(sample.answer, sample.unit) for sample in samples)
-    [(most, _)] = counts.most_common(1)
-    answer = next(sample.answer for sample in samples if answer_key(sample.answer, sample.unit) == most)
+    keys = [answer_key(sample.answer, sample.unit) for sample in samples]
+    [(most, _)] = Counter(keys).most_common(1)
+    answer = samples[keys.index(most)].answer
     return answer, float(np.mean([chat.is_right(sample, answer) for sample in samples]))
 
 

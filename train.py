@@ -24,7 +24,7 @@ from tqdm import tqdm
 import eval as evaluation
 from data import chat, cot, llava, scenes, tokenizer
 from data.sample import batch_indices, collate
-from data.supply import TEST_SEED, Supply
+from data.supply import TEST_SEED, Supply, source_of
 from model import checkpoint, flops, memory, prepare, pretrained
 from model.clip import Clip, ClipConfig, contrastive_loss
 from model.config import adopt, check_ranges, describe, from_command_line, needs
@@ -210,9 +210,7 @@ class Config:
         need(self.min_new <= self.max_new, "min_new", f"not exceed --max-new={self.max_new}")
         need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
         pick_dtype(self.dtype)
-        source, _, where = self.data.partition(":")
-        need(source in ("scenes", "images", "jsonl", "llava") and (source != "scenes") == bool(where), "data",
-             "be scenes, images:DIR, jsonl:FILE or llava:FILE")
+        source, _ = source_of(self.data)
         prepare.check(self, need, self.stages())
         need(source != "scenes" or self.image_size == scenes.SIZE or self.bench, "image_size",
              f"be {scenes.SIZE} for drawn scenes")

@@ -11,14 +11,21 @@ from data.splits import mixed
 TEST_SEED = {"test": 1_000_001, "val": 2_000_002}     # the same prompts for every method and every training seed
 
 
+def source_of(data):
+    """--data -> (scenes, images, jsonl or llava; the folder or file behind it, "" for scenes). Raises ValueError for
+    anything else."""
+    source, _, where = data.partition(":")
+    if source not in ("scenes", "images", "jsonl", "llava") or (source != "scenes") != bool(where):
+        raise ValueError(f"--data={data} must be scenes, images:DIR, jsonl:FILE or llava:FILE")
+    return source, where
+
+
 def real_data(data, val_percent):
     """--data -> ({"train": samples, "val": samples}, what was found); (None, "") for what has no such splits.
 
     Raises ValueError for anything else than scenes, images:DIR, jsonl:FILE or llava:FILE, and for what `load` refuses.
     """
-    source, _, where = data.partition(":")
-    if source not in ("scenes", "images", "jsonl", "llava") or (source != "scenes") != bool(where):
-        raise ValueError(f"--data={data} must be scenes, images:DIR, jsonl:FILE or llava:FILE")
+    source, where = source_of(data)
     if source in ("scenes", "llava"):
         return None, ""
     splits, found = {"images": images, "jsonl": jsonl}[source].load(where, val_percent)
