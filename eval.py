@@ -26,16 +26,19 @@ from data.answers import key as answer_key
 from data.jinja import jinja
 from data.sample import Sample, batch_indices, collate, to_pixels
 from data.supply import TEST_SEED, Supply, real_data, scene_teacher
-from model import checkpoint, memory, pretrained
+from model import memory
+from model.hub import pretrained
+from model.runs import checkpoint
 from model.clip import Clip
-from model.config import check_ranges, from_command_line, to_command_line
-from model.device import pick_device, pick_dtype
-from model.export import export_folder, export_hf
+from model.runs.config import check_ranges, from_command_line, to_command_line
+from model.runs.device import pick_device, pick_dtype
+from model.hub.export import export_folder, export_hf
 from model.generate import Sampler, generate
 from model.optim import make_optimizer, optimizer_step, seed_of, show_trained
 from model.vlm import VLM, VlmConfig
-from model.runfolder import RunFolder, choose, write_json
-from rl import bench, explain, metrics, report, rewards, statistics
+from model.runs.folder import RunFolder, choose, write_json
+from rl import bench, explain, metrics, rewards
+from rl.report import page, statistics
 from rl.learner import Guard, make_learner
 from rl.rollout import collect, read
 from rl.update import estimated, informative, scored, update
@@ -73,7 +76,7 @@ def export(vlm, tok, where, template):
 
 def prompts(vlm, tokenizer, samples, method, template):
     """Samples -> Batch of prompts, on the model's device."""
-    rows = [chat.encode(sample, tokenizer, vlm.config.clip.patches, method, template) for sample in samples]
+    rows = [chat.encode(sample, tokenizer, vlm.config.image_tokens, method, template) for sample in samples]
     return collate(rows, tokenizer.pad_id, **vlm.config.pixels).to(vlm.llm.head.device)
 
 
@@ -135,7 +138,7 @@ def roll_out(run, vlm, samples, method, cfg, weights, generator, clock=None):
     clock.lap("prefill")
     done = sampler.decode(cfg.max_new, tok.eos_id, temperature=cfg.temperature, banned=tok.banned(vlm.config.llm.vocab),
                           generator=generator, min_new=cfg.min_new, pad_id=tok.pad_id)
-    run.flops += sampler.flops
+    run.flops += sampler.meter.total
     clock.lap("decode")
     rollout = collect(done, samples, tok, weights, cfg.gated, cfg.max_new, cfg.overlong_share)
     clock.lap("score")
@@ -253,15 +256,15 @@ def compare(folder, cfg, checkpoints, tests, teacher, to=""):
             print(f"evaluated {method:<16}{time.perf_counter() - began:7.1f} s", flush=True)
     results = [row for method, of in scores.items() for split, raw in of.items()
                for row in statistics.rows(method, split, raw, cfg.seed)]
-    log = report.read_log(Path(folder) / "log.jsonl")
+    log = page.read_log(Path(folder) / "log.jsonl")
     training = statistics.training_rows(log, cfg.seed)
     write_json(Path(folder) / "kinds.json", statistics.kind_rows(scores, cfg.seed))
     write_json(Path(folder) / "training.json", training)
     write_json(Path(folder) / "differences.json",
                [dict(row, seed=cfg.seed) for row in statistics.differences(scores, to)])
-    page = samples_page(f"Samples of {Path(folder).name}, T = 1", tests, scores, cfg)
-    checkpoint.write_atomically(Path(folder) / "samples.html", lambda file: file.write(page))
-    if curves := report.curves(log, results):
+    html = samples_page(f"Samples of {Path(folder).name}, T = 1", tests, scores, cfg)
+    checkpoint.write_atomically(Path(folder) / "samples.html", lambda file: file.write(html))
+    if curves := page.curves(log, results):
         checkpoint.write_atomically(Path(folder) / "curves.png", lambda file: file.write(curves))
     else:
         print('no curves.png: pip install -e ".[report]" brings matplotlib')
@@ -305,7 +308,7 @@ def samples_page(title, tests, scores, cfg, each=8):
                 completions=[dict(method=method, text=text, why=rewards.why(sample, text, weights, cfg.gated),
                                   reward={name: rewards.REWARDS[name](sample, text) for name in weights})
                              for method, text in texts.items()]))
-    return report.samples(entries, title)
+    return page.samples(entries, title)
 
 
 def many_seeds(script, cfg):
@@ -362,8 +365,8 @@ def run_seeds(script, cfg, root):
         write_json(root / f"{name}.json", rows)
     if not of_all.get("results"):       # nothing was evaluated
         return
-    log = report.mean_log([report.read_log(root / f"seed-{seed}" / "log.jsonl") for seed in seeds])
-    if curves := report.curves(log, statistics.over_seeds(of_all["results"])):
+    log = page.mean_log([page.read_log(root / f"seed-{seed}" / "log.jsonl") for seed in seeds])
+    if curves := page.curves(log, statistics.over_seeds(of_all["results"])):
         checkpoint.write_atomically(root / "curves.png", lambda file: file.write(curves))
     probes = [root / f"seed-{seed}" / "probe.json" for seed in seeds]
     if all(probe.exists() for probe in probes):
@@ -388,7 +391,7 @@ def run_bench(cfg, make_run, reinforce, steps=6):
                                       cfg.feature_layer, cfg.image_positions)), "bench")
         show_trained("bench", vlm)
         samples = bench.samples(cfg.rl_batch * steps, cfg.image_size)
-        what = (f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {vlm.config.clip.patches} image "
+        what = (f"{cfg.rl_batch} prompts x {cfg.group}, {cfg.max_new} new tokens, {vlm.config.image_tokens} image "
                 f"tokens, {run.device}, {torch.get_num_threads()} threads")
         if cfg.bench == "prefix":
             batch = prompts(vlm, run.tokenizer, samples[:cfg.rl_batch], "direct", cfg.template)

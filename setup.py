@@ -10,7 +10,7 @@ setup(
     version="0.1.0",
     description="A from-scratch reference implementation of vision-reasoning models in plain PyTorch",
     python_requires=">=3.10",
-    packages=["model", "rl", "data", "kernels"],
+    packages=["model", "model.hub", "model.runs", "rl", "rl.report", "data", "kernels"],
     py_modules=["train", "eval"],
     install_requires=[
         "torch>=2.11", "torchvision", "open_clip_torch", "sentencepiece", "numpy", "einops",

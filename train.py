@@ -22,20 +22,23 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import chat, cot, llava, scenes, tokenizer
+from data import chat, llava, scenes, teachers, tokenizer
 from data.sample import batch_indices, collate
 from data.supply import TEST_SEED, Supply, source_of
-from model import checkpoint, flops, memory, prepare, pretrained
+from model import flops, memory, prepare
+from model.hub import pretrained
+from model.runs import checkpoint
 from model.clip import Clip, ClipConfig, contrastive_loss
-from model.config import adopt, check_ranges, describe, from_command_line, needs
-from model.device import pick_device, pick_dtype
-from model.export import export_folder
+from model.runs.config import adopt, check_ranges, describe, from_command_line, needs
+from model.runs.device import pick_device, pick_dtype
+from model.hub.export import export_folder
 from model.llama import LlamaConfig
 from model.optim import diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained, stepper
-from model.presets import PRESETS
-from model.runfolder import RunFolder, choose, resumed, write_json
+from model.runs.presets import PRESETS
+from model.runs.folder import RunFolder, choose, resumed, write_json
 from model.vlm import VLM, VlmConfig
-from rl import algorithms, metrics, report, rewards
+from rl import algorithms, metrics, rewards
+from rl.report import page
 from rl.learner import Guard, make_learner
 from rl.types import Experience, Rollout
 from rl.update import estimated, informative, scored, update
@@ -44,7 +47,7 @@ from rl.update import estimated, informative, scored, update
 @dataclass(frozen=True)
 class Config:
     # what to run
-    preset: str = ""                # model/presets.py has them; empty: by --data, --bench, --clip, --llm, --llava
+    preset: str = ""                # model/runs/presets.py has them; empty: by --data, --bench, --clip, --llm, --llava
     data: str = "scenes"            # scenes | images:DIR | jsonl:FILE | llava:FILE, a JSON of LLaVA's conversations
     stage: str = "all"              # all, or some of clip,align,sft,cot,rl and the comparison's methods, in order
     init: str = ""                  # checkpoint the first stage starts from
@@ -331,7 +334,7 @@ class Run(RunFolder):
         """Loads what `stage` starts from, --init, --llava or the stage before; -> its VLM, None if it has none yet."""
         torch.manual_seed(seed_of(self.cfg.seed, stage))
         self.flops, self.state = 0, {}
-        self.supply.begin(stage, report.read_log(self.log_path))
+        self.supply.begin(stage, page.read_log(self.log_path))
         if stage == self.cfg.stages()[0] and self.cfg.llava:
             return self.ready(pretrained.load_llava(self.cfg.llava, self.dtype, self.device, self.cfg.clip)[0], stage)
         if not STAGES[stage][1] or stage == "align" and self.cfg.clip and not self.cfg.init:
@@ -476,7 +479,7 @@ def clip(run, stage, like):
 def supervise(run, stage, vlm, records, steps, peak, method, batch=0, epochs=0.0):
     """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen. Without records the
     model stays as it is."""
-    cfg, tok, patches, batch = run.cfg, run.tokenizer, vlm.config.clip.patches, batch or run.cfg.batch
+    cfg, tok, patches, batch = run.cfg, run.tokenizer, vlm.config.image_tokens, batch or run.cfg.batch
     steps = math.ceil(epochs * len(records) / batch) if epochs else steps if records else 0
     if not run.plan:
         memory.announce(stage, vlm, cfg, False)
@@ -540,10 +543,10 @@ def chains(run, part, flawless=False):
         if not all(sample.reasoning for sample in run.real["train"]):
             near = evaluation.nearest_answers(run.state, run.real["train"], answers, run.tokenizer, cfg.candidates,
                                               run.device, run.dtype)
-        samples = cot.candidate_chains(run.real["train"], near, error, 1000 * cfg.seed + part, answers)
+        samples = teachers.candidate_chains(run.real["train"], near, error, 1000 * cfg.seed + part, answers)
     else:
-        samples = run.samples("train", cfg.traces, part, cot.PERFECT if flawless else run.supply.teacher)
-    records, said = cot.records(samples, run.tokenizer, 0.0 if flawless else cfg.forget_close, (cfg.seed, part),
+        samples = run.samples("train", cfg.traces, part, teachers.PERFECT if flawless else run.supply.teacher)
+    records, said = teachers.records(samples, run.tokenizer, 0.0 if flawless else cfg.forget_close, (cfg.seed, part),
                                 cfg.max_new)
     print(said)
     return records
@@ -581,7 +584,7 @@ def steps_for(run, vlm, records, method, budget):
     rng = np.random.default_rng([cfg.seed, 11])
     for _ in range(8):
         some = [records[i] for i in rng.integers(len(records), size=cfg.batch)]
-        rows = [chat.encode(sample, run.tokenizer, vlm.config.clip.patches, method, cfg.template, target)
+        rows = [chat.encode(sample, run.tokenizer, vlm.config.image_tokens, method, cfg.template, target)
                 for sample, target in some]
         batch = collate(sorted(rows, key=lambda row: len(row[0])), run.tokenizer.pad_id, **vlm.config.pixels)
         cost.append(sum(flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)

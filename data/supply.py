@@ -3,7 +3,7 @@
     supply = Supply(cfg)            # fields data, image_root, bad_records, val_percent, seed, eval_set, the teacher's
     supply.samples("align", 16000)  # drawn scenes; a folder's, a file's training pictures; or a LLaVA file's records
 """
-from data import chat, cot, images, jsonl, llava, scenes
+from data import chat, images, jsonl, llava, scenes, teachers
 from data.answers import key
 from data.sample import Sample
 from data.splits import mixed
@@ -38,7 +38,7 @@ def real_data(data, val_percent):
 
 def scene_teacher(cfg):
     """The teacher of drawn scenes. Scenes are drawn together with its chains: another teacher, other scenes."""
-    return cot.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
+    return teachers.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
 
 
 class Supply:

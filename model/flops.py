@@ -175,3 +175,34 @@ def update(vlm, batch, shape=None, with_head=True):
     if with_head and (states or weight):
         total += head(llm, _head_rows(batch, shape)) * (1 + states + weight)
     return total
+
+
+class Meter:
+    """Adds up the matmul FLOPs of a stage, one call beside each piece of work, of the functions above."""
+
+    def __init__(self, total=0):
+        self.total = total
+
+    def encode(self, vlm, pictures):
+        self.total += encode(vlm, pictures)
+
+    def prompt(self, vlm, batch):
+        self.total += prompt(vlm, batch)
+
+    def cached(self, llm, tokens, slots):
+        self.total += cached(llm, tokens, slots)
+
+    def head(self, llm, rows):
+        self.total += head(llm, rows)
+
+    def forward(self, vlm, batch, shape=None, with_head=True):
+        self.total += forward(vlm, batch, shape, with_head)
+
+    def reference(self, vlm, batch, shape=None, with_head=True):
+        self.total += reference(vlm, batch, shape, with_head)
+
+    def exact_kl(self, vlm, shape, backward):
+        self.total += exact_kl(vlm, shape, backward)
+
+    def update(self, vlm, batch, shape=None, with_head=True):
+        self.total += update(vlm, batch, shape, with_head)

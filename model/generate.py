@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from kernels import fp32_logits, sample
-from model import flops
+from model.flops import Meter
 
 
 @dataclass
@@ -33,9 +33,9 @@ class Completions:
 class Sampler:
     """State of a sampling run: caches, positions and the last hidden state (P, G, D) of every row."""
 
-    def __init__(self, vlm):
+    def __init__(self, vlm, meter=None):
         self.vlm, self.llm = vlm, vlm.llm
-        self.flops = 0              # matmul FLOPs executed so far, encoder included
+        self.meter = Meter() if meter is None else meter        # of matmul FLOPs, encoder included
 
     @torch.no_grad()
     def prefill(self, batch, group, capacity):
@@ -44,9 +44,9 @@ class Sampler:
         c, device = self.llm.config, batch.ids.device
         self.llm.check_length(T + capacity)
         if not len(batch.features):
-            self.flops += flops.encode(self.vlm, len(batch.pixels))
+            self.meter.encode(self.vlm, len(batch.pixels))
         x = self.vlm.embed(batch)
-        self.flops += flops.prompt(self.vlm, batch)
+        self.meter.prompt(self.vlm, batch)
         self.rope = self.llm.rope(torch.arange(T + capacity, device=device), x.dtype)      # (1, T + capacity, K) each
         rope = [table[:, :T] for table in self.rope]
         room = x.new_zeros(P, c.kv_heads, capacity * group, c.head_width)
@@ -100,7 +100,7 @@ class Sampler:
             y = layer.after(y, rearrange(attended, "p h (r l) k -> p (h r) l k", r=heads_per_key))
         self.state = torch.where(alive[..., None], self.llm.norm(y[:, -G:]), self.state)
         self.position = self.position + n * alive
-        self.flops += flops.cached(self.llm, ids.numel(), end)
+        self.meter.cached(self.llm, ids.numel(), end)
         return self
 
     def select(self, prompts, rows):
@@ -140,7 +140,7 @@ class Sampler:
         for t in range(max_new):
             logits = fp32_logits(self.state, self.llm.head)
             token, chosen, _ = sample(logits, generator, temperature, banned=not_yet if t < min_new else never)
-            self.flops += flops.head(self.llm, alive.numel())
+            self.meter.head(self.llm, alive.numel())
             token = torch.where(alive, token, pad_id)
             at = slot[alive]
             ids[at, t], mask[at, t], logp[at, t] = token[alive], True, chosen[alive]
@@ -176,4 +176,4 @@ def _worth_dropping(alive):
 def generate(vlm, batch, group, max_new, eos_id, **options):
     """prefill + decode. Returns (Completions, FLOPs executed)."""
     sampler = Sampler(vlm).prefill(batch, group, max_new)
-    return sampler.decode(max_new, eos_id, **options), sampler.flops
+    return sampler.decode(max_new, eos_id, **options), sampler.meter.total

@@ -104,7 +104,7 @@ def table(stage, vlm, tokens, **options):
 def announce(stage, vlm, cfg, samples):
     """Prints `table` for a stage of train.py's config: micro-batches of records of --max-length (else of a picture and
     64 tokens), or, in a stage that `samples`, of as long prompts with their groups of completions of --max-new."""
-    words, group = vlm.config.clip.patches + 64, cfg.group * samples
+    words, group = vlm.config.image_tokens + 64, cfg.group * samples
     batch = cfg.rl_batch if samples else cfg.align_batch or cfg.batch if stage == "align" else cfg.batch
     P, T = min(cfg.micro_batch or batch, batch), words if samples else cfg.max_length or words
     sampling = dict(rows=cfg.rl_batch, cache_tokens=T + group * cfg.max_new, prefix_tokens=P * group * T)

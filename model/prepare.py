@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from model import memory
-from model.export import export_folder
+from model.hub.export import export_folder
 from model.optim import freeze
 from model.vlm import VLM
 

@@ -38,6 +38,11 @@ class VlmConfig:
             object.__setattr__(self, "feature_layer", self.feature_layer - self.clip.layers - 1)
 
     @property
+    def image_tokens(self):
+        """How many tokens of a prompt a picture becomes."""
+        return self.clip.patches
+
+    @property
     def pixels(self):
         """How `collate` makes this model's pixels, as its arguments."""
         return dict(image_size=self.clip.image_size, fit=self.image_fit, mean=self.clip.mean, std=self.clip.std)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data.sample import Batch
-from model.config import from_command_line
+from model.runs.config import from_command_line
 from model.vlm import Output
 from rl.algorithms import ALGORITHMS, STAGES, SWITCHES, labels, of_flags, of_stage
 from rl.learner import Guard, make_learner

@@ -24,10 +24,11 @@ from PIL import Image
 import eval as evaluation
 import train
 from draw_folder import draw_folder
-from model import checkpoint, memory
-from model.config import check_ranges, comments, from_command_line, inside, to_command_line
-from model.runfolder import RunFolder
-from rl import report
+from model import memory
+from model.runs import checkpoint
+from model.runs.config import check_ranges, comments, from_command_line, inside, to_command_line
+from model.runs.folder import RunFolder
+from rl.report import page
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--sft-steps=0", "--cot-steps=1",
@@ -39,7 +40,7 @@ SMALL = ["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--
 def no_curves():
     """They take longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "curves", lambda *_: b"none")
+        patch.setattr(page, "curves", lambda *_: b"none")
         yield
 
 
@@ -635,7 +636,7 @@ def test_a_terminal_without_unicode_ends_no_run(finished, tmp_path):
 # ---------------------------------------------------------------- a full disk
 
 class FullDisk:
-    """open() for model.checkpoint that has room for `room` bytes a file."""
+    """open() for model.runs.checkpoint that has room for `room` bytes a file."""
 
     def __init__(self, room):
         self.room = room

@@ -8,8 +8,8 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from rl import report
-from rl.statistics import (by_kind, differences, interval, majority_right, over_seeds, per_prompt, rows,
+from rl.report import page
+from rl.report.statistics import (by_kind, differences, interval, majority_right, over_seeds, per_prompt, rows,
                            seeds_table, table, training_rows, training_table)
 
 
@@ -183,7 +183,7 @@ def run(tmp_path_factory):
     """A run of clip, align and cot, a step each."""
     out = tmp_path_factory.mktemp("eval") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "curves", lambda *_: b"none")
+        patch.setattr(page, "curves", lambda *_: b"none")
         train.main(["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--sft-steps=0",
                     "--cot-steps=1", "--pictures=8", "--traces=8", "--clip-batch=4", "--batch=4", "--eval-greedy=3",
                     "--eval-sampled=2", "--stage=clip,align,cot", f"--out={out}"])

@@ -190,7 +190,7 @@ def test_adapters_cost_their_products_and_the_reference_pays_for_none():
         assert counted(lambda: base.states(batch, IDS)) == flops.reference(vlm, batch, IDS.shape, False)
     assert all(layer.on for layer in adapters(vlm.llm))
     sampler = Sampler(vlm)
-    assert counted(lambda: sampler.prefill(to_batch(ROWS), G, 6).extend(IDS[..., :1])) == sampler.flops
+    assert counted(lambda: sampler.prefill(to_batch(ROWS), G, 6).extend(IDS[..., :1])) == sampler.meter.total
 
 
 @pytest.mark.parametrize("choose", [lambda vlm: None, lora("all")], ids=["everything", "LoRA"])
@@ -213,7 +213,7 @@ def test_prefill_and_extend(options):
 
     def run():
         sampler.prefill(to_batch(ROWS), G, 6).extend(IDS[..., :1]).extend(IDS[..., 1:4])
-    assert counted(run) == sampler.flops
+    assert counted(run) == sampler.meter.total
 
 
 @KINDS
@@ -232,7 +232,7 @@ def test_a_sampler_given_encoded_pictures_does_not_count_them_again():
     vlm = frozen({})
     batch = encoded(vlm)
     sampler = Sampler(vlm)
-    assert counted(lambda: sampler.prefill(batch, G, 3)) == sampler.flops == flops.prompt(vlm, batch)
+    assert counted(lambda: sampler.prefill(batch, G, 3)) == sampler.meter.total == flops.prompt(vlm, batch)
 
 
 @pytest.mark.parametrize("formulas", [UNCOUNTED, CPU_ATTENTION], ids=["as counted", "by the formulas here"])

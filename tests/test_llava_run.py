@@ -17,11 +17,12 @@ import train
 from data import chat
 from data.sample import Sample
 from llava_folder import train_tokenizer, write_models, write_records
-from model import checkpoint, pretrained
-from model.export import export_hf
+from model.hub import pretrained
+from model.runs import checkpoint
+from model.hub.export import export_hf
 from model.lora import adapters
 from model.vlm import VLM, VlmConfig
-from rl import report
+from rl.report import page
 
 ROOT = Path(train.__file__).parent
 
@@ -223,7 +224,7 @@ def test_a_model_of_a_billion_parameters_loads_in_little_more_than_its_weights_a
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, eval
-from model import pretrained
+from model.hub import pretrained
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 vlm, tokenizer = pretrained.load_llava({str(tmp_path / 'model')!r}, torch.bfloat16)
@@ -295,7 +296,7 @@ def test_a_step_without_a_usable_record_has_no_loss(folder, tmp_path):
 
 def test_the_mean_of_seeds_passes_over_lines_without_a_step(folder):
     log = lines(folder[0] / "run")
-    assert report.mean_log([log, log]) == [
+    assert page.mean_log([log, log]) == [
         {name: value for name, value in line.items()} for line in log if "step" in line]
 
 

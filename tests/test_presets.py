@@ -7,9 +7,10 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 import train
-from model import lora, memory, names, pretrained
+from model import lora, memory
+from model.hub import names, pretrained
 from model.clip import Clip
-from model.presets import RECIPES
+from model.runs.presets import RECIPES
 from model.vlm import VLM, VlmConfig
 
 # As the hub counts them: parameters and tensors of the decoder's own files, those of the whole image tower.

@@ -18,8 +18,10 @@ from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from data.sample import collate
 from data.tokenizer import IMAGE_ID
-from model import checkpoint, lora, names, pretrained, tensors
-from model.export import export_hf
+from model import lora
+from model.hub import names, pretrained, tensors
+from model.runs import checkpoint
+from model.hub.export import export_hf
 from model.generate import generate
 from model.llama import Llama
 from model.vlm import VLM

@@ -14,8 +14,8 @@ import train
 from data import images, sample
 from data.supply import Supply
 from draw_folder import CLASSES, draw_folder
-from model import checkpoint
-from rl import report
+from model.runs import checkpoint
+from rl.report import page
 
 ROOT = Path(train.__file__).parent
 TINY = ["--preset=tiny", "--image-size=24", "--patch=12", "--vocab=400", "--clip-steps=2", "--align-steps=2",
@@ -45,7 +45,7 @@ class Witness:
         patch.setattr(sample, "to_array", my_to_array)
         patch.setattr(evaluation, "compare", my_compare)
         patch.setattr(train.Run, "start", my_start)
-        patch.setattr(report, "curves", lambda *_: b"none")        # takes longer than a short run
+        patch.setattr(page, "curves", lambda *_: b"none")        # takes longer than a short run
 
 
 def paths(samples):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rl import report
-from rl.curves import draw
-from rl.report import curves, read_log, samples
+from rl.report import page
+from rl.report.curves import draw
+from rl.report.curves import curves
+from rl.report.page import read_log, samples
 
 
 def supervised(stage, steps=3):
@@ -195,5 +196,5 @@ def test_the_mean_of_logs_by_hand():
     rl = dict(stage="rl", method="ppo")
     one = [dict(rl, step=0, reward=1.0, entropy=2.0), dict(rl, step=1, reward=3.0)]
     two = [dict(rl, step=0, reward=2.0), dict(stage="cot", step=0, loss=5.0)]
-    assert report.mean_log([one, two]) == [dict(rl, step=0, reward=1.5), dict(rl, step=1, reward=3.0),
+    assert page.mean_log([one, two]) == [dict(rl, step=0, reward=1.5), dict(rl, step=1, reward=3.0),
                                            dict(stage="cot", step=0, loss=5.0)]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import train
-from model import checkpoint
-from rl import report, rewards
+from model.runs import checkpoint
+from rl import rewards
+from rl.report import page
 
 ROOT = Path(train.__file__).parent
 STAGES = ("clip", "align", "sft", "cot", "rl", "cot_continued", "filtered")
@@ -29,7 +30,8 @@ import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
 import train
-from model import checkpoint, optim, runfolder
+from model import optim
+from model.runs import checkpoint, folder
 
 kind, what, n = BOMB
 count, stage = 0, None
@@ -188,7 +190,7 @@ def short_run(out, seed):
 
 def test_the_seed_decides_a_run_bit_by_bit(tmp_path, monkeypatch):
     # A reward that an untrained model earns differently from sample to sample, so that RL has updates as well.
-    monkeypatch.setattr(report, "curves", lambda *_: b"none")       # takes longer than the run
+    monkeypatch.setattr(page, "curves", lambda *_: b"none")       # takes longer than the run
     monkeypatch.setitem(rewards.REWARDS, "spelling", lambda sample, text: float(len(set(text))))
     (one, scores, log), (two, scores_two, log_two), (other, _, log_other) = (
         short_run(tmp_path / name, seed) for name, seed in (("one", 0), ("two", 0), ("other", 1)))

@@ -11,7 +11,8 @@ import train
 from data.sample import Sample
 from kernels import group_advantage, policy_loss
 from model.vlm import Output
-from rl import metrics, report, rewards
+from rl import metrics, rewards
+from rl.report import page
 from rl.rewards import parse_weights, score, total, why
 from rl.rollout import collect
 from rl.types import Policy, Rollout
@@ -236,7 +237,7 @@ def test_a_reward_may_have_the_name_of_a_metric_and_changes_none(tmp_path, monke
     run = ["--preset=tiny", "--stage=clip,align,rl_zero", "--clip-steps=1", "--align-steps=1", "--rl-steps=1",
            "--eval-greedy=1", "--eval-sampled=1"]
     own = ",".join(f"{tmp_path / 'mine.py'}:{name}:0" for name in NAMES)
-    monkeypatch.setattr(report, "curves", lambda *_: b"")
+    monkeypatch.setattr(page, "curves", lambda *_: b"")
     lines = []
     for folder, more in (("plain", ""), ("own", f",{own}")):
         train.main([*run, f"--rewards=length:1,repetition:1{more}", f"--out={tmp_path / folder}"])

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from data import cot, scenes
+from data import scenes, teachers
 from data.chat import normalise
 from data.sample import Sample
 
@@ -60,7 +60,7 @@ def hops_of(sample):
 
 @pytest.mark.parametrize("split", TRAINS + ("val",) + scenes.SPLITS)
 def test_the_same_seed_draws_the_same_and_another_does_not(split):
-    one, same, other = (scenes.load(split, 5, seed, cot.SceneTeacher()) for seed in (1, 1, 2))
+    one, same, other = (scenes.load(split, 5, seed, teachers.SceneTeacher()) for seed in (1, 1, 2))
     for a, b in zip(one, same):
         assert np.array_equal(a.images[0], b.images[0]) and {**vars(a), "images": 0} == {**vars(b), "images": 0}
     assert not any(np.array_equal(a.images[0], b.images[0]) for a, b in zip(one, other))
@@ -172,8 +172,8 @@ def test_contrastive_captions_say_something_true_of_every_object(drawn):
 
 @pytest.mark.parametrize("split", ("train",) + scenes.SPLITS)
 def test_the_perfect_teacher_is_always_right(drawn, split):
-    for sample in drawn(split, teacher=cot.PERFECT)[0]:
-        assert cot.is_conclusion_right(sample) and sample.conclusion == sample.answer
+    for sample in drawn(split, teacher=teachers.PERFECT)[0]:
+        assert teachers.is_conclusion_right(sample) and sample.conclusion == sample.answer
         assert sample.reasoning.endswith(sample.answer)
 
 
@@ -186,7 +186,7 @@ def test_a_guess_names_some_thing_of_the_picture_other_than_the_start():
 
 
 def test_the_perfect_teacher_names_every_cell_of_a_walk(drawn):
-    for sample, scene in zip(*drawn("walk3", teacher=cot.PERFECT)):
+    for sample, scene in zip(*drawn("walk3", teacher=teachers.PERFECT)):
         steps = sample.reasoning.split()
         assert len(steps) == 2 + 1 + 2 * 3 + len(sample.answer.split())         # start, its cell, (hop, cell) each, end
         assert steps[3:9:2] == list(scene.question.hops)
@@ -194,13 +194,13 @@ def test_the_perfect_teacher_names_every_cell_of_a_walk(drawn):
 
 @pytest.mark.parametrize("seed", [0, 1_000_001])
 def test_the_biased_teacher_is_right_about_63_percent_of_the_time(drawn, seed):
-    samples, _ = drawn("id", 3000, seed, cot.SceneTeacher())
-    assert 0.60 <= np.mean([cot.is_conclusion_right(sample) for sample in samples]) <= 0.66
+    samples, _ = drawn("id", 3000, seed, teachers.SceneTeacher())
+    assert 0.60 <= np.mean([teachers.is_conclusion_right(sample) for sample in samples]) <= 0.66
 
 
 def test_the_teacher_says_blue_for_purple_and_green_for_cyan_and_no_other_colour_wrong(drawn):
     # Without slips and forgotten hops, colour is all that is left to go wrong.
-    samples, made = drawn("id", 3000, 0, cot.SceneTeacher(slip=0.0, drop_hop=0.0))
+    samples, made = drawn("id", 3000, 0, teachers.SceneTeacher(slip=0.0, drop_hop=0.0))
     said = set()
     for sample, scene in zip(samples, made):
         if sample.conclusion != sample.answer and scene.question.kind != "count":
@@ -211,20 +211,20 @@ def test_the_teacher_says_blue_for_purple_and_green_for_cyan_and_no_other_colour
             assert scene.question.word in CONFUSED or scene.question.word in CONFUSED.values()
     assert said == set(CONFUSED.items())
     asked = [sample for sample in samples if sample.answer.split()[0] in CONFUSED]
-    wrong = np.mean([not cot.is_conclusion_right(sample) for sample in asked])
+    wrong = np.mean([not teachers.is_conclusion_right(sample) for sample in asked])
     assert len(asked) > 500 and abs(wrong - 0.65) < 0.06            # three standard deviations
 
 
 def test_each_error_rate_alone_makes_its_own_error(drawn):
-    samples, made = drawn("id", 3000, 0, cot.SceneTeacher(slip=0.0, confuse=0.0, drop_hop=1.0))
+    samples, made = drawn("id", 3000, 0, teachers.SceneTeacher(slip=0.0, confuse=0.0, drop_hop=1.0))
     for sample, scene in zip(samples, made):
         if scene.question.kind != "walk2":
-            assert cot.is_conclusion_right(sample)
+            assert teachers.is_conclusion_right(sample)
         else:
             first = scene.question.hops[0]
             assert sample.conclusion == scene.at(scenes.step(scene.question.start.cell, first))
-    samples, _ = drawn("id", 3000, 0, cot.SceneTeacher(slip=1.0, confuse=0.0, drop_hop=0.0))
-    assert np.mean([cot.is_conclusion_right(sample) for sample in samples]) < 0.35
+    samples, _ = drawn("id", 3000, 0, teachers.SceneTeacher(slip=1.0, confuse=0.0, drop_hop=0.0))
+    assert np.mean([teachers.is_conclusion_right(sample) for sample in samples]) < 0.35
 
 
 def test_candidate_chains_are_wrong_at_the_given_rate_and_keep_given_reasoning():
@@ -232,22 +232,22 @@ def test_candidate_chains_are_wrong_at_the_given_rate_and_keep_given_reasoning()
     samples = [scenes.Sample(id=str(i), answer=answers[i % 3]) for i in range(600)]
     samples[0] = scenes.Sample(answer="cat", reasoning="it purrs", conclusion="cat")
     nearest = [["dog", "gull"]] * 600
-    chains = cot.candidate_chains(samples, nearest, 0.3, seed=0, answers=answers)
+    chains = teachers.candidate_chains(samples, nearest, 0.3, seed=0, answers=answers)
     assert chains[0] is samples[0]
     for chain in chains[1:]:
         listed, choice = re.fullmatch(r"it looks like (.*) \. it is (\w+)", chain.reasoning).groups()
         assert choice == chain.conclusion and {choice, chain.answer} <= set(listed.split(" or "))
-    assert abs(np.mean([not cot.is_conclusion_right(chain) for chain in chains[1:]]) - 0.3) < 0.06
+    assert abs(np.mean([not teachers.is_conclusion_right(chain) for chain in chains[1:]]) - 0.3) < 0.06
     for error, right in ((0.0, True), (1.0, False)):
-        chains = cot.candidate_chains(samples[1:], nearest[1:], error, seed=0, answers=answers)
-        assert {cot.is_conclusion_right(chain) for chain in chains} == {right}
+        chains = teachers.candidate_chains(samples[1:], nearest[1:], error, seed=0, answers=answers)
+        assert {teachers.is_conclusion_right(chain) for chain in chains} == {right}
     assert nearest[0] == ["dog", "gull"]
 
 
 def test_words_of_the_task_cover_every_question_answer_and_chain(drawn):
     known = {piece.removeprefix("▁") for piece in scenes.pieces()}
     for split in TRAINS + scenes.SPLITS:
-        for sample in drawn(split, 300, teacher=cot.SceneTeacher())[0]:
+        for sample in drawn(split, 300, teacher=teachers.SceneTeacher())[0]:
             text = " ".join((sample.question, sample.answer, sample.caption, sample.reasoning, sample.conclusion))
             assert set(text.split()) <= known
             assert normalise(sample.answer) == sample.answer

@@ -23,9 +23,9 @@ from data.jinja import TURNS, jinja
 from data.sample import Sample
 from data.tokenizer import BytePairTokenizer, Tokenizer, from_saved, load, train
 from model.clip import ClipConfig
-from model.export import export_hf
+from model.hub.export import export_hf
 from model.llama import LlamaConfig
-from model.pretrained import load_llava
+from model.hub.pretrained import load_llava
 from model.vlm import VLM, VlmConfig
 
 tokenizers = pytest.importorskip("tokenizers")

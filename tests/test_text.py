@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import train as train_script
-from data import chat, cot, scenes
+from data import chat, scenes, teachers
 from data.sample import Sample
 from data.tokenizer import from_saved, train
-from model import checkpoint
+from model.runs import checkpoint
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 PATCHES = 5
 
 
 def scene_tokenizer():
-    texts = [f" {s.question} {s.reasoning} {s.caption}" for s in scenes.load("train", 100, 0, cot.SceneTeacher())]
+    texts = [f" {s.question} {s.reasoning} {s.caption}" for s in scenes.load("train", 100, 0, teachers.SceneTeacher())]
     return train(texts, [*chat.TAGS, *scenes.pieces()], 512)
 
 
@@ -200,7 +200,7 @@ def test_alignment_is_the_caption_after_the_picture(tok):
 
 def test_what_is_taught_is_what_the_parser_reads():
     tok = TOKENIZERS["scenes"]
-    for sample in scenes.load("train", 30, 1, cot.PERFECT):
+    for sample in scenes.load("train", 30, 1, teachers.PERFECT):
         text = chat.target_text(sample.conclusion, sample.reasoning)
         ids, mask, _ = chat.encode(sample, tok, PATCHES, target=text)
         parsed = chat.parse(tok.decode([i for i, m in zip(ids, mask) if m]))

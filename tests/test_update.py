@@ -12,7 +12,7 @@ import torch
 import train
 from data.sample import Batch
 from kernels import gae, policy_loss
-from model import checkpoint
+from model.runs import checkpoint
 from model.optim import make_optimizer, stepper
 from rl import losses, metrics
 from rl.advantages import advantages, normalised_then_summed, sampled_kl, token_rewards, whiten

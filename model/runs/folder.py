@@ -14,7 +14,7 @@ import socket
 import time
 from pathlib import Path
 
-from model import checkpoint
+from model.runs import checkpoint
 
 try:
     import fcntl

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from data.sample import read_image
-from rl.curves import curves    # noqa: F401: `report.curves`
+from rl.report.curves import curves    # noqa: F401: `report.curves`
 
 # The page runs nothing and fetches nothing, whatever a completion says: besides escaping, the browser is told so.
 PAGE = """<!doctype html>

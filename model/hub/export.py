@@ -16,8 +16,8 @@ import torch
 
 from model import lora
 from model.clip import ImageTower
-from model.names import hf_tower_names
-from model.tensors import write_folder
+from model.hub.names import hf_tower_names
+from model.hub.tensors import write_folder
 
 IMAGE = "<image>"
 

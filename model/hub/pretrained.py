@@ -18,8 +18,8 @@ import torch
 from data import tokenizer as tokenizers
 from model.clip import Clip, ClipConfig
 from model.llama import Llama
-from model.names import LLAVA_VISION_DEFAULTS, SKIPPED, clip_config, clip_name, llama_config, llava_name, need
-from model.tensors import TensorFolder, read_json, some
+from model.hub.names import LLAVA_VISION_DEFAULTS, SKIPPED, clip_config, clip_name, llama_config, llava_name, need
+from model.hub.tensors import TensorFolder, read_json, some
 from model.vlm import VLM, VlmConfig
 
 
