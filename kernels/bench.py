@@ -4,15 +4,17 @@
     python -m kernels.bench --check             # also compares each result with fp64
     python -m kernels.bench --rows=4096 --width=512 --vocab=32000 --device=cpu
 
-Contenders for one result take turns, so that a machine that slows down slows all of them; medians over --rounds. The
-ceiling is a large matmul in the same dtype, or a large copy. Memory: the most that was held beyond what was there
-before. Others: PyTorch with all logits, torch.compile of it and, with the `peers` extra and a GPU, liger-kernel,
-cut-cross-entropy and TRL (this one on a CPU, too).
+Contenders for one result take turns, so that a machine that slows down slows all of them; medians
+over --rounds. The ceiling is a large matmul in the same dtype, or a large copy. Memory: the most
+that was held beyond what was there before. Others: PyTorch with all logits, torch.compile of it
+and, with the `peers` extra and a GPU, liger-kernel, cut-cross-entropy and TRL (this one on a CPU,
+too).
 """
 import argparse
 import os
 import statistics
 import time
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -22,6 +24,15 @@ from kernels import (gae, gae_reference, group_advantage, group_advantage_refere
 
 CHECKED = 64        # rows whose results are computed again in fp64
 
+
+class Contender(NamedTuple):
+    """step() computes the result once; flops or size, in bytes, is the least work that it takes."""
+    step: Callable
+    flops: int = 0
+    size: int = 0
+
+
+# ---------------------------------------------------------------- time, memory and ceilings
 
 def seconds(step, device):
     start = time.perf_counter()
@@ -41,26 +52,34 @@ def peak_bytes(step, device=torch.device("cpu")):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")         # or the profiler announces itself among the tables
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-                        key=lambda e: e.start_ns()):
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = 0
+    most = 0
+    for event in events:
         held += event.nbytes()
         most = max(most, held)
     return most
 
 
+def fastest(step, device):
+    return min(seconds(step, device) for _ in range(10))
+
+
 def ceilings(device, dtype):
-    """(FLOP/s of a large matmul in dtype, bytes/s of a large copy, read and write counted), the best of several."""
-    n, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    """(FLOP/s of a large matmul in dtype, bytes/s of a large copy, reads and writes), the best."""
+    n = 8192 if device.type == "cuda" else 2048
+    copied = 2**30 if device.type == "cuda" else 2**28
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
     source = torch.zeros(copied // 4, device=device)
     target = torch.empty_like(source)
-    matmul, copy = (min(seconds(step, device) for _ in range(10)) for step in (lambda: a @ b,
-                                                                               lambda: target.copy_(source)))
+    matmul = fastest(lambda: a @ b, device)
+    copy = fastest(lambda: target.copy_(source), device)
     return 2 * n ** 3 / matmul, 2 * copied / copy
 
 
-# ---------------------------------------------------------------- contenders: name -> (step, FLOPs, bytes)
+# ---------------------------------------------------------------- contenders of a head
 
 def naive(h, weight, target):
     logp = (h @ weight.T).float().log_softmax(-1)
@@ -68,37 +87,49 @@ def naive(h, weight, target):
 
 
 def others(device):
-    """name -> loss(h, weight, target) of every other implementation that is installed and runs here."""
+    """name -> op(h, weight, target), of every other implementation that is installed and runs."""
     found = {"torch.compile of it": torch.compile(naive)}
     try:
         from trl.kernels import ChunkedLogProbFunction
-        found["TRL, chunked"] = lambda h, w, t: ChunkedLogProbFunction.apply(h, w, None, t, 1.0, 32768, None, 1.0,
-                                                                             ("entropy",))[:2]
+
+        def trl(h, weight, target):
+            return ChunkedLogProbFunction.apply(h, weight, None, target, 1.0, 32768, None, 1.0, ("entropy",))[:2]
+
+        found["TRL, chunked"] = trl
     except ImportError:
         print("TRL is not installed")
     if device.type != "cuda":
         return found
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-        found["liger-kernel, no entropy"] = lambda h, w, t: (liger_fused_linear_cross_entropy(h, w, t), None)
+
+        def liger(h, weight, target):
+            return liger_fused_linear_cross_entropy(h, weight, target), None
+
+        found["liger-kernel, no entropy"] = liger
     except ImportError:
         print("liger-kernel is not installed")
     try:
         from cut_cross_entropy import linear_cross_entropy
-        found["cut-cross-entropy, no entropy"] = lambda h, w, t: (linear_cross_entropy(h, w, t, reduction="none"), None)
+
+        def cut(h, weight, target):
+            return linear_cross_entropy(h, weight, target, reduction="none"), None
+
+        found["cut-cross-entropy, no entropy"] = cut
     except ImportError:
         print("cut-cross-entropy is not installed")
     return found
 
 
 def heads(N, D, V, device, dtype):
-    """Log-prob and entropy from hidden states: two tables, forward alone and with backward."""
-    h = torch.randn(N, D, device=device, dtype=dtype)
-    weight = (torch.randn(V, D, device=device) / D ** 0.5).to(dtype)
-    h.requires_grad_(), weight.requires_grad_()
+    """Yields (title, contenders): log-prob and entropy, forward alone and with backward; KL."""
+    h = torch.randn(N, D, device=device, dtype=dtype).requires_grad_()
+    weight = (torch.randn(V, D, device=device) / D ** 0.5).to(dtype).requires_grad_()
     target = torch.randint(V, (N,), device=device)
-    advantage, old = torch.randn(2, N, device=device)
-    mask, product = torch.ones(N, dtype=torch.bool, device=device), 2 * N * D * V
+    advantage = torch.randn(N, device=device)
+    mask = torch.ones(N, dtype=torch.bool, device=device)
+    product = 2 * N * D * V
+    shape = f"N {N} D {D} V {V}"
 
     def forward(op):
         def step():
@@ -110,7 +141,9 @@ def heads(N, D, V, device, dtype):
         def step():
             logp, entropy = op(h, weight, target)
             loss = (logp * advantage).sum() if logp.ndim else logp
-            torch.autograd.grad(loss if entropy is None else loss + entropy.sum(), (h, weight))
+            if entropy is not None:
+                loss = loss + entropy.sum()
+            torch.autograd.grad(loss, (h, weight))
         return step
 
     def fused():
@@ -120,106 +153,156 @@ def heads(N, D, V, device, dtype):
     def kl():
         torch.autograd.grad(linear_kl(h, weight, h.detach(), weight.detach()).sum(), (h, weight))
 
-    rest = others(device)
-    yield f"log-prob and entropy, forward, N {N} D {D} V {V}", {
-        "linear_logp": (forward(linear_logp), product, 0), "PyTorch, all logits": (forward(naive), product, 0),
-        **{name: (forward(op), product, 0) for name, op in rest.items()}}
-    yield f"log-prob and entropy, forward and backward, N {N} D {D} V {V}", {
-        "linear_logp": (both(linear_logp), 4 * product, 0), "linear_policy_loss": (fused, 3 * product, 0),
-        "PyTorch, all logits": (both(naive), 3 * product, 0),
-        **{name: (both(op), 3 * product, 0) for name, op in rest.items()}}
-    yield f"exact KL, forward and backward, N {N} D {D} V {V}", {"linear_kl": (kl, 6 * product, 0)}
+    elsewhere = others(device)
+    contenders = {"linear_logp": Contender(forward(linear_logp), product),
+                  "PyTorch, all logits": Contender(forward(naive), product)}
+    for name, op in elsewhere.items():
+        contenders[name] = Contender(forward(op), product)
+    yield f"log-prob and entropy, forward, {shape}", contenders
 
+    contenders = {"linear_logp": Contender(both(linear_logp), 4 * product),
+                  "linear_policy_loss": Contender(fused, 3 * product),
+                  "PyTorch, all logits": Contender(both(naive), 3 * product)}
+    for name, op in elsewhere.items():
+        contenders[name] = Contender(both(op), 3 * product)
+    yield f"log-prob and entropy, forward and backward, {shape}", contenders
+
+    yield f"exact KL, forward and backward, {shape}", {"linear_kl": Contender(kl, 6 * product)}
+
+
+# ---------------------------------------------------------------- contenders without a head
 
 def rows(N, V, device):
-    """Ops on logits that exist, and those without a vocabulary."""
-    logits, target = torch.randn(N, V, device=device), torch.randint(V, (N,), device=device)
-    g, size = torch.randn(N, device=device), 4 * N * V
+    """Yields (title, contenders): ops on logits that exist, and those without a vocabulary."""
+    logits = torch.randn(N, V, device=device)
+    target = torch.randint(V, (N,), device=device)
+    g = torch.randn(N, device=device)
+    size = 4 * N * V
     generator = torch.Generator(device).manual_seed(0)
+
+    def log_softmax():
+        logits.log_softmax(-1).gather(-1, target[:, None])
+
+    def multinomial():
+        torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
     yield f"rows of logits, N {N} V {V}, fp32", {
-        "row_logp": (lambda: row_logp(logits, target), 0, size),
+        "row_logp": Contender(lambda: row_logp(logits, target), size=size),
         # The statistics first: a read, then a read and a write.
-        "row_dlogits_": (lambda: row_dlogits_(logits, target, g), 0, 3 * size),
-        "PyTorch, log_softmax and gather": (lambda: logits.log_softmax(-1).gather(-1, target[:, None]), 0, 2 * size),
-        "sample": (lambda: sample(logits, generator), 0, 2 * size),
-        "PyTorch, softmax and multinomial": (
-            lambda: torch.multinomial(logits.softmax(-1), 1, generator=generator), 0, 3 * size)}
-    tokens = torch.randn(4, 512, 1024, device=device)
+        "row_dlogits_": Contender(lambda: row_dlogits_(logits, target, g), size=3 * size),
+        "PyTorch, log_softmax and gather": Contender(log_softmax, size=2 * size),
+        "sample": Contender(lambda: sample(logits, generator), size=2 * size),
+        "sample, top_k 50": Contender(lambda: sample(logits, generator, top_k=50), size=3 * size),
+        "sample, top_p 0.9": Contender(lambda: sample(logits, generator, top_p=0.9), size=3 * size),
+        "PyTorch, softmax and multinomial": Contender(multinomial, size=3 * size)}
+
+    reward, value, ref_logp, advantage = torch.randn(4, 512, 1024, device=device)
     mask = torch.ones(512, 1024, dtype=torch.bool, device=device)
-    scores, n = torch.rand(512, 8, device=device), 4 * 512 * 1024
+    scores = torch.rand(512, 8, device=device)
+
+    def loss():
+        policy_loss(reward, value, ref_logp, advantage, mask, tokens)
+
+    tokens = mask.numel()
+    numbers = 4 * tokens                # bytes of an fp32 number a token; the mask is a byte a token
     yield "advantages and policy loss, 512 x 1024 tokens, 512 groups of 8", {
-        "group_advantage": (lambda: group_advantage(scores), 0, 2 * 4 * 512 * 8),
-        "gae": (lambda: gae(tokens[0], tokens[1], mask, 0.99, 0.95), 0, 4 * n + n // 4),
-        "policy_loss": (lambda: policy_loss(tokens[0], tokens[1], tokens[2], tokens[3], mask, n), 0, 5 * n + n // 4)}
+        "group_advantage": Contender(lambda: group_advantage(scores), size=2 * 4 * 512 * 8),
+        "gae": Contender(lambda: gae(reward, value, mask, 0.99, 0.95), size=4 * numbers + tokens),
+        "policy_loss": Contender(loss, size=5 * numbers + tokens)}
 
 
 def table(title, contenders, device, ceiling, rounds):
-    times = {name: [] for name in contenders}
-    for name, (step, _, _) in list(contenders.items()):
+    """Times the contenders in turns and prints the medians as a table."""
+    contenders = dict(contenders)
+    for name, contender in list(contenders.items()):
         try:
-            seconds(step, device)                           # compiled, warmed up
+            seconds(contender.step, device)                 # compiled, warmed up
         except Exception as error:                          # another package's failure is a line of the table
             print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
-            del contenders[name], times[name]
+            del contenders[name]
+    times = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, (step, _, _) in contenders.items():
-            times[name].append(seconds(step, device))
+        for name, contender in contenders.items():
+            times[name].append(seconds(contender.step, device))
     print(f"\n| {title} | ms | | of the ceiling | MiB beyond |\n|---|---|---|---|---|")
-    for name, (step, flops, size) in contenders.items():
+    flops_ceiling, copy_ceiling = ceiling
+    for name, contender in contenders.items():
         t = statistics.median(times[name])
-        rate, most, unit = (flops, ceiling[0], "TFLOP/s") if flops else (size, ceiling[1], "GB/s")
-        print(f"| {name} | {1e3 * t:.3g} | {rate / t / (1e12 if flops else 1e9):.3g} {unit} "
-              f"| {100 * rate / t / most:.0f} % | {peak_bytes(step, device) / 2**20:.0f} |")
+        if contender.flops:
+            rate = f"{contender.flops / t / 1e12:.3g} TFLOP/s"
+            share = contender.flops / t / flops_ceiling
+        else:
+            rate = f"{contender.size / t / 1e9:.3g} GB/s"
+            share = contender.size / t / copy_ceiling
+        held = peak_bytes(contender.step, device) / 2**20
+        print(f"| {name} | {1e3 * t:.3g} | {rate} | {100 * share:.0f} % | {held:.0f} |")
 
 
 # ---------------------------------------------------------------- against fp64
 
+def loss_of_head(op, h, weight, h_ref, target, old_logp, advantage, checked):
+    """A scalar that only the rows `checked` (N,) enter, so that the reference needs no others."""
+    if op in (linear_logp, linear_logp_reference):
+        logp, entropy = op(h, weight, target)
+        return ((logp + 0.5 * entropy) * advantage * checked).sum()
+    if op in (linear_kl, linear_kl_reference):
+        return (op(h, weight, h_ref, weight.detach() * 0.9) * advantage * checked).sum()
+    if op is linear_policy_loss:
+        return op(h, weight, target, old_logp, None, advantage, checked, 7)[0]
+    logp, _ = linear_logp_reference(h, weight, target)
+    return policy_loss_reference(logp, old_logp, None, advantage, checked, 7)
+
+
+def report(name, found, wanted):
+    """Prints the largest error, relative to the largest entry, of the tensors found."""
+    errors = []
+    for x, y in zip(found, wanted):
+        errors.append(((x.double() - y.double()).abs().max() / y.double().abs().max()).item())
+    print(f"{name:<20} {max(errors):.1e} off fp64")
+
+
 def check(N, D, V, device, dtype):
-    """Prints the largest error of every op, relative to the largest entry, on the first rows, in fp64."""
+    """Prints the largest error of every op on the first rows, against fp64."""
     n = min(CHECKED, N)
-    h, weight, h_ref = (torch.randn(size, D, device=device).to(dtype) for size in (N, V, N))
-    weight = weight / D ** 0.5
-    target, some = torch.randint(V, (N,), device=device), torch.arange(N, device=device) < n
-    old = linear_logp(h, weight, target)[0] + 0.2 * torch.randn(N, device=device)
-    a, logits = torch.randn(N, device=device), torch.randn(n, V, device=device)
-    scores, tokens = torch.rand(n, 8, device=device), torch.randn(3, n, 200, device=device)
-    mask = torch.rand(n, 200, device=device) < 0.8
+    h = torch.randn(N, D, device=device).to(dtype)
+    weight = torch.randn(V, D, device=device).to(dtype) / D ** 0.5
+    h_ref = torch.randn(N, D, device=device).to(dtype)
+    target = torch.randint(V, (N,), device=device)
+    old_logp = linear_logp(h, weight, target)[0] + 0.2 * torch.randn(N, device=device)
+    advantage = torch.randn(N, device=device)
+    checked = torch.arange(N, device=device) < n
 
-    def heads_loss(op, h, weight, h_ref, target, old, a, some):
-        """A scalar of the first n rows alone, so that the reference needs no others."""
-        if op in (linear_logp, linear_logp_reference):
-            logp, entropy = op(h, weight, target)
-            return ((logp + 0.5 * entropy) * a * some).sum()
-        if op in (linear_kl, linear_kl_reference):
-            return (op(h, weight, h_ref, weight.detach() * 0.9) * a * some).sum()
-        if op is linear_policy_loss:
-            return op(h, weight, target, old, None, a, some, 7)[0]
-        return policy_loss_reference(linear_logp_reference(h, weight, target)[0], old, None, a, some, 7)
-
-    def report(name, found, wanted):
-        error = max(((x.double() - y.double()).abs().max() / y.double().abs().max()).item()
-                    for x, y in zip(found, wanted))
-        print(f"{name:<20} {error:.1e} off fp64")
+    def results(op, rows, dtype):
+        """Loss, dh of the first n rows and dW, of the first `rows` rows in dtype."""
+        h_leaf = h[:rows].detach().to(dtype).requires_grad_()
+        weight_leaf = weight.detach().to(dtype).requires_grad_()
+        loss = loss_of_head(op, h_leaf, weight_leaf, h_ref[:rows].to(dtype), target[:rows], old_logp[:rows],
+                            advantage[:rows], checked[:rows])
+        dh, dw = torch.autograd.grad(loss, (h_leaf, weight_leaf))
+        return loss.detach(), dh[:n], dw
 
     for op, reference in ((linear_logp, linear_logp_reference), (linear_kl, linear_kl_reference),
                           (linear_policy_loss, policy_loss_reference)):
-        results = []
-        for run, rows, wide in ((op, N, False), (reference, n, True)):
-            leaf, head, ref = (t[:k].detach().to(torch.float64 if wide else t.dtype).requires_grad_()
-                               for t, k in ((h, rows), (weight, V), (h_ref, rows)))
-            loss = heads_loss(run, leaf, head, ref.detach(), *(t[:rows] for t in (target, old, a, some)))
-            dh, dw = torch.autograd.grad(loss, (leaf, head))
-            results.append((loss.detach(), dh[:n], dw))
-        report(op.__name__, *results)
-    report("row_logp", row_logp(logits, target[:n]), row_logp_reference(logits.double(), target[:n]))
-    report("group_advantage", [group_advantage(scores)], [group_advantage_reference(scores.double())])
-    report("gae", gae(tokens[0], tokens[1], mask, 0.99, 0.95),
-           gae_reference(*tokens[:2].double(), mask, 0.99, 0.95))
-    report("policy_loss", [policy_loss(tokens[0], tokens[1], None, tokens[2], mask, 9)[0]],
-           [policy_loss_reference(tokens[0].double(), tokens[1].double(), None, tokens[2].double(), mask, 9)])
-    u = [sample(x, torch.Generator(device).manual_seed(0)) for x in (logits, logits.double())]
-    report("sample", u[0][1:], u[1][1:])
+        report(op.__name__, results(op, N, dtype), results(reference, n, torch.float64))
 
+    logits = torch.randn(n, V, device=device)
+    report("row_logp", row_logp(logits, target[:n]), row_logp_reference(logits.double(), target[:n]))
+    scores = torch.rand(n, 8, device=device)
+    report("group_advantage", [group_advantage(scores)], [group_advantage_reference(scores.double())])
+    a, b, c = torch.randn(3, n, 200, device=device)
+    mask = torch.rand(n, 200, device=device) < 0.8
+    report("gae", gae(a, b, mask, 0.99, 0.95), gae_reference(a.double(), b.double(), mask, 0.99, 0.95))
+    loss, _ = policy_loss(a, b, None, c, mask, 9)
+    wanted = policy_loss_reference(a.double(), b.double(), None, c.double(), mask, 9)
+    report("policy_loss", [loss], [wanted])
+    for options in (dict(), dict(temperature=0.7, top_k=50), dict(temperature=0.7, top_p=0.9)):
+        found = sample(logits, torch.Generator(device).manual_seed(0), **options)
+        wanted = sample(logits.double(), torch.Generator(device).manual_seed(0), **options)
+        name = " ".join(["sample", *(f"{key}={value}" for key, value in options.items())])
+        report(name, found[1:], wanted[1:])
+
+
+# ---------------------------------------------------------------- command line
 
 def main():
     cuda = torch.cuda.is_available()
@@ -232,22 +315,31 @@ def main():
     parser.add_argument("--rounds", type=int, default=0, help="20 on CUDA, 5 on a CPU")
     parser.add_argument("--check", action="store_true", help="compare each result with fp64, too")
     args = parser.parse_args()
+
     device = torch.device(args.device)
-    on = device.type == "cuda"
-    dtype = getattr(torch, args.dtype or ("bfloat16" if on else "float32"))
-    N, D = args.rows or (16384 if on else 4096), args.width or (4096 if on else 512)
-    vocabs, rounds = args.vocab or ([32000, 152064] if on else [32000]), args.rounds or (20 if on else 5)
+    if device.type == "cuda":
+        defaults = dict(dtype="bfloat16", rows=16384, width=4096, vocab=[32000, 152064], rounds=20)
+        name = torch.cuda.get_device_name(device)
+    else:
+        defaults = dict(dtype="float32", rows=4096, width=512, vocab=[32000], rounds=5)
+        name = f"CPU, {torch.get_num_threads()} threads"
+    for option, default in defaults.items():
+        if not getattr(args, option):
+            setattr(args, option, default)
+    dtype = getattr(torch, args.dtype)
+
     ceiling = ceilings(device, dtype)
-    name = torch.cuda.get_device_name(device) if on else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}: matmul {ceiling[0] / 1e12:.3g} "
-          f"TFLOP/s, copy {ceiling[1] / 1e9:.3g} GB/s")
-    for V in vocabs:
+    print(f"{name}, torch {torch.__version__}, {args.dtype}: matmul {ceiling[0] / 1e12:.3g} TFLOP/s, "
+          f"copy {ceiling[1] / 1e9:.3g} GB/s")
+    # Ops on logits that exist hold all of them at once, in fp32: on a CPU fewer rows.
+    rows_of_logits = args.rows if device.type == "cuda" else args.rows // 8
+    for V in args.vocab:
         if args.check:
-            check(N, D, V, device, dtype)
-        for title, contenders in heads(N, D, V, device, dtype):
-            table(title, contenders, device, ceiling, rounds)
-        for title, contenders in rows(N if on else N // 8, V, device):
-            table(title, contenders, device, ceiling, rounds)
+            check(args.rows, args.width, V, device, dtype)
+        for title, contenders in heads(args.rows, args.width, V, device, dtype):
+            table(title, contenders, device, ceiling, args.rounds)
+        for title, contenders in rows(rows_of_logits, V, device):
+            table(title, contenders, device, ceiling, args.rounds)
 
 
 if __name__ == "__main__":

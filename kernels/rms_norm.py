@@ -3,18 +3,26 @@
     r = (mean_d x_d^2 + eps)^-1/2,      n = r x,      out = w n
     dw = sum over rows of g n,          dx = r (g w - n mean_d(g w n))
 
-On a CPU torch composes the norm and its gradient out of a dozen passes over the tensor, most of the time of a layer's
-elementwise work; these are four forward and five back. CUDA and half precision have torch's own fused form.
+On a CPU torch composes the norm and its gradient out of a dozen passes over the tensor, most of the
+time of a layer's elementwise work; these are four forward and five back. CUDA and half precision
+have torch's own fused form.
 """
 import torch
 import torch.nn.functional as F
 
+from kernels.backend import accumulator
+
+
+# ---------------------------------------------------------------- reference
 
 def rms_norm_reference(x, weight, eps):
     """The formula, statistics in fp32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
+    wide = x.to(accumulator(x.dtype))
+    r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * r).to(x.dtype) * weight
 
+
+# ---------------------------------------------------------------- PyTorch form, for CPUs
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -29,10 +37,17 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, g):
         n, r, weight = ctx.saved_tensors
         gn = g * n
-        mean = (gn @ weight).div_(weight.numel())[..., None]
-        dx = torch.addcmul(g * weight, n, mean, value=-1).mul_(r) if ctx.needs_input_grad[0] else None
-        return dx, gn.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+        dx = None
+        dw = None
+        if ctx.needs_input_grad[0]:
+            mean = (gn @ weight).div_(weight.numel())[..., None]
+            dx = torch.addcmul(g * weight, n, mean, value=-1).mul_(r)
+        if ctx.needs_input_grad[1]:
+            dw = gn.flatten(0, -2).sum(0)
+        return dx, dw, None
 
+
+# ---------------------------------------------------------------- op
 
 def rms_norm(x, weight, eps):
     """x (.., D), weight (D,) -> (.., D), each row over its root mean square, times weight."""

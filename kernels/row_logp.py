@@ -1,41 +1,47 @@
-"""Log-probability of chosen tokens and entropy from rows of logits, and their gradient in place of the logits.
+"""Log-probability of chosen tokens and entropy from rows of logits, and their gradient in place.
 
     z = logits / temperature,     with a softcap (Gemma 2, arXiv 2408.00118): z = cap tanh(logits / cap) / temperature
     top = max_v z_v,     log_sum = log sum_v exp(z_v - top),     log p_v = z_v - top - log_sum
     logp = log p_target,     entropy = - sum_v p_v log p_v = log_sum - sum_v p_v (z_v - top)
 
-The other form of the entropy, logsumexp - sum p z, loses its digits when |z| is large; so do log-probs whose two
-statistics are added up before they are stored. For upstream gradients g of logp and e of entropy:
+The other form of the entropy, logsumexp - sum p z, loses its digits when |z| is large; so do
+log-probs whose two statistics are added up before they are stored. For upstream gradients g of logp
+and e of entropy:
 
-    dlogits = [g (onehot(target) - p) - e p (log p + entropy)] / temperature * (1 - tanh(logits / cap)^2)
+    dz = g (onehot(target) - p) - e p (log p + entropy)
+    dlogits = dz / temperature,       with a softcap: times 1 - tanh(logits / cap)^2
 """
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from kernels.backend import accumulator, floating, jit, like, need, positive, targets, tl, use_triton
+from kernels.backend import (accumulator, check_device, check_floating, check_positive,
+                             check_targets, jit, require, tl, use_triton)
 
-BLOCK = 4096                    # columns a program holds at a time
-CACHE_BYTES = 2**20             # rows that PyTorch passes over several times lie in a core's cache
+BLOCK = 4096                    # columns that a program holds at a time
+CACHE_BYTES = 2**20             # of rows that PyTorch passes over several times: they fit a core's cache
 
+
+# ---------------------------------------------------------------- reference
 
 def row_logp_reference(logits, target, temperature=1.0, softcap=None, ignore_index=-100):
-    """The ten lines every other version must equal."""
+    """The lines that every other version must equal."""
     z = logits.to(accumulator(logits.dtype))
-    z = (z if softcap is None else softcap * (z / softcap).tanh()) / temperature
-    every = z.log_softmax(-1)
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    log_p = (z / temperature).log_softmax(-1)
     keep = target != ignore_index
-    chosen = every.gather(-1, target.masked_fill(~keep, 0)[:, None])[:, 0]
-    entropy = -(every.exp() * every).sum(-1)
-    return torch.where(keep, chosen, 0.0), torch.where(keep, entropy, 0.0)
+    logp = log_p.gather(-1, target.masked_fill(~keep, 0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return torch.where(keep, logp, 0.0), torch.where(keep, entropy, 0.0)
 
 
-# ---------------------------------------------------------------- Triton: one program a row
+# ---------------------------------------------------------------- Triton kernels: one program a row
 
 @jit
 def tanh(x):
-    """Of any finite x; written out because the interpreter has no libdevice."""
+    """Of any finite x. Written out, because the interpreter has no libdevice."""
     t = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - t) / (1.0 + t)
     return tl.where(x < 0, -t, t)
@@ -53,6 +59,7 @@ def scaled(raw, temperature, softcap, CAPPED: tl.constexpr):
 @jit
 def _forward_kernel(logits, stride, target, logp, entropy, top, log_sum, temperature, softcap, ignore_index,
                     V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr):
+    """Once over the row; an ignored row is not read."""
     row = tl.program_id(0)
     wanted = tl.load(target + row)
     if wanted == ignore_index:
@@ -62,7 +69,7 @@ def _forward_kernel(logits, stride, target, logp, entropy, top, log_sum, tempera
         tl.store(log_sum + row, 0.0)
     else:
         base = logits + row.to(tl.int64) * stride       # rows * V passes 2^31
-        # Online softmax: s = sum e^(z-m) and u = sum e^(z-m) (z-m) are rescaled whenever the maximum m grows.
+        # Online softmax: s = sum e^(z-m), u = sum e^(z-m) (z-m), rescaled when the maximum m grows.
         m = float("-inf")
         s = 0.0
         u = 0.0
@@ -88,93 +95,103 @@ def _forward_kernel(logits, stride, target, logp, entropy, top, log_sum, tempera
 @jit
 def _backward_kernel(logits, stride, out, out_stride, target, g, e, entropy, top, log_sum, temperature, softcap,
                      ignore_index, V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr):
+    """Once over the row, from the statistics of the forward."""
     row = tl.program_id(0)
     wanted = tl.load(target + row)
     keep = wanted != ignore_index
     base = logits + row.to(tl.int64) * stride
     place = out + row.to(tl.int64) * out_stride
-    m, norm, h = tl.load(top + row), tl.load(log_sum + row), tl.load(entropy + row)
-    g_row, e_row = tl.load(g + row) / temperature, tl.load(e + row) / temperature
+    m = tl.load(top + row)
+    log_s = tl.load(log_sum + row)
+    h = tl.load(entropy + row)
+    g_row = tl.load(g + row) / temperature
+    e_row = tl.load(e + row) / temperature
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         raw = tl.load(base + column, mask=column < V, other=0.0).to(tl.float32)
         z = scaled(raw, temperature, softcap, CAPPED)
-        logp = z - m - norm
+        logp = z - m - log_s
         p = tl.exp(logp)
-        # In fp32 before anything is rounded: 1 - p of a likely target, rounded to bf16 first, would be 20 % off.
-        d = g_row * (tl.where(column == wanted, 1.0, 0.0) - p) - tl.where(p > 0, e_row * p * (logp + h), 0.0)
+        onehot = tl.where(column == wanted, 1.0, 0.0)
+        # In fp32, before any rounding: 1 - p of a likely target, from p in bf16, is 20 % off.
+        d = g_row * (onehot - p) - tl.where(p > 0, e_row * p * (logp + h), 0.0)
         if CAPPED:
             t = tanh(raw / softcap)
             d = d * (1.0 - t * t)
-        # `out` may be the front half of the row's own bytes: all of the block is read before any of it is written.
+        # `out` may be the front half of the row's own bytes: the block is read before it is written.
         tl.debug_barrier()
         tl.store(place + column, tl.where(keep, d, 0.0).to(out.dtype.element_ty), mask=column < V)
 
 
-# ---------------------------------------------------------------- on rows that other ops have made, either way
+def _forward_triton(logits, target, temperature, softcap, ignore_index):
+    N, V = logits.shape
+    out = [logits.new_empty(N, dtype=torch.float32) for _ in range(4)]
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    _forward_kernel[(N,)](logits, logits.stride(0), target.contiguous(), *out, temperature, softcap or 1.0,
+                          ignore_index, V=V, BLOCK=BLOCK, CAPPED=softcap is not None, num_warps=8)
+    return out
 
-def blocks(logits):
+
+def _backward_triton_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype):
+    N, V = logits.shape
+    # A narrower gradient takes the front of each row's own bytes.
+    out = logits if dtype == logits.dtype else logits.view(dtype)[:, :V]
+    zero = torch.zeros_like(top) if g is None or e is None else None
+    g = zero if g is None else g.contiguous()
+    e = zero if e is None else e.contiguous()
+    _backward_kernel[(N,)](logits, logits.stride(0), out, out.stride(0), target.contiguous(), g, e, entropy, top,
+                           log_sum, temperature, softcap or 1.0, ignore_index, V=V, BLOCK=BLOCK,
+                           CAPPED=softcap is not None, num_warps=8)
+    return out
+
+
+# ---------------------------------------------------------------- PyTorch form: some rows at a time
+
+def row_blocks(logits):
     """Slices of rows that fit a core's cache together."""
     step = max(1, CACHE_BYTES // (4 * max(1, logits.shape[1])))
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 def torch_scaled(raw, temperature, softcap):
-    """Raw logits -> z, and tanh(logits / cap) where there is a cap."""
+    """Raw logits -> z, and tanh(logits / cap) or None without a cap."""
     z = raw.to(accumulator(raw.dtype))
-    t = None if softcap is None else (z / softcap).tanh_()
-    z = z if t is None else t * softcap
-    return (z if temperature == 1 else z / temperature), t
+    t = None
+    if softcap is not None:
+        t = (z / softcap).tanh_()
+        z = t * softcap
+    if temperature != 1:
+        z = z / temperature
+    return z, t
 
 
-def rows_forward(logits, target, temperature, softcap, ignore_index):
-    """logits (N, V), target (N,) -> logp, entropy, top, log_sum, each (N,); without autograd."""
+def _forward_torch(logits, target, temperature, softcap, ignore_index):
     out = [logits.new_empty(len(logits), dtype=accumulator(logits.dtype)) for _ in range(4)]
-    if not len(logits):
-        return out
-    if use_triton(logits):
-        V = logits.shape[1]
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        _forward_kernel[(len(logits),)](
-            logits, logits.stride(0), target.contiguous(), *out, temperature, softcap or 1.0, ignore_index,
-            V=V, BLOCK=BLOCK, CAPPED=softcap is not None, num_warps=8)
-        return out
     logp, entropy, top, log_sum = out
     keep = target != ignore_index
     chosen = target.masked_fill(~keep, 0)[:, None]
-    for rows in blocks(logits):
+    for rows in row_blocks(logits):
         z, _ = torch_scaled(logits[rows], temperature, softcap)
-        every = z.log_softmax(-1)
+        log_p = z.log_softmax(-1)
         torch.amax(z, -1, out=top[rows])
-        log_sum[rows] = -every.amax(-1)                 # at the largest z, log p = -log_sum exactly
-        logp[rows] = every.gather(-1, chosen[rows])[:, 0]
-        entropy[rows] = -every.exp().mul_(every.clamp_(min=-1e30)).sum(-1)     # a logit of -inf adds 0, not NaN
+        log_sum[rows] = -log_p.amax(-1)                 # at the largest z, log p = -log_sum exactly
+        logp[rows] = log_p.gather(-1, chosen[rows])[:, 0]
+        # Clamped, a logit of -inf adds 0 to the entropy; 0 * -inf would be NaN.
+        entropy[rows] = -log_p.exp().mul_(log_p.clamp_(min=-1e30)).sum(-1)
     for tensor in out:
         tensor.masked_fill_(~keep, 0)
     return out
 
 
-def rows_backward_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype=None):
-    """Overwrites logits (N, V) with their gradient and returns it. g, e (N,) upstream gradients, or None for none.
-
-    dtype: of the gradient. Narrower than the logits, on Triton, it lies in the front half of each row's bytes.
-    """
-    dtype = dtype or logits.dtype
-    if not len(logits):
-        return logits.to(dtype)
-    if use_triton(logits):
-        packed = logits if dtype == logits.dtype else logits.view(dtype)[:, :logits.shape[1]]
-        zero = torch.zeros_like(top) if g is None or e is None else None
-        g, e = (zero if grad is None else grad.contiguous() for grad in (g, e))
-        _backward_kernel[(len(logits),)](
-            logits, logits.stride(0), packed, packed.stride(0), target.contiguous(), g, e, entropy, top, log_sum,
-            temperature, softcap or 1.0, ignore_index, V=logits.shape[1], BLOCK=BLOCK, CAPPED=softcap is not None,
-            num_warps=8)
-        return packed
+def _backward_torch_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype):
     keep = target != ignore_index
     chosen = target.masked_fill(~keep, 0)[:, None]
-    g, e = (None if grad is None else (grad * keep / temperature)[:, None] for grad in (g, e))
-    for rows in blocks(logits):
+    if g is not None:
+        g = (g * keep / temperature)[:, None]
+    if e is not None:
+        e = (e * keep / temperature)[:, None]
+    for rows in row_blocks(logits):
         z, t = torch_scaled(logits[rows], temperature, softcap)
         logp = (z - top[rows, None]).sub_(log_sum[rows, None])
         p = logp.exp()
@@ -182,20 +199,41 @@ def rows_backward_(logits, target, g, e, entropy, top, log_sum, temperature, sof
             d = p.mul_(-g[rows])
         else:
             d = logp.clamp_(min=-1e30).add_(entropy[rows, None]).mul_(p).mul_(-e[rows])
-            d = d if g is None else d.addcmul_(p, g[rows], value=-1)
+            if g is not None:
+                d.addcmul_(p, g[rows], value=-1)
         if g is not None:
             d.scatter_add_(-1, chosen[rows], g[rows])
-        logits[rows] = d if t is None else d.mul_(1 - t * t)
+        if t is not None:
+            d.mul_(1 - t * t)
+        logits[rows] = d
     logits[~keep] = 0           # their statistics are 0, so exp(z) may be inf, and 0 * inf is not 0
     return logits.to(dtype)
 
 
-# ---------------------------------------------------------------- the ops
+# ---------------------------------------------------------------- either form, without autograd: for other ops, too
+
+def rows_forward(logits, target, temperature, softcap, ignore_index):
+    """logits (N, V), target (N,) -> logp, entropy, top, log_sum, each (N,)."""
+    run = _forward_triton if use_triton(logits) and len(logits) else _forward_torch
+    return run(logits, target, temperature, softcap, ignore_index)
+
+
+def rows_backward_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype=None):
+    """Overwrites logits (N, V) with their gradient and returns it.
+
+    g, e (N,): upstream gradients; None stands for 0. dtype of the gradient; None: of the logits.
+    From Triton a narrower one lies in the front of each row's bytes.
+    """
+    run = _backward_triton_ if use_triton(logits) and len(logits) else _backward_torch_
+    return run(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype or logits.dtype)
+
+
+# ---------------------------------------------------------------- ops
 
 @torch.library.custom_op("seethink::row_logp", mutates_args=())
 def _op(logits: Tensor, target: Tensor, temperature: float, softcap: Optional[float],
         ignore_index: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    targets(target, logits.shape[1], ignore_index)
+    check_targets(target, logits.shape[1], ignore_index)
     return tuple(rows_forward(logits, target, temperature, softcap, ignore_index))
 
 
@@ -213,53 +251,59 @@ def _op_backward_(logits: Tensor, target: Tensor, g: Optional[Tensor], e: Option
 
 @_op_backward_.register_fake
 def _(logits, *rest):
-    return None
+    return None             # it writes to its argument
 
 
 def _setup(ctx, inputs, output):
-    logits, target, *ctx.options = inputs
+    logits, target, *options = inputs
     _, entropy, top, log_sum = output
     ctx.save_for_backward(logits, target, entropy, top, log_sum)
+    ctx.options = options               # temperature, softcap, ignore_index
     ctx.mark_non_differentiable(top, log_sum)
-    ctx.set_materialize_grads(False)        # a loss without entropy pays nothing for its gradient
+    ctx.set_materialize_grads(False)    # a loss without entropy pays nothing for its gradient
 
 
 def _gradient(ctx, g, e, *_):
     logits, target, *statistics = ctx.saved_tensors
     if g is None and e is None:
         return None, None, None, None, None
-    d = logits.clone(memory_format=torch.contiguous_format)
-    _op_backward_(d, target, g, e, *statistics, *ctx.options)
-    return d, None, None, None, None
+    dlogits = logits.clone(memory_format=torch.contiguous_format)
+    _op_backward_(dlogits, target, g, e, *statistics, *ctx.options)
+    return dlogits, None, None, None, None
 
 
 _op.register_autograd(_gradient, setup_context=_setup)
 
 
 def check(logits, target, temperature, softcap):
-    floating("logits", logits, ndim=2)
-    like("target", target, "logits", logits, shape=False)
-    need(target.shape == logits.shape[:1] and not target.is_floating_point(),
-         lambda: f"target {tuple(target.shape)} {target.dtype} must hold ({len(logits)},) integers, one a row")
-    positive("temperature", temperature)
+    """Raises ValueError on what does not fit."""
+    check_floating("logits", logits, ndim=2)
+    check_device("target", target, "logits", logits)
+    require(target.shape == logits.shape[:1] and not target.is_floating_point(),
+            lambda: f"target {tuple(target.shape)} {target.dtype} must hold ({len(logits)},) integers, one a row")
+    check_positive("temperature", temperature)
     if softcap is not None:
-        positive("softcap", softcap)
+        check_positive("softcap", softcap)
 
 
 def row_logp(logits, target, temperature=1.0, softcap=None, ignore_index=-100):
     """Log-prob of `target` and entropy under softmax(z) of each row of logits.
 
-    logits (N, V), entries of -inf allowed; target (N,) int64, `ignore_index` rows give 0 and 0. Returns (logp,
-    entropy), each (N,) fp32 (fp64 for fp64 logits), differentiable in logits. Raises ValueError on what does not fit.
+    logits (N, V), entries of -inf allowed; target (N,) int64, `ignore_index` rows give 0 and 0.
+    Returns (logp, entropy), each (N,) fp32 (fp64 for fp64 logits), differentiable in logits. Raises
+    ValueError on what does not fit.
     """
     check(logits, target, temperature, softcap)
     return _op(logits, target, float(temperature), softcap, ignore_index)[:2]
 
 
 def row_dlogits_(logits, target, g, e=None, temperature=1.0, softcap=None, ignore_index=-100):
-    """Overwrites logits (N, V) with the gradient of sum(g logp + e entropy); g, e (N,) or None. Returns logits."""
+    """Overwrites logits (N, V) with the gradient of sum(g logp + e entropy), and returns them.
+
+    g, e (N,); None stands for 0.
+    """
     check(logits, target, temperature, softcap)
-    need(logits.stride(-1) == 1, lambda: f"logits of strides {logits.stride()} must be contiguous within a row")
+    require(logits.stride(-1) == 1, lambda: f"logits of strides {logits.stride()} must be contiguous within a row")
     logits = logits.detach()
     _, entropy, top, log_sum = _op(logits, target, float(temperature), softcap, ignore_index)
     _op_backward_(logits, target, g, e, entropy, top, log_sum, float(temperature), softcap, ignore_index)

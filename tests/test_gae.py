@@ -11,11 +11,13 @@ from kernels import gae, gae_reference
 def problem(B, T, seed=0, bootstrap=True):
     """Masks ragged on the right, with holes, and a row without any step; what stands outside them is far off."""
     generator = torch.Generator().manual_seed(seed)
-    rewards, values = (torch.randn(B, T, dtype=torch.float64, generator=generator) for _ in range(2))
+    rewards = torch.randn(B, T, dtype=torch.float64, generator=generator)
+    values = torch.randn(B, T, dtype=torch.float64, generator=generator)
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)
     mask &= torch.rand(B, T, generator=generator) < 0.8
     mask[-1] = B == 1
-    rewards, values = rewards.masked_fill(~mask, 1e6), values.masked_fill(~mask, float("nan"))
+    rewards = rewards.masked_fill(~mask, 1e6)
+    values = values.masked_fill(~mask, float("nan"))
     last = torch.randn(B, dtype=torch.float64, generator=generator) if bootstrap else None
     return dict(rewards=rewards, values=values, mask=mask, bootstrap=last)
 

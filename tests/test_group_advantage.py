@@ -18,9 +18,13 @@ KINDS = pytest.mark.parametrize("std, baseline", [(std, baseline) for std in ("g
 def with_numpy(rewards, std, baseline, eps):
     r = np.asarray(rewards, dtype=np.float64)
     G = r.shape[1]
-    others = r.mean(1, keepdims=True) if baseline == "mean" else (r.sum(1, keepdims=True) - r) / (G - 1)
+    if baseline == "mean":
+        expected = r.mean(1, keepdims=True)
+    else:
+        expected = (r.sum(1, keepdims=True) - r) / (G - 1)
     scale = {"group": r.std(1, ddof=1, keepdims=True) + eps, "batch": r.std(ddof=1) + eps, "none": 1.0}[std]
-    return torch.from_numpy(np.where(r.max(1, keepdims=True) == r.min(1, keepdims=True), 0.0, (r - others) / scale))
+    flat = r.max(1, keepdims=True) == r.min(1, keepdims=True)
+    return torch.from_numpy(np.where(flat, 0.0, (r - expected) / scale))
 
 
 def test_by_hand():

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kernel_tools import DEVICES, IGNORE, PLAIN, assert_equals
+from kernel_tools import DEVICES, IGNORE, PLAIN, assert_equals, rounded
 from kernels import linear_logp, linear_logp_reference
 from kernels.bench import peak_bytes
 from tiny import difference
@@ -44,12 +44,12 @@ def test_the_reference_is_the_definition():
 
 @DEVICES
 def test_ignored_rows_give_zero_and_move_nothing(device):
-    h, weight, target = (t.to(device, torch.float32) if t.is_floating_point() else t.to(device)
-                         for t in problem(7, 5, 11).values())
+    h, weight, target = rounded(problem(7, 5, 11), torch.float32, device).values()
     ignored = target == IGNORE
     assert ignored.sum() == 1
     h[ignored] = 1e4                # logits whose exp overflows
-    h.requires_grad_(), weight.requires_grad_()
+    h.requires_grad_()
+    weight.requires_grad_()
     logp, entropy = linear_logp(h, weight, target)
     dh, dw = torch.autograd.grad((logp * 2 + entropy).sum(), (h, weight))
     assert not logp[ignored].any() and not entropy[ignored].any() and not dh[ignored].any()
@@ -58,10 +58,11 @@ def test_ignored_rows_give_zero_and_move_nothing(device):
 
 
 def test_either_output_alone_has_its_gradient():
-    tensors = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in problem(7, 5, 11).items()}
+    tensors = problem(7, 5, 11)
+    leaves = (tensors["h"].requires_grad_(), tensors["weight"].requires_grad_())
     for n in (0, 1):
-        given, wanted = (torch.autograd.grad(op(**tensors)[n].sum(), (tensors["h"], tensors["weight"]))
-                         for op in (linear_logp, linear_logp_reference))
+        given = torch.autograd.grad(linear_logp(**tensors)[n].sum(), leaves)
+        wanted = torch.autograd.grad(linear_logp_reference(**tensors)[n].sum(), leaves)
         assert all(difference(*pair) < 1e-12 for pair in zip(given, wanted))
 
 
@@ -95,8 +96,9 @@ def test_half_precision_states_give_fp32_log_probs(dtype, device):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_one_chunk_of_logits_is_held_and_the_gradient_of_a_head_that_trains(frozen):
     N, D, V, chunk = 256, 16, 5003, 16
-    h, weight, target = (t.float() if t.is_floating_point() else t for t in problem(N, D, V).values())
-    h.requires_grad_(), weight.requires_grad_(not frozen)
+    h, weight, target = rounded(problem(N, D, V), torch.float32, "cpu").values()
+    h.requires_grad_()
+    weight.requires_grad_(not frozen)
 
     def step():
         logp, entropy = linear_logp(h, weight, target, chunk=chunk)

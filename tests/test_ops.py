@@ -21,7 +21,8 @@ op = torch.ops.seethink
 
 def tensors(grad=True):
     torch.manual_seed(0)
-    h, weight = torch.randn(7, 4, requires_grad=grad), torch.randn(11, 4, requires_grad=grad)
+    h = torch.randn(7, 4, requires_grad=grad)
+    weight = torch.randn(11, 4, requires_grad=grad)
     return h, weight, torch.tensor([0, 10, -100, 3, 4, 5, 6])
 
 
@@ -29,7 +30,9 @@ def calls():
     """name -> (op, arguments); outputs of one are inputs of its backward."""
     h, weight, target = tensors()
     logits = (h @ weight.T).detach()
-    row, mask, denominator = torch.randn(7), target >= 0, torch.tensor(5.0)
+    row = torch.randn(7)
+    mask = target >= 0
+    denominator = torch.tensor(5.0)
     statistics = [t.detach() for t in op.row_logp(logits, target, 0.7, 5.0, -100)[1:]]
     loss = (0.2, 0.2, 2.0, "k3", 0.1)
     return {
@@ -72,17 +75,20 @@ def test_a_step_compiles_as_one_graph():
         fused, *_ = kernels.linear_policy_loss(h, weight, target.clamp(min=0), old, None, advantage, mask, 5)
         kl = kernels.linear_kl(h, weight, h.detach() * 1.1, weight)
         values = kernels.row_logp(h, target.clamp(0, 3))[0]
-        token = kernels.sample(h.detach(), temperature=0).token
+        token = kernels.sample(h.detach(), temperature=0, top_k=2, top_p=0.9).token
         return loss + fused + kl.mean() + values.mean(), statistics["kl"], token, kernels.gae(
             reward, reward, reward > 0, 0.9, 0.9)[0]
 
     h, weight, target = tensors()
     h, target = h[:6].detach().requires_grad_(), target[:6]
     inputs = (h, weight, target, torch.randn(6), torch.rand(2, 3))
-    plain, compiled = step(*inputs), torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
+    plain = step(*inputs)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
     for one, other in zip(plain, compiled):
         torch.testing.assert_close(one, other)
-    for one, other in zip(*(torch.autograd.grad(out[0], (h, weight)) for out in (plain, compiled))):
+    wanted = torch.autograd.grad(plain[0], (h, weight))
+    found = torch.autograd.grad(compiled[0], (h, weight))
+    for one, other in zip(found, wanted):
         torch.testing.assert_close(one, other)
 
 
@@ -134,7 +140,8 @@ def test_the_triton_kernels_compile_for_a_gpu(file, name, types, constants):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel, rest = getattr(importlib.import_module(f"kernels.{file}"), name), iter(types)
+    kernel = getattr(importlib.import_module(f"kernels.{file}"), name)
+    rest = iter(types)
     signature = {arg: "constexpr" if arg in constants else next(rest) for arg in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})

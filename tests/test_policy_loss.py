@@ -30,15 +30,20 @@ def problem(N=300, seed=0):
 def naive(logp, old_logp, ref_logp, advantage, mask, entropy, denominator, clip_low=0.2, clip_high=0.2, bound=None,
           kl="k3", kl_coef=0.0, entropy_coef=0.0, surrogate="clip", weight=None):
     """One token at a time, in words: a gain counts only as far as the clip, a loss in full, but only to the bound."""
-    total, count = 0.0, dict(clip_low=0, clip_high=0, ratio_off=0.0, kl=0.0, kl_ref=0.0, ratio_off_max=0.0)
+    total = 0.0
+    count = dict(clip_low=0, clip_high=0, ratio_off=0.0, kl=0.0, kl_ref=0.0, ratio_off_max=0.0)
     for t in range(len(logp)):
         if not mask[t]:
             continue
-        ratio, a, x = (logp[t] - old_logp[t]).exp(), advantage[t], ref_logp[t] - logp[t]
+        ratio = (logp[t] - old_logp[t]).exp()
+        a = advantage[t]
+        x = ref_logp[t] - logp[t]
         if a > 0 and ratio > 1 + clip_high:
-            gain, count["clip_high"] = (1 + clip_high) * a, count["clip_high"] + 1
+            gain = (1 + clip_high) * a
+            count["clip_high"] += 1
         elif a < 0 and ratio < 1 - clip_low:
-            gain, count["clip_low"] = (1 - clip_low) * a, count["clip_low"] + 1
+            gain = (1 - clip_low) * a
+            count["clip_low"] += 1
         elif a < 0 and bound is not None and ratio > bound:
             gain = bound * a
         else:
@@ -50,7 +55,8 @@ def naive(logp, old_logp, ref_logp, advantage, mask, entropy, denominator, clip_
             gain = 4 / tau / (1 + (-tau * (ratio - 1)).exp()) * a
         penalty = {"k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[kl]
         gain = gain - kl_coef * penalty + entropy_coef * entropy[t]
-        total = total - (1 if weight is None else weight[t]) * gain / denominator
+        token_weight = 1 if weight is None else weight[t]
+        total = total - token_weight * gain / denominator
         r = ratio.item()
         count["ratio_off"] += abs(r - 1)
         count["ratio_off_max"] = max(count["ratio_off_max"], abs(r - 1))
@@ -87,7 +93,9 @@ def test_the_reference_of_the_other_surrogates_is_the_definition(options):
 @SURROGATES
 @pytest.mark.parametrize("weighted", [False, True])
 def test_value_and_gradients_of_the_other_surrogates(options, weighted, device):
-    tensors = problem() | (dict(weight=torch.rand(300, dtype=torch.float64)) if weighted else {})
+    tensors = problem()
+    if weighted:
+        tensors["weight"] = torch.rand(300, dtype=torch.float64)
     assert_equals(loss_alone(policy_loss), policy_loss_reference, tensors, ("logp", "entropy"), device, denominator=11,
                   **options)
 
@@ -146,7 +154,8 @@ def test_the_advantage_is_one_for_a_completion_and_the_denominator_may_be_a_tens
 def head(N, D, V, seed=0):
     torch.manual_seed(seed)
     tensors = problem(N, seed)
-    h, weight = torch.randn(N, D, dtype=torch.float64), torch.randn(V, D, dtype=torch.float64)
+    h = torch.randn(N, D, dtype=torch.float64)
+    weight = torch.randn(V, D, dtype=torch.float64)
     target = torch.randint(V, (N,))
     target[::5] = V - 1
     logp = linear_logp(h, weight, target)[0]
@@ -178,8 +187,9 @@ def test_the_fused_head_reports_what_the_composed_path_does(device):
     mask = tensors["mask"]
     assert difference(logp, composed_logp * mask) < 1e-6 and difference(entropy, composed_entropy * mask) < 1e-6
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert {k: v.item() for k, v in found.items()} == pytest.approx({k: v.item() for k, v in statistics.items()},
-                                                                    rel=1e-4, abs=1e-6)
+    assert found.keys() == statistics.keys()
+    for name, value in statistics.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
 
 
 def test_on_policy_every_ratio_is_one_and_the_gradient_that_of_reinforce():

@@ -10,7 +10,8 @@ EPS = 1e-3      # large, so that leaving it out shows
 
 def problem(shape, dtype=torch.float64):
     torch.manual_seed(0)
-    x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    weight = torch.randn(shape[-1], dtype=dtype)
     x.flatten(0, -2)[::3] *= 0.01           # rows near sqrt(eps)
     return x.requires_grad_(), weight.requires_grad_(), torch.randn(shape, dtype=dtype)
 

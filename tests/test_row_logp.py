@@ -49,12 +49,13 @@ def test_the_gradient_overwrites_the_logits(device):
     logits, target = tensors["logits"].float().to(device), tensors["target"].to(device)
     leaf = logits.clone().requires_grad_()
     logp, entropy = row_logp(leaf, target, 0.7, 8.0)
-    g, e = torch.randn(9, device=device), torch.randn(9, device=device)
-    for grads in ((g, e), (g, None), (None, e)):
-        wanted = torch.autograd.grad(sum((w * out).sum() for w, out in zip(grads, (logp, entropy)) if w is not None),
-                                     leaf, retain_graph=True)[0]
+    g = torch.randn(9, device=device)
+    e = torch.randn(9, device=device)
+    for loss, upstream in (((g * logp + e * entropy).sum(), (g, e)), ((g * logp).sum(), (g, None)),
+                           ((e * entropy).sum(), (None, e))):
+        wanted = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
         given = logits.clone()
-        assert row_dlogits_(given, target, *grads, 0.7, 8.0).data_ptr() == given.data_ptr()
+        assert row_dlogits_(given, target, *upstream, 0.7, 8.0).data_ptr() == given.data_ptr()
         assert difference(given, wanted) < 1e-6
 
 
