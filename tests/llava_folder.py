@@ -1,4 +1,5 @@
-"""Twenty LLaVA records with pictures of every odd kind, and tiny random models as folders, for the runs on real data.
+"""Twenty LLaVA records with pictures of every odd kind, and tiny random models as folders, for the
+runs on real data.
 
     python tests/llava_folder.py DIR        # DIR/records.json, DIR/pictures, DIR/clip, DIR/llm
 """
@@ -20,46 +21,56 @@ def picture(rng, width, height, colour):
     """A photograph's stand-in: a coloured square on noise."""
     array = rng.integers(90, 160, (height, width, 3), dtype=np.uint8)
     side = max(1, min(width, height) // 2)
-    array[(height - side) // 2:(height + side) // 2, (width - side) // 2:(width + side) // 2] = colour
+    array[(height - side) // 2:(height + side) // 2,
+          (width - side) // 2:(width + side) // 2] = colour
     return Image.fromarray(array)
 
 
 def write_records(folder, count=20):
-    """DIR/records.json and its pictures: JPEG and PNG of odd sizes, three of them bad; -> the names of the bad."""
+    """DIR/records.json and its pictures: JPEG and PNG of odd sizes, three of them bad; -> the
+    names of the bad."""
     rng = np.random.default_rng(0)
     pictures = folder / "pictures"
     (pictures / "sub").mkdir(parents=True)
-    records, names = [], [*COLOURS]
+    records = []
     for n in range(count):
-        colour = names[n % 4]
+        colour = [*COLOURS][n % 4]
         image = picture(rng, *rng.integers(17, 160, 2).tolist(), COLOURS[colour])
-        file, options = f"sub/{n}.{'png' if n % 2 else 'jpg'}", {}
+        file = f"sub/{n}.png" if n % 2 else f"sub/{n}.jpg"
+        options = {}
         if n == 4:
-            file, image = "grey.jpg", image.convert("L")
+            file = "grey.jpg"
+            image = image.convert("L")
         if n == 5:
-            file, image = "palette.png", image.quantize(16)
+            file = "palette.png"
+            image = image.quantize(16)
         if n == 6:
-            file, image = "alpha.png", image.convert("RGBA")
+            file = "alpha.png"
+            image = image.convert("RGBA")
             image.putalpha(128)
         if n == 7:
-            file, options = "turned.jpg", dict(exif=Image.Exif())
+            file = "turned.jpg"
+            options["exif"] = Image.Exif()
             options["exif"][0x112] = 6
         if n == 8:
-            file, image = "dot.png", Image.new("RGB", (1, 1), COLOURS[colour])
+            file = "dot.png"
+            image = Image.new("RGB", (1, 1), COLOURS[colour])
         image.save(pictures / file, **options)
         if n == 9:      # a download that broke off
             file = "cut.jpg"
             image.resize((300, 300)).save(pictures / file)
             (pictures / file).write_bytes((pictures / file).read_bytes()[:-400])
-        turns = [("human", "<image>\nWhat colour is the square?" if n % 3 else "What colour is the square?\n<image>"),
-                 ("gpt", f"The square is {colour}.")]
+        question = "What colour is the square?"
+        asked = f"<image>\n{question}" if n % 3 else f"{question}\n<image>"
+        turns = [("human", asked), ("gpt", f"The square is {colour}.")]
         if n % 4 == 1:
             turns += [("human", " And the rest?"), ("gpt", "Grey noise.")]
         if n == 10:     # a record without a picture
             turns = [("human", "Say hello."), ("gpt", "Hello!")]
         if n == 11:
             turns[1] = ("gpt", "It is <image>.")
-        record = dict(id=f"r{n}", image=file, conversations=[dict(zip(("from", "value"), turn)) for turn in turns])
+        conversation = [{"from": who, "value": text} for who, text in turns]
+        record = dict(id=f"r{n}", image=file, conversations=conversation)
         if n == 10:
             del record["image"]
         if n == 12:
@@ -75,8 +86,9 @@ def train_tokenizer(dummy_prefix=True):
     texts = [f"USER: What colour is the square? ASSISTANT: The square is {name}. Hello! Grey noise."
              for name in COLOURS]
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts * 3), model_writer=proto, vocab_size=400, model_type="bpe", byte_fallback=True,
-        split_digits=True, add_dummy_prefix=dummy_prefix, remove_extra_whitespaces=False, hard_vocab_limit=False,
+        sentence_iterator=iter(texts * 3), model_writer=proto, vocab_size=400, model_type="bpe",
+        byte_fallback=True, split_digits=True, add_dummy_prefix=dummy_prefix,
+        remove_extra_whitespaces=False, hard_vocab_limit=False,
         normalization_rule_name="identity", minloglevel=2)
     return proto.getvalue()
 
@@ -84,17 +96,18 @@ def train_tokenizer(dummy_prefix=True):
 def write_models(folder, side=24, patch=8):
     """DIR/clip and DIR/llm, as transformers writes them, with random weights."""
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(
-        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                           image_size=side, patch_size=patch),
-        text_config=dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                         vocab_size=99, max_position_embeddings=16, bos_token_id=1, eos_token_id=2),
-        projection_dim=16)).save_pretrained(folder / "clip")
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                  image_size=side, patch_size=patch)
+    text = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=99, max_position_embeddings=16, bos_token_id=1, eos_token_id=2)
+    clip = CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
+    CLIPModel(clip).save_pretrained(folder / "clip")
     proto = train_tokenizer()
     vocab = spm.SentencePieceProcessor(model_proto=proto).get_piece_size()
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False)).save_pretrained(folder / "llm")
+    llm = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False)
+    LlamaForCausalLM(llm).save_pretrained(folder / "llm")
     (folder / "llm" / "tokenizer.model").write_bytes(proto)
 
 

@@ -1,10 +1,12 @@
-"""Every published recipe builds at full size, on the meta device, with the published names, shapes and counts."""
+"""Every published recipe builds at full size, on the meta device, with the published names, shapes
+and counts."""
 from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import train
 from model import lora, memory
@@ -13,12 +15,16 @@ from model.clip import Clip
 from model.runs.presets import RECIPES
 from model.vlm import VLM, VlmConfig
 
-# As the hub counts them: parameters and tensors of the decoder's own files, those of the whole image tower.
-DECODERS = {"lmsys/vicuna-7b-v1.3": (6_738_415_616, 291), "lmsys/vicuna-7b-v1.5": (6_738_415_616, 291),
-            "lmsys/vicuna-13b-v1.5": (13_015_864_320, 363), "TinyLlama/TinyLlama-1.1B-Chat-v1.0": (1_100_048_384, 201),
+# As the hub counts them: parameters and tensors of the decoder's own files, and of the whole image
+# tower.
+DECODERS = {"lmsys/vicuna-7b-v1.3": (6_738_415_616, 291),
+            "lmsys/vicuna-7b-v1.5": (6_738_415_616, 291),
+            "lmsys/vicuna-13b-v1.5": (13_015_864_320, 363),
+            "TinyLlama/TinyLlama-1.1B-Chat-v1.0": (1_100_048_384, 201),
             "HuggingFaceTB/SmolLM2-135M-Instruct": (134_515_008, 272),
             "Qwen/Qwen2.5-0.5B-Instruct": (494_032_768, 290)}
-TOWERS = {"ViT-L-14-quickgelu/openai": (303_966_208, 296), "ViT-L-14-336-quickgelu/openai": (304_293_888, 296),
+TOWERS = {"ViT-L-14-quickgelu/openai": (303_966_208, 296),
+          "ViT-L-14-336-quickgelu/openai": (304_293_888, 296),
           "ViT-B-16-quickgelu/openai": (86_192_640, 152)}
 
 
@@ -29,17 +35,24 @@ def config(name):
 def built(name):
     cfg = config(name)
     with torch.device("meta"):
-        return VLM(VlmConfig(cfg.clip_config(49408), cfg.llm_config(cfg.vocab), cfg.projector, cfg.feature_layer,
-                             cfg.image_positions))
+        return VLM(VlmConfig(cfg.clip_config(49408), cfg.llm_config(cfg.vocab), cfg.projector,
+                             cfg.feature_layer, cfg.image_positions))
 
 
 def count(module):
-    return sum(p.numel() for p in module.parameters()), len(list(module.parameters()))
+    """(parameters, tensors) of a module."""
+    tensors = list(module.parameters())
+    return sum(p.numel() for p in tensors), len(tensors)
+
+
+def shapes(module):
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipes_parts_have_the_published_counts(name):
-    cfg, vlm = config(name), built(name)
+    cfg = config(name)
+    vlm = built(name)
     assert count(vlm.llm) == DECODERS[cfg.llm]
     with torch.device("meta"):
         whole = Clip(cfg.clip_config(49408))
@@ -53,36 +66,44 @@ def test_a_recipes_tower_is_the_one_that_open_clip_builds_under_that_name(name):
     with torch.device("meta"):
         theirs = open_clip.create_model(cfg.clip.partition("/")[0], pretrained=None, device="meta")
         ours = Clip(pretrained._open_clip_shape(cfg.clip))
-        mine = Clip(cfg.clip_config(49408))
-    shapes = {key: value.shape for key, value in theirs.state_dict().items() if key != "attn_mask"}
-    assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
-    assert {key: value.shape for key, value in mine.state_dict().items()} == shapes
-    assert mine.config == ours.config and mine.config.act == "quick_gelu"
+        planned = Clip(cfg.clip_config(49408))
+    wanted = shapes(theirs)
+    wanted.pop("attn_mask", None)       # a buffer that some versions of open_clip save
+    assert shapes(ours) == wanted
+    assert shapes(planned) == wanted
+    assert planned.config == ours.config and planned.config.act == "quick_gelu"
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipes_names_and_shapes_are_transformers_own(name):
-    cfg, vlm = config(name), built(name)
-    text = dict(vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.ff, num_hidden_layers=cfg.layers,
-                num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, tie_word_embeddings=cfg.tied)
+    cfg = config(name)
+    vlm = built(name)
+    text = dict(vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.ff,
+                num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
+                num_key_value_heads=cfg.kv_heads, tie_word_embeddings=cfg.tied)
     vision = CLIPVisionConfig(hidden_size=cfg.clip_width, intermediate_size=4 * cfg.clip_width,
                               num_hidden_layers=cfg.clip_layers, num_attention_heads=cfg.clip_heads,
                               image_size=cfg.image_size, patch_size=cfg.patch)
+    family = Qwen2Config if cfg.qkv_bias else LlamaConfig
     with torch.device("meta"):
-        hf = LlavaForConditionalGeneration(LlavaConfig(
-            vision_config=vision, text_config=(Qwen2Config if cfg.qkv_bias else LlamaConfig)(**text)))
+        hf = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision,
+                                                       text_config=family(**text)))
     theirs = {}
-    for name_, value in hf.state_dict().items():
-        if (found := names.llava_name(name_)) and not pretrained.unused(found[0], vlm.config):
-            theirs.setdefault(found[0], []).append(tuple(value.shape))
+    for key, shape in shapes(hf).items():
+        found = names.llava_name(key)
+        if found is None or pretrained.unused(found[0], vlm.config):
+            continue
+        our_key, _ = found
+        rows = theirs[our_key][0] if our_key in theirs else 0       # q, k and v are stacked here
+        theirs[our_key] = (rows + shape[0], *shape[1:])
     if cfg.tied:
         del theirs["llm.lm_head.weight"]
-    stacked = {key: (sum(s[0] for s in shapes), *shapes[0][1:]) for key, shapes in theirs.items()}
-    ours = {key: tuple(value.shape) for key, value in vlm.state_dict().items()}
+    ours = shapes(vlm)
     if cfg.projector == "linear":       # which transformers has not
-        stacked = {key: value for key, value in stacked.items() if not key.startswith("projector.")}
-        assert ours.pop("projector.weight") == (cfg.width, cfg.clip_width) and ours.pop("projector.bias")
-    assert ours == stacked
+        theirs = {key: shape for key, shape in theirs.items() if not key.startswith("projector.")}
+        assert ours.pop("projector.weight") == (cfg.width, cfg.clip_width)
+        assert ours.pop("projector.bias") == (cfg.width,)
+    assert ours == theirs
 
 
 def test_a_7b_is_planned_without_a_byte_of_it():
@@ -90,9 +111,12 @@ def test_a_7b_is_planned_without_a_byte_of_it():
     vlm.visual.requires_grad_(False)
     vlm.llm.checkpointing = True
     full = memory.plan(vlm, 4 * 2048)
-    trained = 6_738_415_616 + 1024 * 4096 + 4096 + 4096 * 4096 + 4096
-    assert full["gradients"] == 2 * trained and full["optimizer"] == 12 * trained
+    decoder = 6_738_415_616
+    projector = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert full["gradients"] == 2 * (decoder + projector)
+    assert full["optimizer"] == 12 * (decoder + projector)
     vlm.llm.requires_grad_(False)
-    assert memory.plan(vlm, 4 * 2048)["optimizer"] == 12 * (trained - 6_738_415_616)
+    assert memory.plan(vlm, 4 * 2048)["optimizer"] == 12 * projector
     lora.attach(vlm.llm, "q_proj,v_proj", 16, 16.0)
-    assert memory.plan(vlm, 4 * 2048)["optimizer"] == 12 * (trained - 6_738_415_616 + 32 * 2 * 16 * 8192)
+    adapters = 32 * 2 * 16 * (4096 + 4096)          # blocks, Linears of each, rank, in and out
+    assert memory.plan(vlm, 4 * 2048)["optimizer"] == 12 * (projector + adapters)

@@ -1,11 +1,19 @@
-"""Models from disk or the hub: CLIP (open_clip, Hugging Face), Llama-type decoders, LLaVA in four layouts.
+"""Models from disk or the hub: CLIP (open_clip, Hugging Face), Llama-type decoders, LLaVA in four
+layouts.
 
-    clip = load_clip("ViT-L-14-336-quickgelu/openai")       # open_clip's name/tag, or name:FILE, or a folder
+    clip = load_clip("ViT-L-14-336-quickgelu/openai")       # open_clip's NAME/TAG, or NAME:FILE
+    clip = load_clip("path/to/clip-vit-large-patch14")      # a Hugging Face folder
     llm, tokenizer = load_llm("path/to/vicuna-7b-v1.5")     # a folder, or a name on the hub
     vlm, tokenizer = load_llava("path/to/llava-1.5-7b", dtype=torch.bfloat16, device="cuda")
 
-Modules are built without memory, every tensor is checked by name and shape before the first is read, and each goes
-straight to its dtype and device. Whatever is missing, unexpected or of another shape is named, and nothing is loaded.
+Every loader goes the same way: find the folder, read its config into ours, match its tensors'
+names with our parameters, check all shapes, build the module without memory, then copy tensor by
+tensor to its dtype and device. Whatever is missing, unexpected or of another shape is named before
+the first tensor is read, and nothing is loaded.
+
+    names      our parameter -> {place: the folder's tensor}; places 0, 1, 2 where q, k, v are
+               stacked here, else place 0 alone
+    where      the folder in a few words, the beginning of every message
 """
 import re
 import warnings
@@ -17,31 +25,31 @@ import torch
 
 from data import tokenizer as tokenizers
 from model.clip import Clip, ClipConfig
+from model.hub.names import LLAVA_VISION_DEFAULTS, TURNED
+from model.hub.names import clip_config, llama_config, need, refuse_quantized
+from model.hub.names import clip_name, decoder_name, llava_name
+from model.hub.tensors import TensorFolder, first_few, first_line, read_json
 from model.llama import Llama
-from model.hub.names import LLAVA_VISION_DEFAULTS, SKIPPED, clip_config, clip_name, llama_config, llava_name, need
-from model.hub.tensors import TensorFolder, read_json, some
 from model.vlm import VLM, VlmConfig
 
 
-def unused(name, config):
-    """Whether a tensor of the image tower, by our name, is one that a VLM of this config never computes."""
-    block = re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name)
-    return (int(block[1]) > config.clip.layers + config.feature_layer if block
-            else name.startswith(("visual.ln_post.", "visual.proj")))
-
+# ---------------------------------------------------------------- folders
 
 def resolve(name, flag):
-    """A folder, or a hub name (from huggingface_hub's cache, or downloaded) -> Path of a folder with a config.json."""
+    """A folder, or a hub name (from huggingface_hub's cache, or downloaded) -> Path of a folder
+    with a config.json."""
     folder = Path(name).expanduser()
     if folder.is_file():
-        raise ValueError(f"{flag}={name} must be a folder with a config.json and weights, it is a file")
+        raise ValueError(f"{flag}={name} must be a folder with a config.json and weights, it is a "
+                         "file")
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-            raise ValueError(f"{flag}={name} does not exist; expected a folder with a config.json and weights, or a "
-                             "name on the hub, OWNER/NAME")
+            raise ValueError(f"{flag}={name} does not exist; expected a folder with a config.json "
+                             "and weights, or a name on the hub, OWNER/NAME")
         folder = _from_hub(name, flag)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{flag}={name} has no config.json; expected a model's folder as the hub has it")
+        raise ValueError(f"{flag}={name} has no config.json; expected a model's folder as the hub "
+                         "has it")
     return folder
 
 
@@ -51,71 +59,109 @@ def _from_hub(name, flag):
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*texts, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*texts, "pytorch_model*.bin", "mm_projector.bin"]))
+            pickles = ["pytorch_model*.bin", "mm_projector.bin"]
+            folder = Path(snapshot_download(name, allow_patterns=[*texts, *pickles]))
         return folder
-    except Exception as error:      # offline, unknown or gated: the hub's client has an exception for each
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{flag}={name} is no folder here and cannot be had from the hub: {said}") from None
+    except Exception as error:      # offline, unknown or gated: the client has a class for each
+        raise ValueError(f"{flag}={name} is no folder here and cannot be had from the hub: "
+                         f"{first_line(error)}") from None
 
 
-def _fill(module, folder, names, where, dtype, device, idle=lambda name: False, given=()):
-    """Puts the tensors of `folder` into `module`, which lies on the meta device.
+# ---------------------------------------------------------------- tensors
 
-    names: our parameter -> {place: the folder's tensor}, several where ours is made of some; idle: whether a name of
-    ours may be in the folder and is not wanted; given: our parameter -> tensor of what comes from elsewhere.
-    Raises ValueError before anything is read.
-    """
-    given = {name: tensor for name, tensor in dict(given).items() if name in module.state_dict()}
-    wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if name not in given}
-    unexpected = [theirs for ours, parts in names.items() if ours not in wanted for theirs in parts.values()
-                  if not idle(ours)]
-    missing = [name for name in wanted if name not in names]
-    sources, wrong = {}, []
-    for name in wanted.keys() & names.keys():
-        if absent := {0, 1, 2} - {*names[name]} if ".in_proj_" in name else ():
-            missing += [f"{name}'s {', '.join('qkv'[place] for place in sorted(absent))}"]
+def _collect(shapes, rename, where=""):
+    """The folder's tensors -> `names`. Raises ValueError when two of them are one of ours."""
+    names = defaultdict(dict)
+    for theirs in shapes:
+        found = rename(theirs)
+        if found is None:           # a buffer, which is no weight
             continue
-        parts = [names[name][place] for place in sorted(names[name])]
-        shapes = [folder.shapes[part] for part in parts]
-        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(parts) > 1 else shapes[0]
-        turned = name in ("visual.proj", "text_projection")         # a matrix here, a Linear's weight there
-        if (shape[::-1] if turned else shape) != wanted[name]:
-            wrong.append(f"{parts[0]} {shape}, expected {wanted[name][::-1] if turned else wanted[name]}")
-        sources[name] = parts, turned
+        ours, place = found
+        other = names[ours].setdefault(place, theirs)
+        if other != theirs:
+            raise ValueError(f"{where}: tensors {other} and {theirs} are two names of one; which "
+                             "is meant?")
+    return dict(names)
+
+
+def _match(wanted, names, shapes, where):
+    """wanted: our parameter -> shape; shapes: the folder's tensor -> shape.
+
+    -> our parameter -> the folder's tensors whose rows it holds, one or q, k and v. Raises
+    ValueError that names everything that is missing, unexpected or of another shape.
+    """
+    unexpected = [theirs for ours in names if ours not in wanted for theirs in names[ours].values()]
+    missing = [ours for ours in wanted if ours not in names]
+    wrong = []
+    sources = {}
+    for ours in wanted.keys() & names.keys():
+        places = sorted(names[ours])
+        if ".in_proj_" in ours and places != [0, 1, 2]:
+            absent = ["qkv"[place] for place in range(3) if place not in places]
+            missing.append(f"{ours}'s {', '.join(absent)}")
+            continue
+        theirs = [names[ours][place] for place in places]
+        first, *rest = (shapes[name] for name in theirs)
+        found = first
+        if rest:
+            found = (first[0] + sum(shape[0] for shape in rest), *first[1:])
+        expected = wanted[ours]
+        if ours in TURNED:
+            expected = expected[::-1]
+        if found != expected:
+            wrong.append(f"{theirs[0]} {found}, expected {expected}")
+        sources[ours] = theirs
     complain(where, missing, unexpected, wrong)
-    state = given
-    for name, (parts, turned) in sorted(sources.items(), key=lambda item: folder.by_file(item[1][0][0])):
-        tensors = [folder.get(part) for part in parts]
-        tensor = torch.cat(tensors) if len(parts) > 1 else tensors[0]
-        state[name] = _own(tensor.T if turned else tensor, device, dtype)
+    return sources
+
+
+def complain(where, missing, unexpected, wrong):
+    """Raises ValueError in one sentence when any of the three lists holds a name."""
+    faults = []
+    for what, names in (("missing", missing), ("unexpected", unexpected),
+                        ("of another shape", wrong)):
+        if names:
+            faults.append(f"{len(names)} {what} ({first_few(names)})")
+    if faults:
+        raise ValueError(f"{where}: tensors {'; '.join(faults)}")
+
+
+def _fill(module, folder, names, where, dtype, device, given=None):
+    """Puts the tensors of `folder` into `module`, which lies on the meta device; -> `module`.
+
+    given: our parameter -> tensor of what comes from elsewhere. Raises ValueError before anything
+    is read.
+    """
+    state = dict(given or {})
+    wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if name not in state}
+    sources = _match(wanted, names, folder.shapes, where)
+    for ours in sorted(sources, key=lambda name: folder.by_file(sources[name][0])):
+        tensors = [folder.get(theirs) for theirs in sources[ours]]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if ours in TURNED:
+            tensor = tensor.T
+        state[ours] = _own(tensor, device, dtype)
     module.load_state_dict(state, assign=True)
     return module
 
 
 def _own(tensor, device, dtype):
-    """A contiguous copy in memory that torch allocates. The pages of a memory-mapped file would change with the file;
-    and a file's tensors lie at any offset, where a matmul may round otherwise than on the same numbers at torch's own
-    multiples of 64 bytes, as a resumed run has them."""
+    """A contiguous copy in memory that torch allocates. The pages of a memory-mapped file would
+    change with the file; and a file's tensors lie at any offset, where a matmul may round
+    otherwise than on the same numbers at torch's own multiples of 64 bytes, as a resumed run has
+    them."""
     return torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
 
 
-def _collect(shapes, rename, where=""):
-    """The folder's names -> {our name: {place: folder's name}}. Raises ValueError when two of them are one."""
-    names = defaultdict(dict)
-    for theirs in shapes:
-        if found := rename(theirs):
-            other = names[found[0]].setdefault(found[1], theirs)
-            if other != theirs:
-                raise ValueError(f"{where}: tensors {other} and {theirs} are two names of one; which is meant?")
-    return names
-
-
-def _settle_head(names, folder, config, prefix, where):
-    """A tied head is not stored twice; a file that does hold it must hold the embedding's very numbers."""
+def _drop_tied_head(names, folder, config, prefix, where):
+    """A tied head is not stored twice; a file that does hold it must hold the embedding's very
+    numbers."""
     head = names.get(f"{prefix}lm_head.weight")
-    if config.tied and head:
-        same = torch.equal(folder.get(head[0]), folder.get(names[f"{prefix}embed_tokens.weight"][0]))
-        need(same, where, "tie_word_embeddings", True, "False, since its lm_head.weight differs from the embedding")
+    embedding = names.get(f"{prefix}embed_tokens.weight")
+    if config.tied and head and embedding:
+        same = torch.equal(folder.get(head[0]), folder.get(embedding[0]))
+        need(same, where, "tie_word_embeddings", True,
+             "False, since its lm_head.weight differs from the embedding")
         del names[f"{prefix}lm_head.weight"]
 
 
@@ -124,8 +170,9 @@ def _settle_head(names, folder, config, prefix, where):
 def load_clip(name_or_path, dtype=torch.float32, device="cpu"):
     """-> Clip with both towers (with the image tower alone, if the folder has no more).
 
-    name_or_path: a Hugging Face CLIP folder; open_clip's "NAME/TAG", which is downloaded when it is not in the cache;
-    or "NAME:FILE" with open_clip's own file. Raises ValueError when the tower is of a kind that is not built here.
+    name_or_path: a Hugging Face CLIP folder; open_clip's "NAME/TAG", which is downloaded when it
+    is not in the cache; or "NAME:FILE" with open_clip's own file. Raises ValueError when the tower
+    is of a kind that is not built here.
     """
     name = str(name_or_path)
     if _is_open_clip(name):
@@ -133,19 +180,18 @@ def load_clip(name_or_path, dtype=torch.float32, device="cpu"):
     return _load_hf_clip(resolve(name, "--clip"), dtype, device)
 
 
-def _is_open_clip(name):
-    """Whether a name is open_clip's. Raises ValueError for a file by itself."""
-    import open_clip
-    if Path(name).is_file():
-        raise ValueError(f"--clip={name} is a file, which does not say what model it is the weights of; name that in "
-                         f"front of it, as in ViT-L-14-quickgelu:{name}")
-    return not Path(name).exists() and (
-        re.match(r"[\w-]+:.", name) is not None or name.partition("/")[0] in open_clip.list_models())
+def _tower_config(name):
+    """ClipConfig of what `load_clip` would load, from its config alone."""
+    if _is_open_clip(name):
+        return _open_clip_shape(name)
+    return folder_clip_config(resolve(name, "--clip"))
 
 
 def _load_hf_clip(folder, dtype, device):
-    where, tensors = f"CLIP folder {str(folder)!r}", TensorFolder(folder)
-    config = folder_clip_config(folder, any(name.startswith("text_model.") for name in tensors.shapes))
+    where = f"CLIP folder {str(folder)!r}"
+    tensors = TensorFolder(folder)
+    has_text = any(name.startswith("text_model.") for name in tensors.shapes)
+    config = folder_clip_config(folder, has_text)
     names = _collect(tensors.shapes, clip_name, where)
     with torch.device("meta"):
         model = Clip(config)
@@ -155,114 +201,171 @@ def _load_hf_clip(folder, dtype, device):
 
 
 def folder_clip_config(folder, text=False):
-    """config.json (and preprocessor_config.json) of a Hugging Face CLIP folder -> ClipConfig."""
+    """config.json (and preprocessor_config.json) of a Hugging Face CLIP folder -> ClipConfig;
+    text: with its text tower."""
+    where = f"CLIP folder {str(folder)!r}"
     config = read_json(folder / "config.json")
     kind = config.get("model_type", "clip")
-    need(kind in ("clip", "clip_vision_model"), f"CLIP folder {str(folder)!r}", "model_type", kind, "'clip'")
-    sizes = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
-    return clip_config(config.get("vision_config", config) | sizes, f"CLIP folder {str(folder)!r}",
-                       (config.get("text_config") or {}) if text else None, **_colours(folder))
+    need(kind in ("clip", "clip_vision_model"), where, "model_type", kind, "'clip'")
+    vision = config.get("vision_config", config)
+    if "projection_dim" in config:
+        vision = vision | {"projection_dim": config["projection_dim"]}
+    text_config = (config.get("text_config") or {}) if text else None
+    return replace(clip_config(vision, where, text_config), **_colours(folder))
 
 
 def _colours(folder):
-    """Channel statistics of the pixels, from a folder's preprocessor_config.json."""
+    """Channel statistics of the pixels, as ClipConfig has them, those that a
+    preprocessor_config.json states."""
     path = folder / "preprocessor_config.json"
-    found = read_json(path) if path.exists() else {}
-    return dict(mean=found.get("image_mean"), std=found.get("image_std"))
+    processor = read_json(path) if path.exists() else {}
+    colours = {}
+    for field in ("mean", "std"):
+        if processor.get(f"image_{field}"):
+            colours[field] = tuple(processor[f"image_{field}"])
+    return colours
+
+
+# ---------------------------------------------------------------- open_clip
+
+# What its model configs may say of the towers that are built here.
+OPEN_CLIP_VISION = "image_size layers width patch_size head_width mlp_ratio patch_dropout".split()
+OPEN_CLIP_TEXT = "context_length vocab_size width heads layers".split()
+# In its files, but no weights.
+OPENAI_EXTRAS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+
+
+def _is_open_clip(name):
+    """Whether a name is open_clip's. Raises ValueError for a file by itself."""
+    import open_clip
+    if Path(name).is_file():
+        raise ValueError(f"--clip={name} is a file, which does not say what model it is the "
+                         f"weights of; name that in front of it, as in ViT-L-14-quickgelu:{name}")
+    if Path(name).exists():
+        return False
+    if re.match(r"[\w-]+:.", name):
+        return True
+    return name.partition("/")[0] in open_clip.list_models()
+
+
+def _split_open_clip(name):
+    """"NAME/TAG" or "NAME:FILE" -> (NAME, TAG or FILE)."""
+    model_name = re.split("[:/]", name)[0]
+    return model_name, name[len(model_name) + 1:]
+
+
+def _open_clip_shape(name):
+    """ClipConfig of the model that "NAME/TAG" or "NAME:FILE" names."""
+    import open_clip
+    model_name, _ = _split_open_clip(name)
+    if model_name not in open_clip.list_models():
+        raise ValueError(f"--clip={name}: {model_name!r} is not a model that open_clip knows")
+    return open_clip_config(open_clip.get_model_config(model_name), f"--clip={name}")
 
 
 def open_clip_config(config, where):
-    """open_clip's model config (dict) -> ClipConfig. Raises ValueError naming what the towers here do not do."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    need("timm_model_name" not in vision and not isinstance(vision["layers"], list), where, "the image tower",
-         vision.get("timm_model_name", "a ResNet"), "open_clip's own ViT")
-    known = "image_size layers width patch_size head_width mlp_ratio patch_dropout".split()
-    known_text = "context_length vocab_size width heads layers".split()
-    for part, of, plain in (("vision_cfg", vision, known), ("text_cfg", text, known_text)):
-        odd = sorted(name for name, value in of.items() if name not in plain and value)
-        need(not odd, where, part, {name: of[name] for name in odd}, "none of these: not built here")
+    """open_clip's model config (dict) -> ClipConfig. Raises ValueError naming what the towers here
+    do not do."""
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
+    own_vit = "timm_model_name" not in vision and not isinstance(vision["layers"], list)
+    need(own_vit, where, "the image tower", vision.get("timm_model_name", "a ResNet"),
+         "open_clip's own ViT")
+    for name, tower, known in (("vision_cfg", vision, OPEN_CLIP_VISION),
+                               ("text_cfg", text, OPEN_CLIP_TEXT)):
+        odd = {key: tower[key] for key in sorted(tower) if key not in known and tower[key]}
+        need(not odd, where, name, odd, "none of these: not built here")
+    width = vision["width"]
     return ClipConfig(
-        image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"], layers=vision["layers"],
-        heads=vision["width"] // vision.get("head_width", 64), ff=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
-        embed=config["embed_dim"], text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
+        image_size=vision["image_size"], patch=vision["patch_size"],
+        width=width, layers=vision["layers"], heads=width // vision.get("head_width", 64),
+        ff=int(width * vision.get("mlp_ratio", 4.0)), embed=config["embed_dim"],
+        text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
         text_length=text["context_length"], vocab=text["vocab_size"],
         act="quick_gelu" if config.get("quick_gelu") else "gelu")
 
 
 def _load_open_clip(name, dtype, device):
     import open_clip
-    where, config, model_name = f"--clip={name}", _open_clip_shape(name), re.split("[:/]", name)[0]
-    act, weights = config.act, name[len(model_name) + 1:]
-    tags, file = open_clip.list_pretrained_tags_by_model(model_name), Path(weights).expanduser()
-    made_for = {} if file.is_file() else open_clip.get_pretrained_cfg(model_name, weights)
-    if not file.is_file() and not made_for:
-        raise ValueError(f"{where}: {weights!r} is neither a file nor one of open_clip's weights for {model_name}, "
-                         f"{', '.join(tags) or 'of which there are none'}")
-    # open_clip only warns of this, and the features are wrong ever after.
-    trained = "quick_gelu" if made_for.get("quick_gelu", act == "quick_gelu") else "gelu"
-    other = model_name.removesuffix("-quickgelu") + ("-quickgelu" if trained == "quick_gelu" else "")
-    need(act == trained, where, "the activation", act, f"{trained}, which these weights were trained with: {other}")
-    way = made_for.get("resize_mode", "shortest"), made_for.get("interpolation", "bicubic")
-    need(way == ("shortest", "bicubic"), where, "the resizing of its pictures", way, "('shortest', 'bicubic')")
-    if file.is_file() and act == "gelu":
-        warnings.warn(f"{where}: the file is read with exact GELU; OpenAI's weights want a name with -quickgelu",
-                      stacklevel=3)
-    colours = {kind: tuple(made_for[kind]) for kind in ("mean", "std") if made_for.get(kind)}
+    where = f"--clip={name}"
+    config = _open_clip_shape(name)
+    model_name, weights = _split_open_clip(name)
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        config = _as_trained(model_name, weights, config, where)
+    elif config.act == "gelu":
+        warnings.warn(f"{where}: the file is read with exact GELU; OpenAI's weights want a name "
+                      "with -quickgelu", stacklevel=3)
     try:
-        # A file by itself: create_model would stretch position embeddings of another size into the model's.
-        state = (open_clip.factory.load_state_dict(str(file)) if file.is_file()
-                 else open_clip.create_model(model_name, pretrained=weights).state_dict())
+        if file.is_file():
+            # Not create_model, which would stretch position embeddings of another size.
+            state = open_clip.factory.load_state_dict(str(file))
+        else:
+            state = open_clip.create_model(model_name, pretrained=weights).state_dict()
     except Exception as error:      # no network, a damaged file, a TorchScript archive
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{where} cannot be loaded by open_clip: {said}") from None
-    with torch.device("meta"):
-        ours = Clip(replace(config, **colours))
+        raise ValueError(f"{where} cannot be loaded by open_clip: {first_line(error)}") from None
     state = {key: value.detach() for key, value in state.items() if key not in OPENAI_EXTRAS}
-    check_tensors({key: tuple(value.shape) for key, value in ours.state_dict().items()},
-                  {key: tuple(value.shape) for key, value in state.items()}, where)
-    ours.load_state_dict({key: _own(value, device, dtype) for key, value in state.items()}, assign=True)
-    return ours
+    with torch.device("meta"):
+        model = Clip(config)
+    _check_same_tensors(model.state_dict(), state, where)
+    model.load_state_dict({key: _own(value, device, dtype) for key, value in state.items()},
+                          assign=True)
+    return model
 
 
-OPENAI_EXTRAS = ("attn_mask", "input_resolution", "context_length", "vocab_size")      # no weights
-
-
-def check_tensors(wanted, found, where):
-    """Both name -> shape; raises ValueError naming what is missing, unexpected or of another shape."""
-    wrong = [f"{name} {found[name]}, expected {wanted[name]}" for name in wanted.keys() & found.keys()
-             if found[name] != wanted[name]]
-    complain(where, wanted.keys() - found.keys(), found.keys() - wanted.keys(), wrong)
-
-
-def complain(where, missing, unexpected, wrong):
-    faults = [f"{len(names)} {what} ({some(names)})" for what, names in
-              (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if names]
-    if faults:
-        raise ValueError(f"{where}: tensors {'; '.join(faults)}")
-
-
-def _open_clip_shape(name):
+def _as_trained(model_name, tag, config, where):
+    """`config` with the channel statistics of the weights `tag`. Raises ValueError when open_clip
+    has no such weights, or when they were trained with another activation or resizing than they
+    would be used with here."""
     import open_clip
-    model_name = re.split("[:/]", name)[0]
-    if model_name not in open_clip.list_models():
-        raise ValueError(f"--clip={name}: {model_name!r} is not a model that open_clip knows")
-    return open_clip_config(open_clip.get_model_config(model_name), f"--clip={name}")
+    trained = open_clip.get_pretrained_cfg(model_name, tag)
+    if not trained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name))
+        if not tags:
+            tags = "of which there are none"
+        raise ValueError(f"{where}: {tag!r} is neither a file nor one of open_clip's weights for "
+                         f"{model_name}, {tags}")
+    # open_clip only warns of another activation, and the features are wrong ever after.
+    quick = trained.get("quick_gelu", config.act == "quick_gelu")
+    act = "quick_gelu" if quick else "gelu"
+    right_name = model_name.removesuffix("-quickgelu")
+    if quick:
+        right_name += "-quickgelu"
+    need(config.act == act, where, "the activation", config.act,
+         f"{act}, which these weights were trained with: {right_name}")
+    resizing = (trained.get("resize_mode", "shortest"), trained.get("interpolation", "bicubic"))
+    need(resizing == ("shortest", "bicubic"), where, "the resizing of its pictures", resizing,
+         "('shortest', 'bicubic')")
+    colours = {field: tuple(trained[field]) for field in ("mean", "std") if trained.get(field)}
+    return replace(config, **colours)
+
+
+def _check_same_tensors(wanted, found, where):
+    """Both name -> tensor; raises ValueError naming what is missing, unexpected or of another
+    shape."""
+    wrong = []
+    for name in wanted.keys() & found.keys():
+        shape = tuple(found[name].shape)
+        expected = tuple(wanted[name].shape)
+        if shape != expected:
+            wrong.append(f"{name} {shape}, expected {expected}")
+    complain(where, wanted.keys() - found.keys(), found.keys() - wanted.keys(), wrong)
 
 
 # ---------------------------------------------------------------- decoders
 
 def load_llm(path, dtype=torch.float32, device="cpu"):
-    """A Hugging Face folder of a Llama-type decoder, or its name on the hub -> (Llama, tokenizer or None)."""
+    """A Hugging Face folder of a Llama-type decoder, or its name on the hub -> (Llama, tokenizer
+    or None)."""
     folder = resolve(path, "--llm")
     where = f"decoder folder {str(folder)!r}"
     config = read_json(folder / "config.json")
-    need("text_config" not in config, where, "its config", "that of a model with more than a decoder", "a decoder's; a "
-         "LLaVA goes by --llava")
+    need("text_config" not in config, where, "its config",
+         "that of a model with more than a decoder", "a decoder's; a LLaVA goes by --llava")
     config = llama_config(config, where)
     tensors = TensorFolder(folder)
-    names = _collect(tensors.shapes, lambda name: None if SKIPPED.search(name) else (name.removeprefix("model."), 0),
-                     where)
-    _settle_head(names, tensors, config, "", where)
+    names = _collect(tensors.shapes, decoder_name, where)
+    _drop_tied_head(names, tensors, config, "", where)
     tokenizer = _tokenizer(folder, config.vocab)
     with torch.device("meta"):
         llm = Llama(config)
@@ -270,101 +373,155 @@ def load_llm(path, dtype=torch.float32, device="cpu"):
 
 
 def _tokenizer(folder, rows):
-    """The folder's tokenizer, or None; ValueError when it does not go with an embedding of `rows` rows."""
+    """The folder's tokenizer, or None; ValueError when it does not go with an embedding of `rows`
+    rows."""
     tokenizer = tokenizers.load(folder, rows)
     if tokenizer is None:
         return None
-    # Rows beyond the tokenizer's ids are padding: to the next multiple that suits matmuls, or a little further.
     count = len(tokenizer)
-    padded = rows in {-(-count // n) * n for n in (64, 128)} or rows % 32 == 0 and count < rows <= 1.03 * count
-    if rows != count and not padded:
-        raise ValueError(f"folder {str(folder)!r}: its tokenizer has {count} entries, its embedding {rows} "
-                         "rows; they do not belong together")
+    if rows != count and not _is_padded(rows, count):
+        raise ValueError(f"folder {str(folder)!r}: its tokenizer has {count} entries, its "
+                         f"embedding {rows} rows; they do not belong together")
     return tokenizer
+
+
+def _is_padded(rows, count):
+    """Whether `rows` may be those of `count` entries and padding: up to the next multiple that
+    suits matmuls, or, as in Qwen, a little further."""
+    if rows in (-(-count // 64) * 64, -(-count // 128) * 128):
+        return True
+    return rows % 32 == 0 and count < rows <= 1.03 * count
 
 
 # ---------------------------------------------------------------- LLaVA
 
-def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
-    """A LLaVA folder in any of the four layouts, or its name on the hub -> (VLM, tokenizer or None).
+TWO_LAYERS = {"projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias"}
 
-    clip: where the image tower is, as for `load_clip`, when the folder holds none (LLaVA's own layout names one in its
-    config). Raises ValueError in one sentence when anything does not fit; nothing is half loaded.
+
+def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
+    """A LLaVA folder in any of the four layouts, or its name on the hub -> (VLM, tokenizer or
+    None).
+
+    clip: where the image tower is, as for `load_clip`, when the folder holds none (LLaVA's own
+    layout names one in its config). Raises ValueError in one sentence when anything does not fit;
+    nothing is half loaded.
     """
     folder = resolve(path, "--llava")
-    where, config = f"LLaVA folder {str(folder)!r}", read_json(folder / "config.json")
-    kind = config.get("model_type", "llava")
-    need(kind == "llava" or "text_config" not in config, where, "model_type", kind, "'llava'")
+    where = f"LLaVA folder {str(folder)!r}"
+    raw = read_json(folder / "config.json")
+    kind = raw.get("model_type", "llava")
+    need(kind == "llava" or "text_config" not in raw, where, "model_type", kind, "'llava'")
     tensors = TensorFolder(folder)
     names = _collect(tensors.shapes, llava_name, where)
-    inside = any(name.startswith("visual.") for name in names) and not clip
-    loaded = None if inside else load_clip(clip or _named_tower(config, folder, where), dtype, device)
-    if "text_config" in config:
-        made = _hf_llava_config(config, where, folder)
+
+    # 1. The image tower: the folder's own, or one from elsewhere in its place.
+    loaded = None
+    if clip or not _holds_tower(names):
+        loaded = load_clip(clip or _named_tower(raw, folder, where), dtype, device)
+        names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("visual.")}
+
+    # 2. The config.
+    if "text_config" in raw:
+        config = _hf_llava_config(raw, where, folder)
     else:
-        made = _own_llava_config(config, where, folder, tensors, names if inside else (),
-                                 loaded and loaded.config)
-    tower = {}
+        tower = loaded.config if loaded else _inside_tower(raw, where, folder, tensors, names)
+        config = _own_llava_config(raw, where, tower)
     if loaded:
-        made = replace(made, clip=loaded.config)
-        tower = {f"visual.{name}": tensor for name, tensor in loaded.visual.state_dict().items()}
-        names = {name: parts for name, parts in names.items() if not name.startswith("visual.")}
-    rows = made.llm.vocab
-    if padded := config.get("seethink"):
-        made = replace(made, llm=replace(made.llm, vocab=padded["vocab"]))
-        for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
-            if name in names:
-                tensors.shorten(names[name][0], padded["vocab"])
-    _settle_head(names, tensors, made.llm, "llm.", where)
-    if made.projector == "linear" and "projector.2.weight" in names:
+        config = replace(config, clip=loaded.config)
+
+    # 3. Out with what only the format wants: rows for <image>, a tied head's copy, the second layer
+    #    of a linear projector, blocks that nothing reads.
+    rows = config.llm.vocab
+    if raw.get("seethink"):
+        config = _drop_rows(config, raw["seethink"]["vocab"], tensors, names)
+    _drop_tied_head(names, tensors, config.llm, "llm.", where)
+    if config.projector == "linear" and TWO_LAYERS <= names.keys():
         _drop_identity(tensors, names, where)
+    names = {ours: theirs for ours, theirs in names.items() if not unused(ours, config)}
+
+    # 4. Tokenizer and weights.
     tokenizer = _tokenizer(folder, rows)
     with torch.device("meta"):
-        vlm = VLM(made)
-    return _fill(vlm, tensors, names, where, dtype, device, lambda name: unused(name, made), tower), tokenizer
+        vlm = VLM(config)
+    given = {}
+    if loaded:
+        state = loaded.visual.state_dict()
+        given = {f"visual.{name}": state[name] for name in vlm.visual.state_dict()}
+    return _fill(vlm, tensors, names, where, dtype, device, given), tokenizer
 
 
-def _hf_llava_config(config, where, folder):
+def _holds_tower(names):
+    return any(ours.startswith("visual.") for ours in names)
+
+
+def unused(name, config):
+    """Whether a tensor of the image tower, by our name, is one that a VLM of this config never
+    computes."""
+    block = re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) > config.clip.layers + config.feature_layer
+    return name.startswith(("visual.ln_post.", "visual.proj"))
+
+
+def _hf_llava_config(raw, where, folder):
     """config.json of layouts 2 to 4 -> VlmConfig."""
-    text = config["text_config"] or {}
-    text = text | dict(tie_word_embeddings=text.get("tie_word_embeddings") or config.get("tie_word_embeddings", False))
-    need(config.get("multimodal_projector_bias", True), where, "multimodal_projector_bias", False, "True")
-    need(not config.get("quantization_config"), where, "quantization_config", "there", "weights that are not quantized")
-    vision = clip_config(config.get("vision_config") or {}, where, defaults=LLAVA_VISION_DEFAULTS, **_colours(folder))
-    layer = config.get("vision_feature_layer", -2)
-    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+    need(raw.get("multimodal_projector_bias", True), where, "multimodal_projector_bias", False,
+         "True")
+    refuse_quantized(raw, where)
+    vision = clip_config(raw.get("vision_config") or {}, where, defaults=LLAVA_VISION_DEFAULTS)
+    layer = raw.get("vision_feature_layer", -2)
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
     need(isinstance(layer, int), where, "vision_feature_layer", layer, "one number")
-    kept = config.get("vision_feature_select_strategy", "default")
-    need(kept == "default", where, "vision_feature_select_strategy", kept, "'default', without the class token")
-    act = config.get("projector_hidden_act", "gelu")
-    need(act in ("gelu", "linear"), where, "projector_hidden_act", act, "'gelu', or 'linear' for W alone")
+    kept = raw.get("vision_feature_select_strategy", "default")
+    need(kept == "default", where, "vision_feature_select_strategy", kept,
+         "'default', without the class token")
+    act = raw.get("projector_hidden_act", "gelu")
+    need(act in ("gelu", "linear"), where, "projector_hidden_act", act,
+         "'gelu', or 'linear' for W alone")
+    text = dict(raw["text_config"] or {})
+    if not text.get("tie_word_embeddings"):         # either place may tie the head
+        text["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     processor = folder / "preprocessor_config.json"
-    padded = processor.exists() and read_json(processor).get("do_pad")
+    pads = processor.exists() and read_json(processor).get("do_pad")
     return VlmConfig(
-        vision, llama_config(text, where), "mlp2x_gelu" if act == "gelu" else "linear",
-        layer, image_fit="pad" if padded else "crop", speaks=True,
-        folder_image_id=config.get("image_token_index", config.get("image_token_id", 32000)))
+        clip=replace(vision, **_colours(folder)),
+        llm=llama_config(text, where),
+        projector="mlp2x_gelu" if act == "gelu" else "linear",
+        feature_layer=layer,
+        image_fit="pad" if pads else "crop",
+        speaks=True,
+        folder_image_id=raw.get("image_token_index", raw.get("image_token_id", 32000)))
 
 
-def _own_llava_config(config, where, folder, tensors, names, tower=None):
-    """config.json of LLaVA's own layout -> VlmConfig; of the image tower when `names` hold it, else `tower`."""
-    need(not config.get("mm_use_im_start_end"), where, "mm_use_im_start_end", True, "False: no tokens around an image")
-    kept = config.get("mm_vision_select_feature", "patch")
-    need(kept == "patch", where, "mm_vision_select_feature", kept, "'patch', without the class token")
-    projector = config.get("mm_projector_type", "linear")
-    need(projector in ("linear", "mlp2x_gelu"), where, "mm_projector_type", projector, "linear or mlp2x_gelu")
-    ratio = config.get("image_aspect_ratio")
-    need(ratio in (None, "square", "pad"), where, "image_aspect_ratio", ratio, "square or pad: no tiles are built here")
-    vision = _inside_tower(config, where, folder, tensors, names) if names else tower
-    return VlmConfig(vision, llama_config(config, where), projector, config.get("mm_vision_select_layer", -2),
-                     image_fit="pad" if ratio == "pad" else "crop", speaks=True)
+def _own_llava_config(raw, where, tower):
+    """config.json of LLaVA's own layout, and the ClipConfig of its image tower -> VlmConfig."""
+    need(not raw.get("mm_use_im_start_end"), where, "mm_use_im_start_end", True,
+         "False: no tokens around an image")
+    kept = raw.get("mm_vision_select_feature", "patch")
+    need(kept == "patch", where, "mm_vision_select_feature", kept,
+         "'patch', without the class token")
+    projector = raw.get("mm_projector_type", "linear")
+    need(projector in ("linear", "mlp2x_gelu"), where, "mm_projector_type", projector,
+         "linear or mlp2x_gelu")
+    ratio = raw.get("image_aspect_ratio")
+    need(ratio in (None, "square", "pad"), where, "image_aspect_ratio", ratio,
+         "square or pad: no tiles are built here")
+    return VlmConfig(
+        clip=tower,
+        llm=llama_config(raw, where),
+        projector=projector,
+        feature_layer=raw.get("mm_vision_select_layer", -2),
+        image_fit="pad" if ratio == "pad" else "crop",
+        speaks=True)
 
 
-def _named_tower(config, folder, where):
+def _named_tower(raw, folder, where):
     """The image tower that a checkpoint without one names in its config."""
-    name = config.get("mm_vision_tower") or config.get("vision_tower")
+    name = raw.get("mm_vision_tower") or raw.get("vision_tower")
     if not name:
-        raise ValueError(f"{where} holds no image tower and its config names none; name one with --clip=")
+        raise ValueError(f"{where} holds no image tower and its config names none; name one with "
+                         "--clip=")
     for place in (folder / name, Path(name)):
         if place.is_dir():
             return str(place)
@@ -374,30 +531,52 @@ def _named_tower(config, folder, where):
         raise ValueError(f"{where} holds no image tower: {error}; name one with --clip=") from None
 
 
-def _inside_tower(config, where, folder, tensors, names):
-    """Sizes of a tower that lies in a LLaVA folder of the own layout, whose config has none: from its config if it has
-    them all the same, from the folder its tower is named after, or, for OpenAI's, from the shapes."""
-    if "vision_config" in config:
-        return clip_config(config["vision_config"], where, **_colours(folder))
-    name = str(config.get("mm_vision_tower", ""))
+def _inside_tower(raw, where, folder, tensors, names):
+    """ClipConfig of a tower that lies in a LLaVA folder of the own layout, whose config has no
+    sizes of it: from the config if it has them all the same, from the folder its tower is named
+    after, or, for OpenAI's, from the shapes."""
+    if "vision_config" in raw:
+        return replace(clip_config(raw["vision_config"], where), **_colours(folder))
+    name = str(raw.get("mm_vision_tower", ""))
     for place in (folder / name, Path(name)):
         if name and (place / "config.json").is_file():
             return folder_clip_config(place)
-    need("clip-vit" in name, where, "mm_vision_tower", name, "a folder with a config.json, or one of OpenAI's towers: "
-         "the tower's sizes stand nowhere else")
-    shapes = {ours: tensors.shapes[next(iter(parts.values()))] for ours, parts in names.items()}
-    width, _, patch, _ = shapes["visual.conv1.weight"]
-    side = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
-    layers = len({ours.split(".")[3] for ours in names if ours.startswith("visual.transformer.resblocks.")})
-    return ClipConfig(image_size=side * patch, patch=patch, width=width, layers=layers, heads=width // 64,
-                      ff=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0], text_layers=0)
+    need("clip-vit" in name, where, "mm_vision_tower", name,
+         "a folder with a config.json, or one of OpenAI's towers: the tower's sizes stand nowhere "
+         "else")
+
+    def shape(ours):
+        if f"visual.{ours}" not in names:
+            complain(where, [f"visual.{ours}"], [], [])
+        theirs = names[f"visual.{ours}"]
+        return tensors.shapes[theirs[min(theirs)]]
+
+    width, _, patch, _ = shape("conv1.weight")
+    positions, _ = shape("positional_embedding")
+    ff, _ = shape("transformer.resblocks.0.mlp.c_fc.weight")
+    side = round((positions - 1) ** 0.5)        # one position is the class token's
+    blocks = {ours.split(".")[3] for ours in names
+              if ours.startswith("visual.transformer.resblocks.")}
+    return ClipConfig(image_size=side * patch, patch=patch, width=width, layers=len(blocks),
+                      heads=width // 64, ff=ff, text_layers=0)
+
+
+def _drop_rows(config, vocab, tensors, names):
+    """`export_hf` pads the vocabulary for <image>: -> the config with the `vocab` rows that the
+    model had."""
+    for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
+        if name in names:
+            tensors.shorten(names[name][0], vocab)
+    return replace(config, llm=replace(config.llm, vocab=vocab))
 
 
 def _drop_identity(tensors, names, where):
     """`export_hf` writes W as two layers, the second an identity: the first alone is W again."""
-    weight, bias = (tensors.get(names.pop(f"projector.2.{kind}")[0]) for kind in ("weight", "bias"))
+    weight = tensors.get(names.pop("projector.2.weight")[0])
+    bias = tensors.get(names.pop("projector.2.bias")[0])
     same = torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)) and not bias.any()
-    need(same, where, "projector_hidden_act", "linear", "'gelu': only W followed by an identity is read without it")
+    need(same, where, "projector_hidden_act", "linear",
+         "'gelu': only W followed by an identity is read without it")
     for kind in ("weight", "bias"):
         names[f"projector.{kind}"] = names.pop(f"projector.0.{kind}")
 
@@ -407,47 +586,56 @@ def _drop_identity(tensors, names, where):
 def load_tokenizer(path):
     """The tokenizer of a model's folder or hub name. Raises ValueError when it has none."""
     folder = resolve(path, "--llm or --llava")
-    config = read_json(folder / "config.json")
-    found = _tokenizer(folder, llama_config(config.get("text_config", config), f"folder {str(folder)!r}").vocab)
-    if found is None:
-        raise ValueError(f"{str(folder)!r} holds no tokenizer; expected a tokenizer.model or a tokenizer.json")
-    return found
+    raw = read_json(folder / "config.json")
+    config = llama_config(raw.get("text_config", raw), f"folder {str(folder)!r}")
+    tokenizer = _tokenizer(folder, config.vocab)
+    if tokenizer is None:
+        raise ValueError(f"{str(folder)!r} holds no tokenizer; expected a tokenizer.model or a "
+                         "tokenizer.json")
+    return tokenizer
 
 
 def planned(cfg):
-    """VlmConfig of what --clip, --llm and --llava name, from their configs alone; what they leave open is the config's
-    own. None where they name nothing."""
+    """VlmConfig of what --clip, --llm and --llava name, from their configs alone; what they leave
+    open is the config's own. Returns None where they name nothing."""
     if not cfg.pretrained:
         return None
-    tower = _tower_config(cfg.clip) if cfg.clip else cfg.clip_config(1)
     if cfg.llava:
-        folder = resolve(cfg.llava, "--llava")
-        config, where = read_json(folder / "config.json"), f"LLaVA folder {str(folder)!r}"
-        if "text_config" in config:
-            made = _hf_llava_config(config, where, folder)
-            return replace(made, clip=tower) if cfg.clip else made
-        tensors = TensorFolder(folder)
-        names = _collect(tensors.shapes, llava_name, where)
-        inside = any(name.startswith("visual.") for name in names) and not cfg.clip
-        if not inside and not cfg.clip:
-            tower = _tower_config(_named_tower(config, folder, where))
-        return _own_llava_config(config, where, folder, tensors, names if inside else (), tower)
+        return _planned_llava(cfg.llava, cfg.clip)
+    tower = _tower_config(cfg.clip) if cfg.clip else cfg.clip_config(1)
     llm = cfg.llm_config(cfg.vocab)
     if cfg.llm:
         folder = resolve(cfg.llm, "--llm")
         llm = llama_config(read_json(folder / "config.json"), f"decoder folder {str(folder)!r}")
-    return VlmConfig(tower, llm, cfg.projector, cfg.feature_layer, cfg.image_positions, speaks=bool(cfg.llm))
+    return VlmConfig(tower, llm, cfg.projector, cfg.feature_layer, cfg.image_positions,
+                     speaks=bool(cfg.llm))
+
+
+def _planned_llava(path, clip):
+    """VlmConfig of what `load_llava` would load, from the configs and, in LLaVA's own layout, the
+    tensors' shapes."""
+    folder = resolve(path, "--llava")
+    where = f"LLaVA folder {str(folder)!r}"
+    raw = read_json(folder / "config.json")
+    tower = _tower_config(clip) if clip else None
+    if "text_config" in raw:
+        config = _hf_llava_config(raw, where, folder)
+        return replace(config, clip=tower) if clip else config
+    if not clip:
+        tensors = TensorFolder(folder)
+        names = _collect(tensors.shapes, llava_name, where)
+        if _holds_tower(names):
+            tower = _inside_tower(raw, where, folder, tensors, names)
+        else:
+            tower = _tower_config(_named_tower(raw, folder, where))
+    return _own_llava_config(raw, where, tower)
 
 
 def check_weights(cfg):
-    """Raises ValueError when the decoder of --llm cannot be loaded, by the names and shapes of its tensors: stage clip
-    may train for hours before that decoder is asked for."""
+    """Raises ValueError when the decoder of --llm cannot be loaded, by the names and shapes of its
+    tensors: stage clip may train for hours before that decoder is asked for."""
     if cfg.llm:
         load_llm(cfg.llm, getattr(torch, cfg.dtype), "meta")
-
-
-def _tower_config(name):
-    return _open_clip_shape(name) if _is_open_clip(name) else folder_clip_config(resolve(name, "--clip"))
 
 
 def fields(made):
@@ -455,16 +643,26 @@ def fields(made):
     vision, llm = made.clip, made.llm
     names = "vocab width layers heads kv_heads ff theta eps tied qkv_bias"
     return {name: getattr(llm, name) for name in names.split()} | dict(
-        image_size=vision.image_size, patch=vision.patch, clip_width=vision.width, embed=vision.embed,
-        clip_layers=vision.layers, clip_heads=vision.heads, clip_act=vision.act, clip_stem=vision.stem,
-        clip_pool=vision.pool, projector=made.projector, feature_layer=made.feature_layer,
+        image_size=vision.image_size, patch=vision.patch, clip_width=vision.width,
+        embed=vision.embed, clip_layers=vision.layers, clip_heads=vision.heads,
+        clip_act=vision.act, clip_stem=vision.stem, clip_pool=vision.pool,
+        projector=made.projector, feature_layer=made.feature_layer,
         image_positions=made.image_positions)
 
 
 def assemble(cfg, made, state, vocab, dtype, device):
-    """A VLM as `planned` has it, `made`: of --clip (without it, of the CLIP in a checkpoint's `state`) and --llm
-    (without it, of a new decoder of `vocab` rows), with a new projector."""
-    tower = (load_clip(cfg.clip, dtype, device) if cfg.clip else
-             Clip.from_config(state["clip_config"], state["clip"]))
-    llm = load_llm(cfg.llm, dtype, device)[0] if cfg.llm else Llama(cfg.llm_config(vocab))
-    return VLM.from_parts(replace(made, clip=tower.config, llm=llm.config), tower.visual, llm)
+    """A VLM as `planned` has it, `made`, with a new projector.
+
+    Its tower is that of --clip, else of the CLIP in a checkpoint's `state`; its decoder that of
+    --llm, else a new one of `vocab` rows.
+    """
+    if cfg.clip:
+        clip = load_clip(cfg.clip, dtype, device)
+    else:
+        clip = Clip.from_config(state["clip_config"], state["clip"])
+    if cfg.llm:
+        llm, _ = load_llm(cfg.llm, dtype, device)
+    else:
+        llm = Llama(cfg.llm_config(vocab))
+    config = replace(made, clip=clip.config, llm=llm.config)
+    return VLM.from_parts(config, clip.visual, llm)
