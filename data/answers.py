@@ -1,26 +1,31 @@
-"""When an answer counts as the gold one. All that may differ is stated here, for training and evaluation alike.
+"""When an answer counts as the gold one. All that may differ is stated here, for training and
+evaluation alike.
 
-    words       case, the white space between them, full stops at the end; the gold answer or one of its aliases
-    numbers     the way they are written ("1,000" and "1000.0"); a unit, if the sample names one, or none; and as much
-                as the sample's tolerance allows
-    choices     the text of the choice; where the question shows them with letters ("(A) red (B) blue", "A. red ..") its
-                letter ("B", "(b)", "B.") or both ("B. blue") as well
+    words       case, the white space between them, full stops at the end; the gold answer or one of
+                its aliases
+    numbers     the way they are written ("1,000" and "1000.0"); a unit, if the sample names one, or
+                none; and as much as the sample's tolerance allows
+    choices     the text of the choice; where the question shows them with letters ("(A) red (B) blue",
+                "A. red ..") its letter ("B", "(b)", "B.") or both ("B. blue") as well
 
-Whatever is not one of these, a list of answers, an answer with a reason, a part of a word, is wrong. Linear time.
+Whatever is not one of these (a list of answers, an answer with a reason, a part of a word) is
+wrong. Judging takes linear time.
 """
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from decimal import Decimal
 from functools import lru_cache
 from string import ascii_lowercase
 
-# ASCII digits alone: int("٣") is 3 in Python, but no gold answer is written so. Nothing longer is a number.
+# ASCII digits only: int("٣") is 3 in Python, but no gold answer is written so.
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?", re.ASCII)
-LONGEST_NUMBER = 40
-# The template sets these itself; a second copy inside a text would add a picture or end an answer early.
+LONGEST_NUMBER = 40         # characters; a longer text is no number
+# The template sets these itself; a second copy inside a text would add a picture or end an answer
+# early.
 TAG = re.compile(r"<image>|</?(think|answer|summary|caption|reasoning|conclusion)>", re.IGNORECASE)
-INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}      # Unicode's categories: controls, zero-width characters, white space
+# Unicode's categories of control characters, zero-width characters and white space.
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 LETTER = re.compile(r"\(?([a-z])(?:[).:]+|$)\s*(.*)", re.DOTALL)
 
 
@@ -34,7 +39,7 @@ def normalise(answer):
 
 
 def number(text, unit=""):
-    """The number that a normalised text is, exactly, `unit` after it or not; else None.
+    """Normalised text -> its exact value, with or without `unit` after it; None if it is no number.
 
     >>> number("1,000.50 cm", "cm"), number("3 or 4"), number("nan"), number("1e999")
     (Decimal('1000.50'), None, None, Decimal('1E+999'))
@@ -50,15 +55,25 @@ def number(text, unit=""):
 def key(answer, unit=""):
     """What an answer is compared by: the number that it is, else its normalised text.
 
-    Without a tolerance `is_right` cannot tell apart the answers of one key, and no others.
+    Without a tolerance, `is_right` takes one answer for another exactly if they have the same key.
     """
     text = normalise(answer)
     value = number(text, unit)
     return text if value is None else value
 
 
+def commonest_answer(samples):
+    """-> (the gold answer that is right most often, the share of `samples` for which it is
+    right)."""
+    keys = [key(sample.answer, sample.unit) for sample in samples]
+    [(commonest, _)] = Counter(keys).most_common(1)
+    answer = samples[keys.index(commonest)].answer
+    right = sum(is_right(sample, answer) for sample in samples)
+    return answer, right / len(samples)
+
+
 def alike(answers, unit=""):
-    """Lists of the answers that count as the same, in their order. Linear time.
+    """-> lists of the answers that count as the same, in their order. Linear time.
 
     >>> alike(["1", "two", "1.0", "Two.", "three"])
     [['1', '1.0'], ['two', 'Two.']]
@@ -70,7 +85,7 @@ def alike(answers, unit=""):
 
 
 def fault(answer):
-    """Why a gold answer can never be given and judged right, as the end of a sentence; "" when it can.
+    """Why a gold answer can never be judged right, as the end of a sentence; "" when it can.
 
     >>> fault("..."), fault("two")
     ('is nothing but full stops and spaces, which do not count', '')
@@ -86,22 +101,31 @@ def fault(answer):
 
 
 @lru_cache(maxsize=4096)
-def _gold(answer, aliases, choices, question):
-    """-> accepted texts, and {letter: accepted text after it} of the right choices."""
+def _accepted(answer, aliases, choices, question):
+    """-> (texts that are right, {letter: its choice} for the right choices), all normalised."""
     texts = {normalise(gold) for gold in (answer, *aliases)} - {""}
     letters = {letter: normalise(choice) for letter, choice in zip(ascii_lowercase, choices)}
-    question = normalise(question)
-    shown = all(re.search(rf"(?<!\w)\(?{letter}[).:]\s*{re.escape(choice)}(?!\w)", question)
-                for letter, choice in letters.items())
-    if not letters or not shown or any(len(choice) == 1 and choice.isalpha() for choice in letters.values()):
-        return texts, {}                # a choice that is itself a letter would make letters ambiguous
-    # A gold answer that is a letter names its choice.
-    right = {letter: choice for letter, choice in letters.items() if choice in texts or letter == normalise(answer)}
+    if not letters or not _shown_with_letters(letters, normalise(question)):
+        return texts, {}
+    if any(len(choice) == 1 and choice.isalpha() for choice in letters.values()):
+        return texts, {}  # a choice that is itself a letter would make letters ambiguous
+    right = {}
+    for letter, choice in letters.items():
+        if choice in texts or letter == normalise(answer):      # a gold letter names its choice
+            right[letter] = choice
     return texts | set(right.values()), right
 
 
+def _shown_with_letters(letters, question):
+    """Whether the question shows every choice behind its letter: "(a) red", "a. red", "a: red"."""
+    for letter, choice in letters.items():
+        if not re.search(rf"(?<!\w)\(?{letter}[).:]\s*{re.escape(choice)}(?!\w)", question):
+            return False
+    return True
+
+
 def verdict(sample, answer):
-    """-> (whether it is right, why), of the text inside the answer tag. An empty answer is never right.
+    """-> (whether the text inside the answer tag is right, why). An empty answer is never right.
 
     >>> from data.sample import Sample
     >>> verdict(Sample(answer="3", tolerance=0.5, unit="cm"), "3.2 cm")
@@ -112,20 +136,29 @@ def verdict(sample, answer):
     given = normalise(answer)
     if not given:
         return False, "no answer"
-    texts, letters = _gold(sample.answer, tuple(sample.aliases), tuple(sample.choices), sample.question)
+    aliases = tuple(sample.aliases)
+    choices = tuple(sample.choices)
+    texts, letters = _accepted(sample.answer, aliases, choices, sample.question)
     if given in texts:
         return True, "the gold answer"
-    if letters and (found := LETTER.fullmatch(given)):
+    found = LETTER.fullmatch(given)
+    if letters and found:
         letter, rest = found.groups()
         if letter in letters and rest in ("", letters[letter]):
             return True, f"choice {letter}"
     value = number(given, sample.unit)
-    if value is not None:
-        for text in texts:
-            gold = number(text, sample.unit)
-            # Exponents of three digits at most: the difference of two such numbers is cheap.
-            if gold is not None and abs(value - gold) <= Decimal(str(sample.tolerance)):
-                return True, f"within {sample.tolerance:g} of {text}" if value != gold else f"equal to {text}"
+    if value is None:
+        return False, f"expected {sample.answer!r}"
+    tolerance = Decimal(str(sample.tolerance))
+    for text in texts:
+        gold = number(text, sample.unit)
+        if gold is None:
+            continue
+        if value == gold:
+            return True, f"equal to {text}"
+        # Exponents have three digits at most: the difference of two such numbers is cheap.
+        if abs(value - gold) <= tolerance:
+            return True, f"within {sample.tolerance:g} of {text}"
     return False, f"expected {sample.answer!r}"
 
 

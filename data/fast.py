@@ -1,12 +1,14 @@
 """A sentencepiece BPE model as a `tokenizer.json`, for programs that read nothing else.
 
-transformers builds one by itself, but for a LLaVA it forgets the space that sentencepiece adds in front of a text, and
-every word that begins a stretch becomes another token. What is written here gives sentencepiece's own ids, special
-tokens spelt in a text apart, which this format always reads as tokens.
+transformers builds one by itself, but for a LLaVA it forgets the space that sentencepiece adds in
+front of a text, and every word that begins a stretch becomes another token. What is written here
+gives sentencepiece's own ids, except for special tokens spelt in a text: this format always reads
+them as tokens.
 """
 import json
 
 USER_DEFINED = 4        # of sentencepiece_model.proto's SentencePiece.Type
+SPACE = "\u2581"        # sentencepiece's sign for a space
 
 
 def fields(message):
@@ -29,13 +31,15 @@ def fields(message):
         if kind == 0:
             yield number, varint()
             continue
+        # 1 and 5 are of fixed size, what else there is begins with its length.
         size = {1: 8, 5: 4}.get(kind) or varint()
         yield number, message[at:at + size]
         at += size
 
 
 def user_defined(proto):
-    """Ids of the pieces that were given to the trainer, which are never split: nothing else tells them apart."""
+    """Ids of the pieces that were given to the trainer, which are never split: nothing else tells
+    them apart."""
     pieces = [dict(fields(value)) for number, value in fields(proto) if number == 1]
     return {i for i, piece in enumerate(pieces) if piece.get(3) == USER_DEFINED}
 
@@ -43,41 +47,85 @@ def user_defined(proto):
 def merges(vocab, score):
     """Pieces -> the pairs that make them, in the order in which BPE merges them.
 
-    vocab: piece -> id; score: piece -> sentencepiece's, higher is merged first. A piece that can be made of several
-    pairs of pieces has them all, by their ids.
+    vocab: piece -> id; score: piece -> sentencepiece's, higher is merged first. A piece that can be
+    made of several pairs of pieces has them all, by their ids.
     """
     found = []
     for piece in score:
-        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
-        found += [(-score[piece], vocab[left], vocab[right], left, right) for left, right in pairs]
+        for border in range(1, len(piece)):
+            left = piece[:border]
+            right = piece[border:]
+            if left in vocab and right in vocab:
+                found.append((-score[piece], vocab[left], vocab[right], left, right))
     return [[left, right] for *_, left, right in sorted(found)]
 
 
 def tokenizer_json(proto, model, bos_id, added):
-    """proto: a sentencepiece model of type BPE, as bytes; model: its SentencePieceProcessor; bos_id: what begins a
-    text, or None; added: name -> id of special tokens beside it. -> the text of a tokenizer.json."""
-    ids = range(model.get_piece_size())
-    vocab = {model.id_to_piece(i): i for i in ids}
-    special = {model.id_to_piece(i): i for i in ids if model.is_control(i) or model.is_unknown(i)} | added
-    plain = [i for i in ids if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
-    own = {model.id_to_piece(i): i for i in user_defined(proto)}
-    score = {model.id_to_piece(i): model.get_score(i) for i in plain if model.id_to_piece(i) not in own}
-    replace = dict(type="Replace", pattern=dict(String=" "), content="\u2581")
-    front = [dict(type="Prepend", prepend="\u2581")] if model.encode_as_pieces("a")[0].startswith("\u2581") else []
-    begin = [] if bos_id is None else [dict(SpecialToken=dict(id=model.id_to_piece(bos_id), type_id=0))]
-    text = [dict(Sequence=dict(id="A", type_id=0))]
-    return json.dumps(dict(
-        version="1.0", truncation=None, padding=None,
-        added_tokens=[dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                           special=name in special) for name, i in sorted((own | special).items(), key=lambda x: x[1])],
-        normalizer=dict(type="Sequence", normalizers=[*front, replace]), pre_tokenizer=None,
-        post_processor=dict(type="TemplateProcessing", single=begin + text, pair=begin + text + [
-            dict(Sequence=dict(id="B", type_id=0))], special_tokens={} if bos_id is None else {
-                model.id_to_piece(bos_id): dict(id=model.id_to_piece(bos_id), ids=[bos_id],
-                                                tokens=[model.id_to_piece(bos_id)])}),
-        decoder=dict(type="Sequence", decoders=[
-            dict(type="Replace", pattern=dict(String="\u2581"), content=" "), dict(type="ByteFallback"),
-            dict(type="Fuse"), *([dict(type="Strip", content=" ", start=1, stop=0)] if front else [])]),
+    """A sentencepiece model of type BPE -> the text of a tokenizer.json.
+
+    proto: the model as bytes; model: its SentencePieceProcessor; bos_id: what begins a text, or
+    None; added: name -> id of special tokens beside it.
+    """
+    vocab, special, score = {}, {}, {}
+    given = user_defined(proto)
+    for i in range(model.get_piece_size()):
+        piece = model.id_to_piece(i)
+        vocab[piece] = i
+        if model.is_control(i) or model.is_unknown(i):
+            special[piece] = i
+        elif not model.is_byte(i) and i not in given:
+            score[piece] = model.get_score(i)
+    special |= added
+    never_split = special | {model.id_to_piece(i): i for i in given}
+    adds_space = model.encode_as_pieces("a")[0].startswith(SPACE)
+    contents = dict(
+        version="1.0",
+        truncation=None,
+        padding=None,
+        added_tokens=_added_tokens(never_split, special),
+        normalizer=_normalizer(adds_space),
+        pre_tokenizer=None,
+        post_processor=_post_processor(model, bos_id),
+        decoder=_decoder(adds_space),
         model=dict(type="BPE", dropout=None, unk_token=model.id_to_piece(model.unk_id()),
-                   continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True, byte_fallback=True,
-                   ignore_merges=False, vocab=vocab, merges=merges(vocab, score))), ensure_ascii=False)
+                   continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True,
+                   byte_fallback=True, ignore_merges=False, vocab=vocab, merges=merges(vocab, score)))
+    return json.dumps(contents, ensure_ascii=False)
+
+
+def _added_tokens(never_split, special):
+    tokens = []
+    for name, i in sorted(never_split.items(), key=lambda item: item[1]):
+        tokens.append(dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False,
+                           normalized=False, special=name in special))
+    return tokens
+
+
+def _normalizer(adds_space):
+    steps = []
+    if adds_space:
+        steps.append(dict(type="Prepend", prepend=SPACE))
+    steps.append(dict(type="Replace", pattern=dict(String=" "), content=SPACE))
+    return dict(type="Sequence", normalizers=steps)
+
+
+def _post_processor(model, bos_id):
+    """Puts the BOS, if there is one, in front of a text."""
+    front, tokens = [], {}
+    if bos_id is not None:
+        name = model.id_to_piece(bos_id)
+        front = [dict(SpecialToken=dict(id=name, type_id=0))]
+        tokens = {name: dict(id=name, ids=[bos_id], tokens=[name])}
+    first = dict(Sequence=dict(id="A", type_id=0))
+    second = dict(Sequence=dict(id="B", type_id=0))
+    return dict(type="TemplateProcessing", single=[*front, first], pair=[*front, first, second],
+                special_tokens=tokens)
+
+
+def _decoder(adds_space):
+    steps = [dict(type="Replace", pattern=dict(String=SPACE), content=" "),
+             dict(type="ByteFallback"),
+             dict(type="Fuse")]
+    if adds_space:
+        steps.append(dict(type="Strip", content=" ", start=1, stop=0))
+    return dict(type="Sequence", decoders=steps)

@@ -1,4 +1,5 @@
-"""Conversation templates once more, in Jinja: what servers (vLLM, transformers) read from an exported folder.
+"""Conversation templates once more, in Jinja: what servers (vLLM, transformers) read from an
+exported folder.
 
     jinja("vicuna_v1")      # takes messages, add_generation_prompt, bos_token, eos_token
 

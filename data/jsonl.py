@@ -1,10 +1,13 @@
 """Questions about pictures of one's own, one JSON object a line:
 
-    {"image": "pictures/cat.jpg", "question": "What colour is the cat?", "answer": "black", "reasoning": "..."}
+    {"image": "pictures/cat.jpg", "question": "What colour is the cat?", "answer": "black",
+    "reasoning": "..."}
 
-`image` is relative to the file. Optional: reasoning, caption (else the answer), aliases, choices (the answer is one of
-them, or its letter), tolerance and unit of a number, boxes ([[x1, y1, x2, y2], ..], for the reward iou), id, and split
-("train" or "val"; else the hash of the pixels decides, so that all lines about one picture fall together).
+`image` is relative to the file. Optional: reasoning, caption (else the answer), aliases, choices
+(the answer is one of them, or its letter), tolerance and unit of a number, boxes ([[x1, y1, x2,
+y2], ..], for the reward iou), id, and split: "train", "val", or the name of a split that is only
+evaluated, such as "hospital_b". Without a split the hash of the pixels decides between train and
+val, so that all lines about one picture fall together.
 
     splits, report_line = load("mine.jsonl")       # splits["train"], splits["val"]: lists of Sample
 """
@@ -17,17 +20,18 @@ from string import ascii_lowercase
 
 from data.answers import TAG, alike, fault, key, verdict
 from data.sample import Sample
-from data.splits import pixel_hash, split_of
+from data.splits import Division
 
 REQUIRED = ("image", "question", "answer")
-FIELDS = REQUIRED + ("reasoning", "caption", "aliases", "choices", "tolerance", "unit", "boxes", "id", "split")
-# Characters of a field: some 5,000 tokens of English, more than LLaVA-1.5 can read. Attention takes the square of it,
-# and `tokenizer.train` passes over texts of more than 100,000 bytes.
+FIELDS = REQUIRED + ("reasoning", "caption", "aliases", "choices", "tolerance", "unit", "boxes", "id",
+                     "split")
+# Characters of a field: some 5,000 tokens of English, more than LLaVA-1.5 can read. Attention takes
+# the square of it, and `tokenizer.train` leaves out texts of more than 100,000 bytes.
 LONGEST = 20_000
 
 
 class RepeatedKey(ValueError):
-    """A JSON object says one thing twice."""
+    """A JSON object has one key twice."""
 
 
 def no_constant(name):
@@ -35,53 +39,79 @@ def no_constant(name):
 
 
 def unique(pairs):
-    """The (key, value) pairs of a JSON object -> dict; json's own keeps the last of two values without a word."""
+    """The (key, value) pairs of a JSON object -> dict. Raises RepeatedKey where json itself would
+    silently keep the last of two values."""
     record = dict(pairs)
     if len(record) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise RepeatedKey(f"the key {counts.most_common(1)[0][0]!r} stands more than once in one object")
+        repeated = counts.most_common(1)[0][0]
+        raise RepeatedKey(f"the key {repeated!r} stands more than once in one object")
     return record
 
 
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# One reader for each kind of field. Each raises ValueError with the field's name.
+
 def text(record, field, numbers=False):
+    """The field as a string, "" without it; numbers: a number is accepted, too."""
     value = record.get(field, "")
-    if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if numbers and is_number(value):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"field {field!r} must be a string{' or a number' * numbers}, not {type(value).__name__}")
+        expected = "a string or a number" if numbers else "a string"
+        raise ValueError(f"field {field!r} must be {expected}, not {type(value).__name__}")
     if len(value) > LONGEST:
         raise ValueError(f"field {field!r} has {len(value)} characters and must have at most {LONGEST}")
-    return value if field == "image" else value.strip()         # a file name may begin with a space
+    if field == "image":                # a file name may begin with a space
+        return value
+    return value.strip()
 
 
 def texts(record, field):
-    value = record.get(field, [])
-    if not isinstance(value, list):
-        raise ValueError(f"field {field!r} must be a list of strings, not {type(value).__name__}")
-    return tuple(text({f"{field}[{i}]": item}, f"{field}[{i}]", numbers=True) for i, item in enumerate(value))
+    """The field, a list of strings or numbers, as a tuple of strings."""
+    values = record.get(field, [])
+    if not isinstance(values, list):
+        raise ValueError(f"field {field!r} must be a list of strings, not {type(values).__name__}")
+    found = []
+    for i, value in enumerate(values):
+        name = f"{field}[{i}]"
+        found.append(text({name: value}, name, numbers=True))
+    return tuple(found)
 
 
 def finite(value, field):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """A finite number -> float."""
+    if not is_number(value) or not math.isfinite(value):
         raise ValueError(f"field {field!r} must be a finite number, not {value!r}")
     return float(value)
 
 
 def boxes(record):
-    found = record.get("boxes", [])
-    if not isinstance(found, list) or not all(isinstance(box, list) and len(box) == 4 for box in found):
+    """The field "boxes" as a tuple of (x1, y1, x2, y2)."""
+    values = record.get("boxes", [])
+    if not isinstance(values, list):
         raise ValueError("field 'boxes' must be a list of [x1, y1, x2, y2]")
-    found = tuple(tuple(finite(value, "boxes") for value in box) for box in found)
-    if not all(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in found):
-        raise ValueError("field 'boxes' must hold boxes [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
-    return found
+    found = []
+    for box in values:
+        if not isinstance(box, list) or len(box) != 4:
+            raise ValueError("field 'boxes' must be a list of [x1, y1, x2, y2]")
+        x1, y1, x2, y2 = (finite(value, "boxes") for value in box)
+        if x1 >= x2 or y1 >= y2:
+            raise ValueError("field 'boxes' must hold boxes [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
+        found.append((x1, y1, x2, y2))
+    return tuple(found)
 
 
-def parse(line, folder, name):
-    """One line (bytes) -> (Sample, unknown fields); ValueError says what is wrong with it."""
+def object_of(line):
+    """A line (bytes) -> its JSON object as a dict without null fields; ValueError for anything
+    else."""
     try:
         record = json.loads(line.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=unique)
-        json.dumps(record, ensure_ascii=False).encode()         # "\ud800" is JSON but no text a tokenizer takes
+        # "\ud800" is JSON but no text that a tokenizer takes.
+        json.dumps(record, ensure_ascii=False).encode()
     except RepeatedKey:
         raise
     except UnicodeError as error:
@@ -90,90 +120,114 @@ def parse(line, folder, name):
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object with {', '.join(REQUIRED)}, not {type(record).__name__}")
-    record = {field: value for field, value in record.items() if value is not None}     # null is absent
+    return {field: value for field, value in record.items() if value is not None}   # null is absent
+
+
+def parse(line, folder, name):
+    """One line (bytes) -> (Sample, unknown fields); folder: where image paths start; name: the id
+    of a line without one. ValueError says what is wrong with the line."""
+    record = object_of(line)
     for field in REQUIRED:
         if field not in record:
             raise ValueError(f"field {field!r} is missing")
         if not text(record, field, numbers=field == "answer").strip():
             raise ValueError(f"field {field!r} is empty; expected some text")
-    answer, reasoning, split = text(record, "answer", numbers=True), text(record, "reasoning"), text(record, "split")
-    if split not in ("", "train", "val"):
-        raise ValueError(f"field 'split' must be \"train\" or \"val\", not {split!r}")
+    answer = text(record, "answer", numbers=True)
+    reasoning = text(record, "reasoning")
     sample = Sample(
-        id=text(record, "id", numbers=True) or name, images=(os.path.join(folder, record["image"]),),
-        question=text(record, "question"), answer=answer, caption=text(record, "caption") or answer,
-        reasoning=reasoning, conclusion=answer if reasoning else "", aliases=texts(record, "aliases"),
-        choices=texts(record, "choices"), tolerance=finite(record.get("tolerance", 0), "tolerance"),
-        unit=text(record, "unit"), boxes=boxes(record), split=split, source="jsonl")
+        id=text(record, "id", numbers=True) or name,
+        images=(os.path.join(folder, record["image"]),),
+        question=text(record, "question"),
+        answer=answer,
+        caption=text(record, "caption") or answer,
+        reasoning=reasoning,
+        conclusion=answer if reasoning else "",
+        aliases=texts(record, "aliases"),
+        choices=texts(record, "choices"),
+        tolerance=finite(record.get("tolerance", 0), "tolerance"),
+        unit=text(record, "unit"),
+        boxes=boxes(record),
+        split=text(record, "split"),
+        source="jsonl")
     if sample.tolerance < 0:
         raise ValueError(f"field 'tolerance' must not be negative, it is {sample.tolerance:g}")
     for field in ("question", "answer", "reasoning", "caption", "aliases", "choices"):
         tag = TAG.search(str(getattr(sample, field)))
         if tag:
-            raise ValueError(f"field {field!r} holds the tag {tag.group()}, which the prompt template sets itself")
+            raise ValueError(f"field {field!r} holds the tag {tag.group()}, which the prompt "
+                             "template sets itself")
     check_answers(sample)
     return sample, set(record) - set(FIELDS)
 
 
 def check_answers(sample):
-    """Raises ValueError unless the answer can be given, and is right where other choices are wrong."""
+    """Raises ValueError unless the answer can be given, and is right where other choices are
+    wrong."""
     for gold in (sample.answer, *sample.aliases):
         why = fault(gold)
         if why:
             raise ValueError(f"the answer {gold!r} can never be right: it {why}")
-    if not sample.choices:
-        return
-    answer, letters = sample.answer, ascii_lowercase[:len(sample.choices)]
-    written = {answer, *sample.aliases} & set(sample.choices)
-    if not written and (len(answer) != 1 or answer.lower() not in letters):
+    if sample.choices:
+        check_choices(sample)
+
+
+def check_choices(sample):
+    """Raises ValueError unless the gold answer is one of the choices, or its letter, and the
+    checker takes no other choice for it."""
+    answer = sample.answer
+    golds = (answer, *sample.aliases)
+    letters = ascii_lowercase[:len(sample.choices)]
+    is_letter = len(answer) == 1 and answer.lower() in letters
+    if not set(golds) & set(sample.choices) and not is_letter:
         raise ValueError(f"the answer {answer!r} is not among the choices {list(sample.choices)}")
-    for same in alike(sample.choices, sample.unit):
-        raise ValueError(f"the choices {' and '.join(map(repr, same))} count as the same answer")
-    golds = {key(gold, sample.unit) for gold in (answer, *sample.aliases)}
-    meant = {choice for choice in sample.choices if key(choice, sample.unit) in golds}
+    repeated = alike(sample.choices, sample.unit)
+    if repeated:
+        names = " and ".join(map(repr, repeated[0]))
+        raise ValueError(f"the choices {names} count as the same answer")
+    gold_keys = {key(gold, sample.unit) for gold in golds}
+    meant = {choice for choice in sample.choices if key(choice, sample.unit) in gold_keys}
     if not meant:
         meant = {sample.choices[letters.index(answer.lower())]}
     for choice in sample.choices:
         right, why = verdict(sample, choice)
         if right and choice not in meant:
-            raise ValueError(f"the choice {choice!r} counts as right beside the answer {answer!r}: it is {why}")
+            raise ValueError(f"the choice {choice!r} counts as right beside the answer {answer!r}: "
+                             f"it is {why}")
 
 
 def load(path, val_percent=20):
-    """The lines of `path` -> ({"train": [Sample], "val": [Sample]}, a line that says what was found)."""
+    """The lines of `path` -> ({"train": [Sample], "val": [Sample], and every other split that a
+    line names}, a line that reports what was found)."""
     where = f"jsonl file {str(path)!r}"
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise ValueError(f"{where} {'is a folder' if os.path.isdir(path) else 'does not exist'}; "
-                         "expected a file of JSON objects, one a line")
-    splits, keys, first, unknown = {"train": [], "val": []}, {}, {}, set()
+        problem = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ValueError(f"{where} {problem}; expected a file of JSON objects, one a line")
+    folder, file_name = os.path.split(path)
+    division = Division(val_percent)
+    unknown = set()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                sample, extra = parse(line, os.path.dirname(path), f"{os.path.basename(path)}:{number}")
-                image = sample.images[0]
-                if image not in keys:               # many lines ask about one picture: decode it once
-                    keys[image] = pixel_hash(image)
+                sample, unknown_fields = parse(line, folder, f"{file_name}:{number}")
+                division.put(sample, f"line {number}")
             except ValueError as error:
                 raise ValueError(f"{where}, line {number}: {error}") from None
-            split = sample.split or split_of(keys[image], val_percent)
-            earlier, earlier_number = first.setdefault(keys[image], (split, number))
-            if split != earlier:
-                raise ValueError(f"{where}: lines {earlier_number} and {number} show the same picture but fall in "
-                                 f"{earlier} and {split}; give both the same split")
-            splits[split].append(Sample(**{**vars(sample), "split": split}))
-            unknown |= extra
-    train, val = splits["train"], splits["val"]
-    if not train + val:
+            unknown |= unknown_fields
+    if not division.count:
         raise ValueError(f"{where} is empty; expected JSON objects with {', '.join(REQUIRED)}, one a line")
-    for split, lines in splits.items():
-        if not lines:
-            raise ValueError(f"{where}: no line falls in {split} (of {len(train + val)} lines about {len(first)} "
-                             'pictures); add pictures, or give lines a "split"')
-    report = f"jsonl: {len(train + val)} lines about {len(first)} pictures; {len(train)} train, {len(val)} val"
-    reasoned = sum(bool(sample.reasoning) for sample in train + val)
-    report += f"; {reasoned} with reasoning" if reasoned else ""
-    return splits, report + (f"; unknown fields passed over: {', '.join(sorted(unknown))}" if unknown else "")
+    try:
+        division.check("line")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    report = [f"jsonl: {division.count} lines about {len(division.first)} pictures", division.counts()]
+    reasoned = sum(bool(sample.reasoning) for samples in division.splits.values() for sample in samples)
+    if reasoned:
+        report.append(f"{reasoned} with reasoning")
+    if unknown:
+        report.append(f"unknown fields ignored: {', '.join(sorted(unknown))}")
+    return division.splits, "; ".join(report)

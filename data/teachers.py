@@ -1,64 +1,91 @@
 """Teachers: where chains of thought come from, and how wrong they are.
 
-A scene teacher is a function (scene, rng) -> (reasoning, conclusion). The biased teacher always follows one procedure,
-step by step, and is wrong in ways that do not average out: imitation learns its misconceptions along with its method.
+    SceneTeacher        of drawn scenes: (scene, rng) -> (reasoning, conclusion)
+    candidate_chains    of real pictures: names what the encoder thinks of, then chooses
+    own_teacher         a function of one's own, for both: (sample, rng) -> (reasoning, conclusion)
+
+The scene teacher always follows one procedure, step by step, and is wrong in ways that do not
+average out: imitation learns its misconceptions along with its method.
 """
+import hashlib
+import importlib.util
 import random
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import scenes
-from data.chat import normalise, target_text
+from data.chat import IMAGE, TAGS, normalise, target_text
+from data.sample import collate, to_pixels
 
 
 @dataclass(frozen=True)
 class SceneTeacher:
     """The error model. All rates are probabilities; with all zero the chains are flawless.
 
-    slip: each step (find the start, one hop, read a cell, spot one object when counting) goes wrong at random.
-    confuse: purple is read as blue, cyan as green.
-    drop_hop: the last hop of a walk of two or more is forgotten.
+    slip: each step (find the start, one hop, read a cell, spot one object when counting) goes wrong
+    at random. confuse: purple is read as blue, cyan as green. drop_hop: the last hop of a walk of
+    two or more is forgotten.
     """
     slip: float = 0.06
     confuse: float = 0.65
     drop_hop: float = 0.60
 
     def __call__(self, scene, rng):
-        q = scene.question
-        if q.kind == "at":
-            read = self._read(scene, q.cell, rng)
-            return f"{scenes.name(q.cell)} {read}", read
-        if q.kind == "count":
-            seen = [thing for thing in scene.things if q.word in (self._color(thing, rng), thing.shape)]
-            if rng.random() < self.slip * 2:
-                # Overlooks one, or counts a stranger.
-                others = [thing for thing in scene.things if thing not in seen]
-                if seen and (not others or rng.random() < 0.5):
-                    seen.remove(rng.choice(seen))
-                elif others:
-                    seen.append(rng.choice(others))
-            total = scenes.NUMBERS[min(len(seen), len(scenes.NUMBERS) - 1)]
-            return " ".join([scenes.name(thing.cell) for thing in seen] + [total]), total
-        cell = q.start.cell
+        """-> (reasoning, conclusion)"""
+        question = scene.question
+        if question.kind == "at":
+            read = self._read(scene, question.cell, rng)
+            return f"{scenes.name(question.cell)} {read}", read
+        if question.kind == "count":
+            return self._count(scene, rng)
+        return self._walk(scene, rng)
+
+    def _count(self, scene, rng):
+        """Names the cell of each object that it counts, then their number."""
+        word = scene.question.word
+        seen = [thing for thing in scene.things if word in (self._color(thing, rng), thing.shape)]
+        if rng.random() < self.slip * 2:
+            # Overlooks one, or counts a stranger.
+            others = [thing for thing in scene.things if thing not in seen]
+            if seen and (not others or rng.random() < 0.5):
+                seen.remove(rng.choice(seen))
+            elif others:
+                seen.append(rng.choice(others))
+        total = scenes.NUMBERS[min(len(seen), len(scenes.NUMBERS) - 1)]
+        cells = [scenes.name(thing.cell) for thing in seen]
+        return " ".join([*cells, total]), total
+
+    def _walk(self, scene, rng):
+        """Names the start and its cell, each hop and the cell it leads to, and what stands at the
+        end."""
+        question = scene.question
+        cell = question.start.cell
         if rng.random() < self.slip:
             cell = self._other_cell(cell, rng)
-        steps = [q.start.words, scenes.name(cell)]
-        hops = q.hops
+        steps = [question.start.words, scenes.name(cell)]
+        hops = question.hops
         if len(hops) > 1 and rng.random() < self.drop_hop:
             hops = hops[:-1]
         for hop in hops:
             goes = hop if rng.random() >= self.slip else rng.choice(list(scenes.HOPS))
-            cell = scenes.step(cell, goes) or cell      # a slip may run into the edge, where it stays
+            cell = scenes.step(cell, goes) or cell  # a slip may run into the edge, where it stays
             steps += [hop, scenes.name(cell)]
         read = self._read(scene, cell, rng)
         return " ".join([*steps, read]), read
 
     def _color(self, thing, rng):
+        """The colour that it takes an object for."""
         wrong = {"purple": "blue", "cyan": "green"}.get(thing.color)
-        return wrong if wrong and rng.random() < self.confuse else thing.color
+        if wrong and rng.random() < self.confuse:
+            return wrong
+        return thing.color
 
     def _read(self, scene, cell, rng):
+        """Words of what it takes to stand in a cell."""
         if rng.random() < self.slip:
             return rng.choice(scene.things).words
         if cell not in scene.by_cell:
@@ -80,38 +107,151 @@ def is_conclusion_right(sample):
     return normalise(sample.conclusion) == normalise(sample.answer)
 
 
-def candidate_chains(samples, nearest, error, seed, answers):
-    """Chains for real pictures: name the candidates, then choose one. Samples that bring their reasoning keep it.
+# ---------------------------------------------------------------- real pictures
 
-    nearest: for each sample the answers its picture looks most like, best first (the encoder's, zero-shot). The teacher
-    is wrong with probability `error`, and then says another of its candidates; the gold answer takes the last place
-    among the candidates when the encoder did not think of it. Returns the samples with reasoning and conclusion.
+@torch.no_grad()
+def nearest_answers(clip, samples, answers, tokenizer, count, device, dtype):
+    """For each sample the `count` answers that its picture's embedding is nearest to, best first
+    (zero-shot CLIP).
+
+    clip: both towers, on `device` in `dtype`, with config.text_length, config.image_size and
+    nearest(pixels, ids, length, count) -> for each picture the places of its `count` nearest texts.
+    """
+    rows = []
+    for answer in answers:
+        ids = tokenizer.encode(" " + answer)[:clip.config.text_length - 1] + [tokenizer.eos_id]
+        rows.append((ids, [0] * len(ids), ()))
+    batch = collate(rows, tokenizer.pad_id, image_size=1).to(device)
+    nearest = []
+    for first in range(0, len(samples), 64):
+        pictures = [sample.images[0] for sample in samples[first:first + 64]]
+        pixels = to_pixels(pictures, clip.config.image_size).to(device, dtype)
+        for places in clip.nearest(pixels, batch.ids, batch.length, count):
+            nearest.append([answers[place] for place in places])
+    return nearest
+
+
+def candidate_chains(samples, nearest, error, seed, answers):
+    """Chains for real pictures: name the candidates, then choose one. Samples that bring their
+    reasoning keep it.
+
+    nearest: for each sample the answers its picture looks most like, best first, as
+    `nearest_answers` gives them. The teacher is wrong with probability `error`, and then names
+    another of its candidates; the gold answer takes the last place among the candidates when the
+    encoder did not think of it. Returns the samples with reasoning and conclusion.
     """
     rng = random.Random(f"teacher {seed}")
-    out = []
+    chains = []
     for sample, candidates in zip(samples, nearest):
         if sample.reasoning:
-            out.append(sample)
+            chains.append(sample)
             continue
         candidates = list(candidates)
         if sample.answer not in candidates:
             candidates[-1:] = [sample.answer]
-        wrong = [c for c in candidates if c != sample.answer] or [a for a in answers if a != sample.answer]
-        choice = rng.choice(wrong) if wrong and rng.random() < error else sample.answer
-        listed = " or ".join(candidates)
-        out.append(replace(sample, reasoning=f"it looks like {listed} . it is {choice}", conclusion=choice))
-    return out
+        wrong = [answer for answer in candidates if answer != sample.answer]
+        if not wrong:
+            wrong = [answer for answer in answers if answer != sample.answer]
+        choice = sample.answer
+        if wrong and rng.random() < error:
+            choice = rng.choice(wrong)
+        reasoning = f"it looks like {' or '.join(candidates)} . it is {choice}"
+        chains.append(replace(sample, reasoning=reasoning, conclusion=choice))
+    return chains
 
+
+# ---------------------------------------------------------------- a teacher of one's own
+
+def own_teacher(spec):
+    """"FILE.py:NAME" -> the function NAME of that file, (sample, rng) -> (reasoning, conclusion).
+
+    The file is executed in this process, as an import would. Raises ValueError, one sentence, when
+    the file is missing or fails to load, or has no such function.
+    """
+    file_name, _, name = spec.rpartition(":")
+    if not file_name.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"teacher {spec!r} must be FILE.py:NAME, the name of a function in a file")
+    path = Path(file_name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"teacher {spec!r}: the file {file_name!r} does not exist")
+    # A name of its own for every file: pickle and dataclasses look modules up by it.
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    module_spec = importlib.util.spec_from_file_location(f"seethink_teacher_{digest}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_spec.name]
+        raise ValueError(f"teacher {spec!r}: the file {file_name!r} cannot be loaded: "
+                         f"{type(error).__name__}: {_one_line(error)}") from None
+    teach = getattr(module, name, None)
+    if not callable(teach):
+        raise ValueError(f"teacher {spec!r}: the file {file_name!r} has no function {name!r}")
+    return teach
+
+
+def taught(samples, teach, seed):
+    """The samples with the reasoning and the conclusion that `teach(sample, rng)` gives.
+
+    rng: a random.Random of each sample's own, made from `seed` and the sample's place, so that a
+    chain does not depend on how many numbers were drawn for the samples before it. Raises
+    ValueError naming the sample when `teach` raises, or gives anything but two texts that a model
+    can be taught: not empty, without the tags that the template sets itself.
+    """
+    chains = []
+    for place, sample in enumerate(samples):
+        rng = random.Random(f"teacher {seed} {place}")
+        where = f"teacher, sample {sample.id!r}"
+        try:
+            chain = teach(sample, rng)
+        except Exception as error:          # the function is anyone's
+            raise ValueError(f"{where}: {type(error).__name__}: {_one_line(error)}") from error
+        if not isinstance(chain, (tuple, list)) or len(chain) != 2:
+            raise ValueError(f"{where}: expected (reasoning, conclusion), not {chain!r}")
+        for field, text in zip(("reasoning", "conclusion"), chain):
+            problem = _problem(text)
+            if problem:
+                raise ValueError(f"{where}: the {field} {problem}")
+        reasoning, conclusion = chain
+        chains.append(replace(sample, reasoning=reasoning, conclusion=conclusion))
+    return chains
+
+
+def _problem(text):
+    """Why a text cannot be taught, as the end of a sentence; "" when it can."""
+    if not isinstance(text, str):
+        return f"must be a string, not {type(text).__name__}"
+    if not text.strip():
+        return "is empty"
+    for tag in (*TAGS, IMAGE):
+        if tag in text:
+            return f"holds the tag {tag}, which the prompt template sets itself"
+    return ""
+
+
+def _one_line(error):
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+# ---------------------------------------------------------------- what a stage trains on
 
 def records(samples, tokenizer, forget_close, seed, max_new):
-    """Samples with a teacher's chain -> [(sample, target text)], </think> left out of a share `forget_close` of them,
-    and what to say of them; max_new: tokens after which a model that learns from them is cut off."""
+    """Samples with a teacher's chain -> ([(sample, target text)], a report of one or two lines).
+
+    forget_close: the share of the chains that </think> is left out of. max_new: tokens after which
+    a model that learns from them is cut off.
+    """
     forgets = np.random.default_rng(seed).random(len(samples)) < forget_close
     wrong = np.mean([not is_conclusion_right(sample) for sample in samples])
-    said = f"  teacher: {len(samples)} chains, {100 * wrong:.1f} % wrong, {100 * forgets.mean():.0f} % without </think>"
-    texts = [target_text(sample.conclusion, sample.reasoning, close_think=not forget)
-             for sample, forget in zip(samples, forgets)]
-    if long := sum(len(tokenizer.encode(text)) >= max_new for text in texts):
-        said += (f"\nnote: {long} of {len(texts)} chains are longer than --max-new={max_new} tokens: what is learned "
-                 "from them is cut off before the answer")
-    return list(zip(samples, texts)), said
+    texts = []
+    for sample, forget in zip(samples, forgets):
+        texts.append(target_text(sample.conclusion, sample.reasoning, close_think=not forget))
+    report = (f"  teacher: {len(samples)} chains, {100 * wrong:.1f} % wrong, "
+              f"{100 * forgets.mean():.0f} % without </think>")
+    long = sum(len(tokenizer.encode(text)) >= max_new for text in texts)
+    if long:
+        report += (f"\nnote: {long} of {len(texts)} chains are longer than --max-new={max_new} "
+                   "tokens: what is learned from them is cut off before the answer")
+    return list(zip(samples, texts)), report

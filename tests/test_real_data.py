@@ -1,5 +1,6 @@
 """Pictures and questions from outside: what `data.images`, `data.jsonl` and `read_image` promise about them."""
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from data import answers, chat, images, jsonl, sample
-from data.sample import Sample, read_image, to_array
-from data.splits import pixel_hash, sides, split_of
+from data.sample import Sample, read_image, to_array, to_pixels
+from data.splits import Division, pixel_hash, sides, split_of
 from data.supply import real_data
 from draw_folder import CLASSES, draw_folder        # pytest puts tests/ on the path
 
@@ -27,6 +29,13 @@ def save(picture, path, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, **options)
     return path
+
+
+def encoded(picture, form="PNG", **options):
+    """PIL image -> the bytes of a file, as a row of a parquet data set holds them."""
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
 
 
 def noise_in(split, start=0):
@@ -181,6 +190,46 @@ def test_what_is_no_file_is_an_error_and_is_not_opened(tmp_path, read):
         with pytest.raises(ValueError, match=f"cannot be read as a picture: {complaint}$") as caught:
             read(tmp_path / name)
         assert repr(str(tmp_path / name)) in str(caught.value)
+
+
+# Encoded pictures, as bytes
+
+@pytest.mark.parametrize("form, options", [("PNG", {}), ("JPEG", {"quality": 80}), ("WEBP", {"quality": 80})])
+def test_bytes_of_a_picture_are_read_as_the_file_they_came_from(tmp_path, form, options):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    if form != "WEBP":
+        options = {**options, "exif": turned}
+    path = save(noise(0, (30, 20)), tmp_path / f"a.{form.lower()}", **options)
+    content = path.read_bytes()
+    assert read_image(content).tobytes() == read_image(path).tobytes()
+    assert pixel_hash(content) == pixel_hash(path)
+    for fit in ("crop", "pad"):
+        assert np.array_equal(to_array(content, 8, fit), to_array(str(path), 8, fit))
+    pixels = [to_pixels([picture], 8) for picture in (content, str(path), np.asarray(read_image(path)))]
+    assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
+
+
+def test_equal_bytes_are_decoded_once_and_other_bytes_are_another_picture(monkeypatch):
+    monkeypatch.setattr(sample, "CACHE", {})
+    one, same, other = encoded(noise(0)), bytes(bytearray(encoded(noise(0)))), encoded(noise(1))
+    assert to_array(one, 8) is to_array(same, 8)
+    assert not np.array_equal(to_array(one, 8), to_array(other, 8))
+    assert not any(isinstance(part, bytes) and part == one for key in sample.CACHE for part in key)
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b"", "it has no format that Pillow knows"), (b"no picture", "it has no format that Pillow knows"),
+    (encoded(noise(0, (64, 64)), "JPEG")[:1000], "image file is truncated")])
+@pytest.mark.parametrize("read", [read_image, pixel_hash, lambda content: to_array(content, 8)])
+def test_bytes_that_are_no_picture_are_an_error_that_says_how_many(read, content, complaint):
+    with pytest.raises(ValueError, match=f"^image of {len(content)} bytes cannot be read as a picture: {complaint}"):
+        read(content)
+
+
+def test_bytes_of_a_picture_too_narrow_to_resize_are_an_error():
+    with pytest.raises(ValueError, match=r"^image of \d+ bytes of 60000 x 1 pixels is too long and narrow to crop"):
+        to_array(encoded(Image.new("RGB", (60_000, 1))), 1000)
 
 
 def test_to_array_takes_the_middle_square():
@@ -418,8 +467,8 @@ CLASSES_OF = {name: (f"{name}/cat", f"{name}/dog") for name in (
     ("train", "test", (), "; val is the folder 'test'"),
     ("train", "valid", (), "; val is the folder 'valid'"),
     ("Train", "Val", (), ""),
-    ("TRAIN", "Validation", ("TEST",), "; val is the folder 'Validation'; left out: 'TEST'"),
-    ("train", "val", ("test", "extra"), "; left out: 'extra', 'test'"),
+    ("TRAIN", "Validation", ("TEST",), ", 2 TEST; val is the folder 'Validation'"),
+    ("train", "val", ("test", "extra"), ", 2 extra, 2 test"),
     ("train", "val", ("Train", "Val"), "; left out: 'Train', 'Val'"),
 ])
 def test_train_and_another_split_are_found_by_their_usual_names(tmp_path, train, val, others, said):
@@ -427,7 +476,39 @@ def test_train_and_another_split_are_found_by_their_usual_names(tmp_path, train,
     splits, report = images.load(tmp_path)
     assert ids(splits["train"]) == [f"{place}/a.png" for place in CLASSES_OF[train]]
     assert ids(splits["val"]) == [f"{place}/a.png" for place in CLASSES_OF[val]]
-    assert report == f"images: 4 pictures, 2 classes; 2 train, 2 val{said}"
+    count = 4 + 2 * said.count(", 2 ")
+    assert report == f"images: {count} pictures, 2 classes; 2 train, 2 val{said}"
+
+
+def test_a_folder_beside_train_and_val_is_a_split_of_its_own_name(tmp_path):
+    draw(tmp_path, *CLASSES_OF["train"], *CLASSES_OF["val"], "hospital_b/cat")
+    splits, report = images.load(tmp_path)
+    assert list(splits) == ["train", "val", "hospital_b"]
+    assert ids(splits["hospital_b"]) == ["hospital_b/cat/a.png"]
+    assert splits["hospital_b"][0].split == "hospital_b" and splits["hospital_b"][0].choices == ("cat", "dog")
+    assert report == "images: 5 pictures, 2 classes; 2 train, 2 val, 1 hospital_b"
+
+
+def test_a_picture_of_a_split_of_ones_own_is_dropped_from_train_and_from_val(tmp_path):
+    draw(tmp_path, *CLASSES_OF["train"], *CLASSES_OF["val"], "far/cat", "far/dog", "near/cat")
+    save(noise(4), tmp_path / "train/cat/b.bmp")        # the pixels of far/cat/a.png
+    save(noise(5), tmp_path / "val/dog/b.bmp")          # the pixels of far/dog/a.png
+    save(noise(5), tmp_path / "train/dog/b.bmp")
+    save(noise(4), tmp_path / "near/cat/b.bmp")         # neither of the two trains: both keep it
+    splits, report = images.load(tmp_path)
+    assert ids(splits["train"]) == ["train/cat/a.png", "train/dog/a.png"]
+    assert ids(splits["val"]) == ["val/cat/a.png", "val/dog/a.png"]
+    assert ids(splits["near"]) == ["near/cat/a.png", "near/cat/b.bmp"] and len(splits["far"]) == 2
+    assert report.endswith("; 1 dropped from train, also in far, 1 dropped from train, also in val, "
+                           "1 dropped from val, also in far")
+
+
+def test_what_is_no_split_beside_train_and_val_is_left_out_with_the_reason(tmp_path):
+    draw(tmp_path, *CLASSES_OF["train"], *CLASSES_OF["val"], "more/cat", "more/owl", "hospital b/cat", "notes")
+    splits, report = images.load(tmp_path)
+    assert list(splits) == ["train", "val"]
+    assert report.endswith("left out: 'hospital b' (a split's name must be 1 to 40 letters, digits, _ or -), 'more' "
+                           "('owl' in it is no class of train or val), 'notes'")
 
 
 def test_a_test_folder_without_classes_is_left_out_where_another_has_them(tmp_path):
@@ -658,13 +739,45 @@ def test_a_given_split_overrides_the_hash(tmp_path):
 def test_one_picture_in_both_splits_is_an_error_that_names_both_lines(tmp_path):
     save(noise_in("train"), tmp_path / "copy.bmp")                         # the pixels of a.png
     path = write(tmp_path, GOOD, {**GOOD, "image": "b.png"}, {**GOOD, "image": "copy.bmp", "split": "val"})
-    with pytest.raises(ValueError, match="lines 1 and 3 show the same picture but fall in train and val"):
+    with pytest.raises(ValueError, match="line 3: it shows the same picture as line 1 but falls in val, not in train"):
         jsonl.load(path, 50)
+
+
+def test_any_other_split_keeps_its_name_and_its_pictures_stand_nowhere_else(tmp_path):
+    save(noise(7), tmp_path / "c.png")
+    lines = [GOOD, {**GOOD, "image": "b.png"}, {**GOOD, "image": "c.png", "split": "hospital_b"}]
+    splits, report = jsonl.load(write(tmp_path, *lines), 50)
+    assert list(splits) == ["train", "val", "hospital_b"] and [len(samples) for samples in splits.values()] == [1, 1, 1]
+    assert splits["hospital_b"][0].split == "hospital_b" and splits["hospital_b"][0].id == "mine.jsonl:3"
+    assert report == "jsonl: 3 lines about 3 pictures; 1 train, 1 val, 1 hospital_b"
+    with pytest.raises(ValueError, match="line 4: it shows the same picture as line 3 but falls in (train|val), not"):
+        jsonl.load(write(tmp_path, *lines, {**GOOD, "image": "c.png"}), 50)
+
+
+def test_a_split_of_ones_own_does_not_stand_in_for_val(tmp_path):
+    path = write(tmp_path, GOOD, {**GOOD, "image": "b.png", "split": "test"})
+    with pytest.raises(ValueError, match="no line falls in val .of 2 lines about 2 pictures"):
+        jsonl.load(path, 50)
+
+
+def test_samples_of_a_source_of_ones_own_are_divided_by_all_their_pictures():
+    pictures = [encoded(noise(seed)) for seed in range(8)]
+    division = Division(50)
+    for number, picture in enumerate(pictures):
+        division.put(Sample(id=str(number), images=(picture,), question="?", answer="a"), f"row {number}")
+    division.check("row")
+    for split, samples in division.splits.items():
+        assert {split_of(pixel_hash(sample.images[0]), 50) for sample in samples} == {split}
+    assert division.count == 8 and sum(map(len, division.splits.values())) == 8
+    with pytest.raises(ValueError, match="it shows the same picture as row 3 but falls in far, not in"):
+        division.put(Sample(images=(encoded(noise(9)), pictures[3]), split="far"), "row 8")
+    with pytest.raises(ValueError, match="it shows the same picture as row 8"):         # not by its name
+        division.put(Sample(images=(np.asarray(noise(9)),), split="near"), "row 9")
 
 
 def test_unknown_fields_are_named_in_the_report(tmp_path):
     _, report = jsonl.load(write(tmp_path, {**GOOD, "reasonning": "x"}, {**GOOD, "image": "b.png"}), 50)
-    assert report.endswith("unknown fields passed over: reasonning")
+    assert report.endswith("unknown fields ignored: reasonning")
 
 
 @pytest.mark.parametrize("line, complaint", [
@@ -709,7 +822,10 @@ def test_unknown_fields_are_named_in_the_report(tmp_path):
     ({**GOOD, "boxes": [[0, 0, 1]]}, "field 'boxes' must be a list of"),
     ({**GOOD, "boxes": [[2, 0, 1, 1]]}, "with x1 < x2 and y1 < y2"),
     ({**GOOD, "boxes": [[0, 0, 1, True]]}, "field 'boxes' must be a finite number, not True"),
-    ({**GOOD, "split": "test"}, "field 'split' must be \"train\" or \"val\", not 'test'"),
+    ({**GOOD, "split": "test"}, "it shows the same picture as line 1 but falls in test, not in train; give both"),
+    ({**GOOD, "split": "b c"}, "a split's name must be 1 to 40 letters, digits, _ or -, not 'b c'"),
+    ({**GOOD, "split": "a" * 41}, "a split's name must be 1 to 40 letters"),
+    ({**GOOD, "split": "Train"}, "the split 'Train' must be written 'train'"),
     ({**GOOD, "image": "nowhere.png"}, r"nowhere\.png' does not exist"),
     ({**GOOD, "image": "."}, "cannot be read as a picture"),
     ({**GOOD, "image": "mine.jsonl"}, r"mine\.jsonl' cannot be read as a picture"),

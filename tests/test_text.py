@@ -1,5 +1,9 @@
 """Tokenizer and prompts: text comes back as it went in, and the target mask holds exactly the target."""
+import io
 import itertools
+import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import eval as evaluation
 import train as train_script
@@ -205,3 +210,43 @@ def test_what_is_taught_is_what_the_parser_reads():
         ids, mask, _ = chat.encode(sample, tok, PATCHES, target=text)
         parsed = chat.parse(tok.decode([i for i, m in zip(ids, mask) if m]))
         assert parsed == chat.Parsed(sample.answer, sample.reasoning, "")
+
+
+# ---------------------------------------------------------------- the code in data/README.md
+
+def example(begins):
+    """The Python of data/README.md whose first line begins so, run: the names after it."""
+    readme = Path(chat.__file__).with_name("README.md").read_text()
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if code.startswith(begins)]
+    names = {**vars(chat), "TEMPLATES": dict(chat.TEMPLATES), "SYSTEM": dict(chat.SYSTEM)}
+    exec(code, names)
+    return SimpleNamespace(**names)
+
+
+def test_the_source_in_the_readme_reads_pictures_from_bytes(monkeypatch):
+    rows = []
+    for seed in range(30):
+        file = io.BytesIO()
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(file, "PNG")
+        rows.append(dict(image=dict(bytes=file.getvalue()), question="What?", answer=f"{seed}"))
+    parquet = SimpleNamespace(read_table=lambda where: SimpleNamespace(to_pylist=lambda: rows))
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    splits, report = example("# data/parquet.py").load("any", 50)
+    assert {sample.answer for samples in splits.values() for sample in samples} == {f"{n}" for n in range(30)}
+    assert report == f"parquet: 30 rows; {len(splits['train'])} train, {len(splits['val'])} val"
+
+
+def test_the_template_in_the_readme_is_one(tok, monkeypatch):
+    names = example("# chat.py")
+    monkeypatch.setitem(chat.TEMPLATES, "plainest", names.TEMPLATES["plainest"])
+    monkeypatch.setitem(chat.SYSTEM, "plainest", names.SYSTEM["plainest"])
+    ids, mask, _ = chat.encode(Sample(question="why ?"), tok, PATCHES, "direct", "plainest", "two")
+    assert tok.decode(ids) == "Q: why ? A: two" and [i for i, taught in zip(ids, mask) if taught][-1] == tok.eos_id
+    assert tok.decode([i for i, taught in zip(ids, mask) if taught]).strip() == "two"
+
+
+def test_the_teacher_in_the_readme_teaches():
+    teach = example("# mine.py").teach
+    [chain] = teachers.taught([Sample(caption="a cat", answer="cat")], teach, 0)
+    assert (chain.reasoning, chain.conclusion) == ("i see a cat . so", "cat")
