@@ -39,6 +39,7 @@ from model.vlm import VLM, VlmConfig
 from model.runs.folder import RunFolder, choose, write_json
 from rl import bench, explain, metrics, rewards
 from rl.report import page, statistics
+from rl.report.log import mean_log, read_log
 from rl.learner import Guard, make_learner
 from rl.rollout import collect, read
 from rl.update import estimated, informative, scored, update
@@ -256,7 +257,7 @@ def compare(folder, cfg, checkpoints, tests, teacher, to=""):
             print(f"evaluated {method:<16}{time.perf_counter() - began:7.1f} s", flush=True)
     results = [row for method, of in scores.items() for split, raw in of.items()
                for row in statistics.rows(method, split, raw, cfg.seed)]
-    log = page.read_log(Path(folder) / "log.jsonl")
+    log = read_log(Path(folder) / "log.jsonl")
     training = statistics.training_rows(log, cfg.seed)
     write_json(Path(folder) / "kinds.json", statistics.kind_rows(scores, cfg.seed))
     write_json(Path(folder) / "training.json", training)
@@ -304,7 +305,7 @@ def samples_page(title, tests, scores, cfg, each=8):
             texts = {method: of[split]["t1"]["text"][n] for method, of in scores.items()
                      if n < len(of[split]["t1"].get("text", ()))}
             entries.append(dict(
-                image=sample.images[0], prompt=sample.question, answer=sample.answer, kind=f"{split}, {sample.source}",
+                images=sample.images, prompt=sample.question, answer=sample.answer, kind=f"{split}, {sample.source}",
                 completions=[dict(method=method, text=text, why=rewards.why(sample, text, weights, cfg.gated),
                                   reward={name: rewards.REWARDS[name](sample, text) for name in weights})
                              for method, text in texts.items()]))
@@ -365,7 +366,7 @@ def run_seeds(script, cfg, root):
         write_json(root / f"{name}.json", rows)
     if not of_all.get("results"):       # nothing was evaluated
         return
-    log = page.mean_log([page.read_log(root / f"seed-{seed}" / "log.jsonl") for seed in seeds])
+    log = mean_log([read_log(root / f"seed-{seed}" / "log.jsonl") for seed in seeds])
     if curves := page.curves(log, statistics.over_seeds(of_all["results"])):
         checkpoint.write_atomically(root / "curves.png", lambda file: file.write(curves))
     probes = [root / f"seed-{seed}" / "probe.json" for seed in seeds]

@@ -38,7 +38,7 @@ from model.runs.presets import PRESETS
 from model.runs.folder import RunFolder, choose, resumed, write_json
 from model.vlm import VLM, VlmConfig
 from rl import algorithms, metrics, rewards
-from rl.report import page
+from rl.report.log import read_log
 from rl.learner import Guard, make_learner
 from rl.types import Experience, Rollout
 from rl.update import estimated, informative, scored, update
@@ -334,7 +334,7 @@ class Run(RunFolder):
         """Loads what `stage` starts from, --init, --llava or the stage before; -> its VLM, None if it has none yet."""
         torch.manual_seed(seed_of(self.cfg.seed, stage))
         self.flops, self.state = 0, {}
-        self.supply.begin(stage, page.read_log(self.log_path))
+        self.supply.begin(stage, read_log(self.log_path))
         if stage == self.cfg.stages()[0] and self.cfg.llava:
             return self.ready(pretrained.load_llava(self.cfg.llava, self.dtype, self.device, self.cfg.clip)[0], stage)
         if not STAGES[stage][1] or stage == "align" and self.cfg.clip and not self.cfg.init:

@@ -1,11 +1,12 @@
 """A user's reward function in a process of its own, which can be killed when it hangs.
 
     brevity = Worker("mine.py", "brevity", timeout=5.0)
-    brevity(sample, text)               # what mine.py's brevity(sample, text) returns; 0 when it raises or hangs
+    brevity(sample, text)       # what mine.py's brevity(sample, text) returns; 0 when it fails
 
-The function sees the sample's fields as attributes, pictures as paths or arrays. Requests and answers are lines of
-JSON, so that nothing the function makes is ever unpickled here; what it prints goes to stderr. A request has a number
-that its answer repeats, so no value can end up at another completion.
+The function sees the sample's fields as attributes; a picture is what the sample holds: a path, the
+bytes of an encoded picture (PNG, JPEG) or an (H, W, 3) uint8 array. Requests and answers are lines
+of JSON, so that nothing the function makes is ever unpickled here; what it prints goes to stderr. A
+request has a number that its answer repeats, so no value can end up at another completion.
 """
 import base64
 import io
@@ -21,20 +22,21 @@ from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START_SECONDS = 60              # for its imports
-LOSSES = 3                      # processes lost in a row, and it is given up: each costs a timeout or a start
-LONGEST = 65536                 # bytes of an answer; a longer line is none
+LOSSES = 3                      # processes lost in a row end the run: each costs a start
+LONGEST = 65536                 # bytes of an answer; a longer line is no answer
 LARGEST = 3.4028234e38          # rewards become fp32, where more is infinite
-# What comes in the place of an answer when the process is of no more use.
+# What stands in place of an answer when the process can no longer be used.
 DIED = {"error": "its process died"}
 GARBLED = {"error": "it wrote into the pipe of its answers"}
 
 
 class Worker:
-    """Callable like any reward. failed: how many calls raised, hung, killed the process or returned no finite number;
-    each kind of failure is printed once, with its sample and text.
+    """Callable like any reward. Each kind of failure is printed once, with its sample and text.
 
-    Raises ValueError when the file cannot be loaded, when LOSSES processes in a row were lost, and at the first failure
-    with errors "stop".
+    failed: how many calls raised, hung, killed the process or returned no finite number.
+
+    Raises ValueError when the file cannot be loaded, when LOSSES processes in a row were lost, and
+    at the first failure with errors "stop".
     """
 
     def __init__(self, path, name, timeout=5.0, errors="zero"):
@@ -46,11 +48,12 @@ class Worker:
         self.errors = errors
         self.process = None
         self.number = 0                 # of the last request
-        self.failed = 0
+        self.failed = 0                 # calls
         self.lost = 0                   # processes in a row
-        self.said = set()
+        self.printed = set()            # the kinds of failure that were printed
 
     def __call__(self, sample, text):
+        """-> what the function returns for this completion, 0.0 when it fails."""
         about = f"sample {sample.id or sample.question!r}, text {text[:200]!r}"
         if self.process is not None:
             error = self._meanwhile()
@@ -71,24 +74,27 @@ class Worker:
         return (self.path, self.timeout, self.errors) == (os.path.abspath(path), timeout, errors)
 
     def start(self):
-        """Raises ValueError when the file cannot be loaded; nothing when it is up already."""
+        """Starts the process unless it runs. Raises ValueError if the file cannot be loaded."""
         if self.process is not None:
             return
         program = f"import sys; sys.path.insert(0, {ROOT!r}); from rl.worker import serve; serve()"
         # A group of its own, so that what it starts is killed with it.
-        self.process = subprocess.Popen([sys.executable, "-c", program], bufsize=0, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], bufsize=0, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, start_new_session=True)
         self.requests = queue.Queue()
         self.answers = queue.Queue()
-        # Threads read and write, because waiting on a pipe with a limit in time works differently everywhere. Each
-        # closes its pipe itself.
-        for target, pipe, lines in ((_write, self.process.stdin, self.requests),
-                                    (_read, self.process.stdout, self.answers)):
-            threading.Thread(target=target, args=(pipe, lines), daemon=True).start()
+        # Threads read and write, because waiting on a pipe with a time limit works differently on
+        # every system. Each closes its own pipe.
+        write = self.process.stdin, self.requests
+        read = self.process.stdout, self.answers
+        threading.Thread(target=_write, args=write, daemon=True).start()
+        threading.Thread(target=_read, args=read, daemon=True).start()
         answer = self._ask(START_SECONDS, path=self.path, name=self.name, timeout=self.timeout)
         if answer["error"]:
             self.close()
-            raise ValueError(f"reward {self.name} of {self.path} cannot be loaded: {answer['error']}")
+            error = answer["error"]
+            raise ValueError(f"reward {self.name} of {self.path} cannot be loaded: {error}")
 
     def _meanwhile(self):
         """What is wrong with the process since it last answered; "" if nothing is."""
@@ -97,10 +103,14 @@ class Worker:
         return "" if self.process.poll() is None else DIED["error"]
 
     def _ask(self, seconds, **request):
-        """-> the answer to this request: number, value and error, which is empty where there is a value; without a
-        number when the process is of no more use."""
+        """-> the answer to this request: a dict of number, value and error.
+
+        The error is empty where there is a value. An answer without a number means that the process
+        can no longer be used.
+        """
         self.number += 1
-        self.requests.put(json.dumps(dict(request, number=self.number), default=_listed).encode() + b"\n")
+        line = json.dumps(dict(request, number=self.number), default=_listed)
+        self.requests.put(line.encode() + b"\n")
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -111,7 +121,7 @@ class Worker:
                 return answer
 
     def _fail(self, error, about, lost):
-        """Prints what went wrong, once for each kind, or raises it as ValueError; closes a process that is lost."""
+        """Prints what went wrong, once for each kind, or raises it; ends a process that is lost."""
         message = f"reward {self.name} of {self.path}: {error}; {about}"
         if lost:
             self.lost += 1
@@ -120,8 +130,8 @@ class Worker:
             raise ValueError(f"{message}; its process was lost {LOSSES} times in a row")
         if self.errors == "stop":
             raise ValueError(message)
-        if error not in self.said and len(self.said) < 10:
-            self.said.add(error)
+        if error not in self.printed and len(self.printed) < 10:
+            self.printed.add(error)
             print(f"  note: {message}", flush=True)
 
     def close(self):
@@ -134,7 +144,7 @@ class Worker:
             else:
                 self.process.kill()
         except (ProcessLookupError, PermissionError):
-            pass                # it is gone, and with it all that it started; macOS forbids to kill what is gone
+            pass        # it has ended, with all that it started: macOS then forbids the signal
         self.process.wait()
         self.process = None
 
@@ -151,7 +161,10 @@ def _write(pipe, lines):
 
 
 def _read(pipe, answers):
-    """Passes answers on until the first line that is none, or the end of the process and all that hold its pipe."""
+    """Passes answers on until the first line that is no answer, or the end of the pipe.
+
+    The pipe ends when all processes that hold it have closed it or died.
+    """
     with io.BufferedReader(pipe) as lines:
         for line in iter(lambda: lines.readline(LONGEST), b""):
             answer = _answer(line)
@@ -162,6 +175,7 @@ def _read(pipe, answers):
 
 
 def _answer(line):
+    """A line of bytes -> the answer it holds, or GARBLED."""
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError):
@@ -169,16 +183,34 @@ def _answer(line):
     if not isinstance(answer, dict):
         return GARBLED
     types = {name: type(value) for name, value in answer.items()}
-    if types != {"number": int, "value": float, "error": str} or not abs(answer["value"]) <= LARGEST:
+    if types != {"number": int, "value": float, "error": str}:
         return GARBLED
-    return answer
+    return answer if abs(answer["value"]) <= LARGEST else GARBLED       # NaN compares False
 
 
 def _plain(sample):
     """Sample -> what JSON can say."""
-    images = [dict(shape=image.shape, bytes=base64.b64encode(image.tobytes()).decode())
-              if hasattr(image, "tobytes") and hasattr(image, "shape") else str(image) for image in sample.images]
-    return {**vars(sample), "images": images}
+    return {**vars(sample), "images": [_packed(image) for image in sample.images]}
+
+
+def _packed(image):
+    """Path -> str; encoded picture -> {"bytes"}; array -> {"bytes", "shape"}; bytes in base64."""
+    if isinstance(image, bytes):
+        return dict(bytes=base64.b64encode(image).decode())
+    if hasattr(image, "tobytes") and hasattr(image, "shape"):
+        return dict(bytes=base64.b64encode(image.tobytes()).decode(), shape=image.shape)
+    return str(image)
+
+
+def _unpacked(image):
+    """What `_packed` made -> a path, bytes or an (H, W, 3) uint8 array that can be written to."""
+    import numpy as np
+    if isinstance(image, str):
+        return image
+    data = base64.b64decode(image["bytes"])
+    if "shape" not in image:
+        return data
+    return np.frombuffer(data, np.uint8).reshape(image["shape"]).copy()
 
 
 def _listed(value):
@@ -187,14 +219,14 @@ def _listed(value):
 
 
 def _sample(fields):
-    import numpy as np
-    images = tuple(image if isinstance(image, str) else np.frombuffer(
-        base64.b64decode(image["bytes"]), np.uint8).reshape(image["shape"]).copy() for image in fields["images"])
+    """What `_plain` made -> an object with a sample's fields as attributes."""
+    images = tuple(_unpacked(image) for image in fields["images"])
     return SimpleNamespace(**{**fields, "images": images})
 
 
 class Pipes:
-    """The worker's ends of its two pipes, away from stdin and stdout, which are the function's to use and to close."""
+    """The worker's ends of its two pipes, moved away from stdin and stdout: those are left to the
+    function, which may read, write and close them."""
 
     def __init__(self):
         self.requests = os.fdopen(os.dup(0), "rb")
@@ -206,7 +238,8 @@ class Pipes:
         sys.stdout.reconfigure(line_buffering=True)     # nor be lost when the process is killed
         self.process = os.getpid()
         self.identity = self._identity()
-        if hasattr(os, "register_at_fork"):             # else a child left behind would hide that its parent died
+        # A child left behind would keep the pipes open, and so hide that its parent died.
+        if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._close)
 
     def _close(self):
@@ -221,13 +254,16 @@ class Pipes:
         return [(status.st_dev, status.st_ino) for status in found]
 
     def read(self):
-        """-> the next request, or None when nobody asks any more."""
+        """-> the next request, or None when there will be no more."""
         line = self.requests.readline()
         return json.loads(line) if line else None
 
     def answer(self, number, value=0.0, error=""):
-        """Answers a request. A process that the function forked ends here instead, and so does one whose pipes it
-        closed: it could read no further request, and the next call would fail in the place of this one."""
+        """Answers a request. A process that the function forked ends here instead.
+
+        So does one whose pipes the function closed: it could read no further request, and the next
+        call would fail instead of this one.
+        """
         line = json.dumps(dict(number=number, value=value, error=error)).encode() + b"\n"
         try:
             if os.getpid() == self.process and self._identity() == self.identity:
@@ -259,7 +295,7 @@ def serve():
     if error:
         return
     while (request := pipes.read()) is not None:
-        _limit(2 * first["timeout"] + 1)        # an orphan must not spin forever: the system ends it
+        _limit(2 * first["timeout"] + 1)        # the system ends an orphan that would spin forever
         value, error = _call(function, request)
         pipes.answer(request["number"], value, error)
         _limit(0)
@@ -286,9 +322,12 @@ def _call(function, request):
 
 
 def _line(error):
-    """An exception as one line that can be printed, even if its own message cannot be made or has half a character."""
+    """An exception as one line that can be printed, even if its message cannot be made or has half
+    a character."""
+    name = type(error).__name__
     try:
-        message = f"{type(error).__name__}: {error}"
+        message = f"{name}: {error}"
     except BaseException:
-        message = type(error).__name__
-    return message.splitlines()[0][:300].encode(errors="backslashreplace").decode()
+        message = name
+    line = message.splitlines()[0][:300]
+    return line.encode(errors="backslashreplace").decode()

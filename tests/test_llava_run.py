@@ -22,7 +22,7 @@ from model.runs import checkpoint
 from model.hub.export import export_hf
 from model.lora import adapters
 from model.vlm import VLM, VlmConfig
-from rl.report import page
+from rl.report.log import mean_log
 
 ROOT = Path(train.__file__).parent
 
@@ -296,7 +296,7 @@ def test_a_step_without_a_usable_record_has_no_loss(folder, tmp_path):
 
 def test_the_mean_of_seeds_passes_over_lines_without_a_step(folder):
     log = lines(folder[0] / "run")
-    assert page.mean_log([log, log]) == [
+    assert mean_log([log, log]) == [
         {name: value for name, value in line.items()} for line in log if "step" in line]
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rl.report import page
-from rl.report.curves import draw
-from rl.report.curves import curves
-from rl.report.page import read_log, samples
+from data.sample import Sample
+from rl.report.curves import curves, draw
+from rl.report.log import mean_log, read_log
+from rl.report.page import samples, samples_page
 
 
 def supervised(stage, steps=3):
@@ -86,6 +86,17 @@ def test_rewards_and_tokens_are_drawn_on_axes_of_their_own():
     assert rewards.get_ylim()[0] >= -1.1 and rewards.get_ylim()[1] <= 1.2
 
 
+def test_the_accuracies_are_those_of_the_sampled_decoding_whatever_the_splits_are_called():
+    pytest.importorskip("matplotlib")
+    rows = [result("teacher", "night", 0.25), result("ppo", "night"), result("ppo", "fog", 0.75)]
+    rows = [dict(row, decoding="greedy", value=0.0) for row in rows] + [dict(row, decoding="t0.7-k5") for row in rows]
+    found = {ax.get_title("left"): ax for ax in draw(learned("rl", "ppo"), rows).get_axes()}
+    accuracies = found["Accuracy by split, T = 0.7, top-k 5, with 95 % intervals"]
+    assert [label.get_text() for label in accuracies.get_xticklabels()] == ["night", "fog"]
+    assert {text.get_text() for text in accuracies.texts} == {"50", "75"}
+    assert "teacher's\nanswers 0.25" in [text.get_text() for text in found["RL: rewards"].texts]
+
+
 def test_without_matplotlib_there_are_no_curves(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert curves(LOG, RESULTS) is None
@@ -104,7 +115,7 @@ def completion(text, correct=1.0, method="grpo", why="'two': right; well-formed"
 
 def page(*completions, **fields):
     """The HTML of one entry."""
-    entry = dict(image=np.zeros((4, 4, 3), np.uint8), prompt="how many ?", answer="two", kind="scenes/count")
+    entry = dict(images=(np.zeros((4, 4, 3), np.uint8),), prompt="how many ?", answer="two", kind="scenes/count")
     return samples([{**entry, **fields, "completions": completions}], "A title").decode()
 
 
@@ -166,9 +177,36 @@ def test_the_picture_is_inside_the_file(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
     for source in (picture, str(tmp_path / "a.png")):
-        [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page(image=source))
+        [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page(images=(source,)))
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture)
-    assert "<img" not in page(image=None)
+    assert "<img" not in page(images=()) and page(images=(picture, picture)).count("<img") == 2
+
+
+class Rewards:
+    """Correctness is whether the text is "two"; `parts` knows more names than are rewarded."""
+    names = ("mine", "correctness")
+
+    def parts(self, sample, text):
+        return {"correctness": float(text == sample.answer), "format": 1.0, "mine": len(text)}
+
+    def why(self, sample, text):
+        return f"{text} for {sample.answer}"
+
+
+def test_the_page_of_a_run_shows_the_first_completion_of_each_method_and_what_it_earned():
+    picture = np.zeros((4, 4, 3), np.uint8)
+    one = Sample(images=(picture,), question="how many ?", answer="two", source="scenes/count")
+    two = Sample(question="and without a picture ?", answer="three", source="scenes/at")
+    scores = {"teacher": {"far": {"t0.7": {"text": ["two"]}}},
+              "ppo": {"far": {"t0.7": {"text": ["one", "three"]}, "greedy": {"text": ["never shown"]}}}}
+    html = samples_page("A title", {"far": [one, two, one]}, scores, Rewards(), "t0.7").decode()
+    seen = Reader(html).seen
+    assert html.count("<img") == 1 and "2 prompts." in seen and "never shown" not in seen
+    assert seen.count("Gold answer: two") == seen.count("Gold answer: three") == 1
+    assert "mine 3, correctness 1 · two for two" in seen and "mine 5, correctness 1 · three for three" in seen
+    assert "teacher1 of 1 right" in seen and "ppo1 of 2 right" in seen and "far, scenes/count" in seen
+    few = samples_page("A title", {"far": [one, two]}, scores, Rewards(), "t0.7", each=1).decode()
+    assert "1 prompts." in few and "without a picture" not in few
 
 
 def test_a_page_without_entries_is_a_page():
@@ -196,5 +234,5 @@ def test_the_mean_of_logs_by_hand():
     rl = dict(stage="rl", method="ppo")
     one = [dict(rl, step=0, reward=1.0, entropy=2.0), dict(rl, step=1, reward=3.0)]
     two = [dict(rl, step=0, reward=2.0), dict(stage="cot", step=0, loss=5.0)]
-    assert page.mean_log([one, two]) == [dict(rl, step=0, reward=1.5), dict(rl, step=1, reward=3.0),
-                                           dict(stage="cot", step=0, loss=5.0)]
+    assert mean_log([one, two]) == [dict(rl, step=0, reward=1.5), dict(rl, step=1, reward=3.0),
+                                    dict(stage="cot", step=0, loss=5.0)]

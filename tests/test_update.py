@@ -613,6 +613,10 @@ def test_explain_prints_every_completion_with_its_rewards_and_stops(tmp_path, ca
 
 
 def test_the_readme_defines_what_is_logged_as_the_code_does():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for name, words in metrics.DEFINITIONS.items():
-        assert f"| `{name}` | {words.replace('|', '&#124;')} |" in readme, name
+    lines = (Path(__file__).parents[1] / "rl/README.md").read_text().splitlines()
+    first = lines.index("| name | what | unit | estimator |") + 2
+    table = lines[first:first + len(metrics.DEFINITIONS)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in metrics.DEFINITIONS]
+    for name, *words in rows:
+        assert tuple(cell.replace("&#124;", "|") for cell in words) == metrics.DEFINITIONS[name.strip("`")], name

@@ -1,20 +1,20 @@
-"""Files that people open after a run: samples.html and curves.png. Read the samples before the curves.
+"""samples.html: pictures, questions and what each method answered.
 
-    log = read_log("out/embedded-1/log.jsonl")
-    curves(log, json.load(open("out/embedded-1/results.json")))         # a PNG's bytes, None without matplotlib
-    samples(entries, "Samples of embedded-1, T = 1")                    # a page's bytes
+    samples_page("Samples of embedded-1", tests, scores, rewards, "t1")     # a page's bytes
+    samples(entries, "Samples of embedded-1")                   # the same from entries of your own
+
+Read the samples before the curves.
 """
 import base64
 import io
-import json
 import re
 from html import escape
-from pathlib import Path
 
 from data.sample import read_image
-from rl.report.curves import curves    # noqa: F401: `report.curves`
+from rl.report.curves import curves    # noqa: F401: `page.curves`
 
-# The page runs nothing and fetches nothing, whatever a completion says: besides escaping, the browser is told so.
+# The page runs nothing and fetches nothing, whatever a completion says: its texts are escaped, and the
+# browser is told so as well.
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width">
@@ -50,84 +50,105 @@ th {{ white-space: nowrap; font-weight: 600 }}
 """
 
 
-def read_log(path):
-    """log.jsonl -> list of dicts; [] without the file. A last line cut off by a kill is skipped."""
-    lines = Path(path).read_bytes().splitlines() if Path(path).exists() else []
-    log = []
-    for number, text in enumerate(lines, 1):
-        try:
-            log.append(json.loads(text))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON: {text[:80]!r}") from None
-    return log
+def samples_page(title, tests, scores, rewards, decoding, each=8):
+    """The first `each` prompts of every split with each method's first completion -> HTML, bytes.
+
+    tests: split -> samples; scores: method -> split -> raw scores (see rl/report/statistics.py), of
+    which the completions of `decoding` are shown; rewards: has `names`, `parts(sample, text)` ->
+    {name: value} and `why(sample, text)` -> str.
+    """
+    entries = []
+    for split, samples_of_split in tests.items():
+        texts = {}                              # method -> its first completion of each prompt
+        for method, splits in scores.items():
+            raw = splits.get(split, {}).get(decoding, {})
+            texts[method] = raw.get("text", [])
+        for n, sample in enumerate(samples_of_split[:each]):
+            answered = {method: written[n] for method, written in texts.items() if n < len(written)}
+            if not answered:                    # fewer prompts were sampled than are shown
+                break
+            completions = []
+            for method, text in answered.items():
+                completions.append(_judged(method, sample, text, rewards))
+            entries.append(dict(images=sample.images, prompt=sample.question, answer=sample.answer,
+                                kind=f"{split}, {sample.source}", completions=completions))
+    return samples(entries, title)
 
 
-def mean_log(logs):
-    """Logs of several seeds -> one whose numbers are their means, step by step; a number that some lack is left out."""
-    lines = {}
-    for log in logs:
-        for line in log:
-            if "step" not in line:      # a record that could not be used
-                continue
-            which = {name: line[name] for name in ("stage", "method", "step") if name in line}
-            lines.setdefault(tuple(which.items()), []).append(line)
-    return [dict(which) | {
-        name: sum(line[name] for line in same) / len(same) for name in same[0]
-        if name not in dict(which) and all(isinstance(line.get(name), (int, float)) for line in same)}
-        for which, same in lines.items()]
+def _judged(method, sample, text, rewards):
+    """A completion as `samples` takes it."""
+    parts = rewards.parts(sample, text)
+    shown = {name: parts[name] for name in rewards.names}
+    return dict(method=method, text=text, reward=shown, why=rewards.why(sample, text))
 
 
 def samples(entries, title):
-    """Pictures, questions and what each method answered -> one HTML page, bytes, that needs no other file nor script.
+    """Entries -> one HTML page, bytes, that needs no other file and no script.
 
-    An entry is a dict: image (path, (H, W, 3) uint8 array, or None), prompt, answer (gold), kind, and completions, each
-    dict(method, text, reward={"correctness": 1.0, ..}, why), in the order shown. Texts are untrusted: all are escaped.
+    An entry is a dict: images (each a path, the bytes of an encoded picture, or an (H, W, 3) uint8
+    array), prompt, answer (gold), kind, and completions, each dict(method, text,
+    reward={"correctness": 1.0, ..}, why), in the order shown. Texts are untrusted: all of them are
+    escaped.
     """
     body = "\n".join([_counts(entries), *map(_entry, entries)])
-    return PAGE.format(title=escape(title), body=body).encode(errors="replace")     # half a surrogate pair has no UTF-8
+    html = PAGE.format(title=escape(title), body=body)
+    return html.encode(errors="replace")        # half a surrogate pair has no UTF-8
 
 
 def _is_right(completion):
     """True, False, or None when correctness was not a reward."""
-    return completion["reward"]["correctness"] > 0 if "correctness" in completion["reward"] else None
+    if "correctness" not in completion["reward"]:
+        return None
+    return completion["reward"]["correctness"] > 0
 
 
 def _verdict(right):
     # A word and a symbol beside the colour, for those who do not see it.
-    words = {True: '<span class="right">✓ right</span>', False: '<span class="wrong">✗ wrong</span>'}
+    words = {True: '<span class="right">✓ right</span>',
+             False: '<span class="wrong">✗ wrong</span>'}
     return words.get(right, "")
 
 
 def _counts(entries):
-    """How many of the shown completions are right, by method; the real numbers, with intervals, are in results.json."""
-    judged = {}
+    """How many of the shown completions are right, by method.
+
+    The real numbers, with intervals, are in results.json.
+    """
+    judged = {}                                 # method -> whether each of its completions is right
     for entry in entries:
         for completion in entry["completions"]:
             judged.setdefault(completion["method"], []).append(_is_right(completion))
-    rows = "".join(f"<tr><th>{escape(method)}</th><td>{right.count(True)} of {len(right)} right</td></tr>"
-                   for method, right in judged.items() if None not in right)
+    rows = ""
+    for method, right in judged.items():
+        if None not in right:
+            count = f"{right.count(True)} of {len(right)} right"
+            rows += f"<tr><th>{escape(method)}</th><td>{count}</td></tr>"
     return f'<p class="quiet">{len(entries)} prompts.</p><table class="counts">{rows}</table>'
 
 
 def _entry(entry):
-    rows = []
-    for completion in entry["completions"]:
-        # Tags in colour: they are found after escaping, so that nothing in the text is ever markup.
-        text = re.sub(r"&lt;/?\w+&gt;", r'<span class="tag">\g<0></span>', escape(completion["text"]))
-        parts = ", ".join(f"{name} {value:g}" for name, value in completion["reward"].items())
-        rows.append(f'<tr><th>{escape(completion["method"])}</th><td>{_verdict(_is_right(completion))}</td>'
-                    f'<td><div class="text">{text or "(empty)"}</div>'
-                    f'<div class="quiet">{escape(parts)} &middot; {escape(completion["why"])}</div></td></tr>')
-    return (f'<div class="entry">{_picture(entry["image"])}<div><div class="quiet">{escape(entry["kind"])}</div>'
+    """A prompt with its pictures and a table of its completions, as HTML."""
+    pictures = "".join(map(_picture, entry["images"]))
+    rows = "".join(map(_row, entry["completions"]))
+    return (f'<div class="entry">{pictures}<div><div class="quiet">{escape(entry["kind"])}</div>'
             f'<div class="question">{escape(entry["prompt"])}</div><div>Gold answer: '
-            f'<b>{escape(entry["answer"])}</b></div><table>{"".join(rows)}</table></div></div>')
+            f'<b>{escape(entry["answer"])}</b></div><table>{rows}</table></div></div>')
+
+
+def _row(completion):
+    """A completion as a row of its prompt's table, as HTML."""
+    # Tags in colour: they are found after escaping, so that nothing in the text is ever markup.
+    text = re.sub(r"&lt;/?\w+&gt;", r'<span class="tag">\g<0></span>', escape(completion["text"]))
+    rewards = ", ".join(f"{name} {value:g}" for name, value in completion["reward"].items())
+    verdict = _verdict(_is_right(completion))
+    why = escape(completion["why"])
+    return (f'<tr><th>{escape(completion["method"])}</th><td>{verdict}</td>'
+            f'<td><div class="text">{text or "(empty)"}</div>'
+            f'<div class="quiet">{escape(rewards)} &middot; {why}</div></td></tr>')
 
 
 def _picture(source, most=480):
-    """An <img> with the picture inside; large ones are shrunk, small ones shown with hard pixel edges."""
-    if source is None:
-        return ""
+    """An <img> with the picture inside; large ones are shrunk, small ones get hard pixel edges."""
     picture = read_image(source)
     small = "small" if max(picture.size) <= 160 else ""
     picture.thumbnail((most, most))

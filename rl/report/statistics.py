@@ -1,9 +1,11 @@
 """From raw scores to rows with intervals, paired differences and text tables.
 
-Raw scores of a method on a split: {"greedy": {...}, "t1": {...}}, each with one entry a prompt: right and format
-(n, G), length (n, G), answer (n, G), gold (n,), aliases (n,), kind (n,), text (n,) the first completion.
+Raw scores of a method on a split: {"greedy": {...}, "t1": {...}}, a decoding (see `decoding_name`)
+each, with one entry a prompt: right and format (n, G), length (n, G), answer (n, G), gold (n,),
+aliases (n,), kind (n,), text (n,) the first completion.
 """
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -15,98 +17,193 @@ MOST_KINDS = 8                              # kinds of questions that a line of 
 WORST = 5                                   # those shown where there are more
 
 
+# ---------------------------------------------------------------- names of decodings and splits
+
+def decoding_name(temperature, top_p=1.0, top_k=0):
+    """How completions are chosen, as rows name it; top_p 1 and top_k 0 leave nothing out.
+
+    >>> decoding_name(0.0), decoding_name(1.0), decoding_name(0.7, 0.9, 50)
+    ('greedy', 't1', 't0.7-p0.9-k50')
+    """
+    if temperature == 0:
+        return "greedy"
+    name = f"t{_digits(temperature)}"
+    if top_p < 1:
+        name += f"-p{_digits(top_p)}"
+    if top_k > 0:
+        name += f"-k{top_k}"
+    return name
+
+
+def decoding_title(name):
+    """A decoding's name as people read it.
+
+    >>> decoding_title("t0.7-p0.9-k50"), decoding_title("greedy")
+    ('T = 0.7, top-p 0.9, top-k 50', 'greedy')
+    """
+    found = re.fullmatch(r"t([\d.].*?)(?:-p(.+?))?(?:-k(\d+))?", name)
+    if not found:
+        return name
+    temperature, top_p, top_k = found.groups()
+    title = f"T = {temperature}"
+    if top_p:
+        title += f", top-p {top_p}"
+    if top_k:
+        title += f", top-k {top_k}"
+    return title
+
+
+def _digits(value):
+    """All digits of a number, but not the ".0" of a whole one: no two settings share a name."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def decodings_of(rows):
+    """The decodings of rows: greedy first, the sampled ones in the order they come."""
+    names = dict.fromkeys(row["decoding"] for row in rows)
+    return sorted(names, key=lambda name: name != "greedy")
+
+
+def main_decoding(rows):
+    """The first sampled decoding of the rows, else greedy; "t1" without rows."""
+    names = decodings_of(rows)
+    sampled = [name for name in names if name != "greedy"]
+    return (sampled or names or ["t1"])[0]
+
+
+def main_split(splits):
+    """The split that is like training: "id" of drawn scenes, "val" of real data, else the first."""
+    for name in ("id", "val"):
+        if name in splits:
+            return name
+    return splits[0]
+
+
+# ---------------------------------------------------------------- from scores to rows
+
 def majority_right(answers, gold, aliases):
     """1 when the commonest non-empty answer is right; ties go to the one sampled first."""
     votes = Counter(answer for answer in answers if answer)
-    return int(bool(votes) and votes.most_common(1)[0][0] in (gold, *aliases))
+    if not votes:
+        return 0
+    [(answer, _)] = votes.most_common(1)
+    return int(answer in (gold, *aliases))
 
 
 def per_prompt(scores, metric):
-    """Raw scores of a decoding -> (n,) array of the metric, one value a prompt; None where it is not defined."""
+    """Raw scores of a decoding -> (n,) array of the metric, one value a prompt; None where it is
+    not defined."""
     if metric == "accuracy":
         return np.mean(scores["right"], axis=1)
+    completions = len(scores["right"][0])
     if metric.startswith("pass@"):
-        return np.max(scores["right"], axis=1).astype(float) if len(scores["right"][0]) > 1 else None
+        return np.max(scores["right"], axis=1).astype(float) if completions > 1 else None
     if metric.startswith("maj@"):
-        if "aliases" not in scores or len(scores["right"][0]) < 2:
+        if "aliases" not in scores or completions < 2:
             return None
-        return np.array([majority_right(*entry) for entry in zip(scores["answer"], scores["gold"], scores["aliases"])],
-                        dtype=float)
+        prompts = zip(scores["answer"], scores["gold"], scores["aliases"])
+        return np.array([majority_right(*prompt) for prompt in prompts], dtype=float)
     return np.mean(scores[metric], axis=1) if metric in scores else None
 
 
 def interval(values):
     """Mean of one value a prompt with its 95 % interval: (mean, low, high).
 
-    Wilson's interval for 0/1 values, the normal one otherwise (several completions of a prompt are not independent, so
-    the prompt is the unit).
+    Wilson's interval for 0/1 values, the normal one otherwise (several completions of a prompt are
+    not independent, so the prompt is the unit).
     """
     values = np.asarray(values, dtype=float)
-    n, mean = len(values), float(values.mean())
+    n = len(values)
+    mean = float(values.mean())
     if set(np.unique(values)) <= {0.0, 1.0}:
         z = 1.96
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return mean, centre - half, centre + half
-    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else float("inf")
-    return mean, mean - half, mean + half
+    else:
+        centre = mean
+        half = _half_width(values)
+    return mean, centre - half, centre + half
+
+
+def _half_width(values):
+    """Half of the normal 95 % interval of the mean of (n,) values; infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    return 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def within(low, high, least, most):
-    """An interval cut to what the quantity can be; where that has no bound, None for one of infinite width."""
-    return tuple(edge if math.isfinite(edge) else None for edge in (max(low, least), min(high, most)))
+    """An interval cut to what the quantity can be; None in place of an end that is infinite."""
+    low = max(low, least)
+    high = min(high, most)
+    return (low if math.isfinite(low) else None), (high if math.isfinite(high) else None)
 
 
 def rows(method, split, scores, seed):
-    """Raw scores of a split -> rows (method, split, decoding, metric, value, low, high, n, seed)."""
+    """Raw scores of a split -> rows: method, split, decoding, metric, value, low, high, n, seed."""
     out = []
-    for decoding, of in scores.items():
-        group = len(of["right"][0])
-        for metric in ("accuracy", "format", "length", f"pass@{group}", f"maj@{group}"):
-            values = per_prompt(of, metric)
-            if values is not None:
-                value, *ends = interval(values)
-                low, high = within(*ends, 0.0, math.inf if metric == "length" else 1.0)
-                out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value, low=low,
-                                high=high, n=len(values), seed=seed))
-        if found := class_mean(of):
-            value, classes = found
-            out.append(dict(method=method, split=split, decoding=decoding, metric=CLASS_MEAN, value=value, low=None,
-                            high=None, n=classes, seed=seed))
+    for decoding, raw in scores.items():
+        label = dict(method=method, split=split, decoding=decoding)
+        completions = len(raw["right"][0])
+        for metric in ("accuracy", "format", "length", f"pass@{completions}", f"maj@{completions}"):
+            values = per_prompt(raw, metric)
+            if values is None:
+                continue
+            value, low, high = interval(values)
+            low, high = within(low, high, 0.0, math.inf if metric == "length" else 1.0)
+            out.append(dict(label, metric=metric, value=value, low=low, high=high, n=len(values),
+                            seed=seed))
+        of_classes = class_mean(raw)
+        if of_classes:
+            value, classes = of_classes
+            out.append(dict(label, metric=CLASS_MEAN, value=value, low=None, high=None, n=classes,
+                            seed=seed))
     return out
 
 
 def differences(scores, to):
-    """Paired differences in accuracy, method minus `to`, on the same prompts, with their 95 % intervals.
+    """Paired differences in accuracy, method minus `to`, on the same prompts, with intervals.
 
     scores: method -> split -> raw scores. Rows like those of `rows`, metric "accuracy - {to}".
     """
     out = []
-    for method, splits in scores.items():
-        for split, of in splits.items():
-            for decoding, mine in of.items():
-                theirs = scores.get(to, {}).get(split, {}).get(decoding)
-                if method == to or theirs is None:
-                    continue
-                a, b = per_prompt(mine, "accuracy"), per_prompt(theirs, "accuracy")
-                delta = a - b
-                half = 1.96 * float(delta.std(ddof=1)) / math.sqrt(len(delta)) if len(delta) > 1 else float("inf")
-                mean = float(delta.mean())
-                low, high = within(mean - half, mean + half, -1.0, 1.0)
-                out.append(dict(method=method, split=split, decoding=decoding, metric=f"accuracy - {to}", value=mean,
-                                low=low, high=high, n=len(delta)))
+    for method, split, decoding, raw in _each(scores):
+        other = scores.get(to, {}).get(split, {}).get(decoding)
+        if method == to or other is None:
+            continue
+        delta = per_prompt(raw, "accuracy") - per_prompt(other, "accuracy")
+        mean = float(delta.mean())
+        half = _half_width(delta)
+        low, high = within(mean - half, mean + half, -1.0, 1.0)
+        out.append(dict(method=method, split=split, decoding=decoding, metric=f"accuracy - {to}",
+                        value=mean, low=low, high=high, n=len(delta)))
     return out
+
+
+def _each(scores):
+    """Yields (method, split, decoding, raw scores of that decoding)."""
+    for method, splits in scores.items():
+        for split, decodings in splits.items():
+            for decoding, raw in decodings.items():
+                yield method, split, decoding, raw
 
 
 def by_kind(scores):
     """Raw scores of a decoding -> {question kind: (accuracy, n)}."""
-    accuracy, kinds = per_prompt(scores, "accuracy"), np.array(scores["kind"])
-    return {kind: (float(accuracy[kinds == kind].mean()), int((kinds == kind).sum())) for kind in sorted(set(kinds))}
+    accuracy = per_prompt(scores, "accuracy")
+    kinds = np.array(scores["kind"])
+    out = {}
+    for kind in sorted(set(scores["kind"])):
+        chosen = accuracy[kinds == kind]
+        out[kind] = float(chosen.mean()), len(chosen)
+    return out
 
 
 def class_mean(scores):
-    """Raw scores of a decoding on pictures whose kind is their class -> (accuracy averaged over classes, classes): each
-    class counts alike, however many pictures it has. None where kinds are not classes."""
+    """Raw scores of a decoding on pictures of classes -> (accuracy averaged over classes, classes).
+
+    Each class counts alike, however many pictures it has. None where kinds are not classes.
+    """
     if "gold" not in scores or [normalise(kind) for kind in scores["kind"]] != list(scores["gold"]):
         return None
     accuracies = [accuracy for accuracy, _ in by_kind(scores).values()]
@@ -114,102 +211,257 @@ def class_mean(scores):
 
 
 def kind_rows(scores, seed):
-    """scores: method -> split -> raw scores -> rows (method, split, decoding, metric "accuracy on KIND", value, n)."""
-    return [dict(method=method, split=split, decoding=decoding, metric=f"accuracy on {kind}", value=value, n=n,
-                 seed=seed)
-            for method, splits in scores.items() for split, of in splits.items() for decoding, raw in of.items()
-            for kind, (value, n) in by_kind(raw).items()]
-
-
-def training_rows(log, seed, last=10):
-    """Lines of log.jsonl -> rows on how each RL stage went, decoding "training", metric "RL", a column each as split.
-
-    s/step: median; clipped, %: tokens beyond the clip on either side, mean over all rollouts with an update; right,
-    format, entropy, in nats a token: means over the `last` rollouts; 1000 samples: completions drawn in all.
-    """
-    methods, out = {}, []
-    for line in log:
-        if "reward" in line:
-            methods.setdefault(line["method"], []).append(line)
-    for method, lines in methods.items():
-        def mean(name, of):
-            values = [line[name] for line in of if name in line]
-            return float(np.mean(values)) if values else 0.0
-
-        columns = {
-            "1000 samples": lines[-1]["samples"] / 1000,
-            "s/step": float(np.median([sum(line[name] for name in line if name.startswith("seconds_"))
-                                       for line in lines])),
-            "clipped, %": 100 * (mean("clip_low", lines) + mean("clip_high", lines)),
-            "right": mean("reward/correctness", lines[-last:]),
-            "format": mean("reward/format", lines[-last:]),
-            "entropy": mean("entropy", lines[-last:])}
-        out += [dict(method=method, split=column, decoding="training", metric="RL", value=value, seed=seed)
-                for column, value in columns.items()]
+    """scores: method -> split -> raw scores. -> rows with metric "accuracy on KIND", value and
+    n."""
+    out = []
+    for method, split, decoding, raw in _each(scores):
+        for kind, (value, n) in by_kind(raw).items():
+            out.append(dict(method=method, split=split, decoding=decoding,
+                            metric=f"accuracy on {kind}", value=value, n=n, seed=seed))
     return out
 
 
-def training_table(rows):
-    """training_rows of one run as text; "" without any."""
-    columns, at = list(dict.fromkeys(row["split"] for row in rows)), {}
-    for row in rows:
-        at.setdefault(row["method"], []).append(f"{row['value']:.3f}")
-    return _grid("Training, RL", columns, list(at.items())) if rows else ""
+def training_rows(log, seed, last=10):
+    """Lines of log.jsonl -> rows on how each RL stage went.
 
+    Their decoding is "training", their metric "RL", and their split names a column of the table.
+    s/step: median; clipped, %: tokens beyond the clip on either side, mean over all rollouts with
+    an update; right, format, entropy, in nats a token: means over the `last` rollouts; 1000
+    samples: completions drawn in all.
+    """
+    methods = {}                                # method -> its lines
+    for line in log:
+        if "reward" in line:
+            methods.setdefault(line["method"], []).append(line)
+    out = []
+    for method, lines in methods.items():
+        seconds = []
+        for line in lines:
+            seconds.append(sum(line[name] for name in line if name.startswith("seconds_")))
+        end = lines[-last:]
+        columns = {
+            "1000 samples": lines[-1]["samples"] / 1000,
+            "s/step": float(np.median(seconds)),
+            "clipped, %": 100 * (_mean_of("clip_low", lines) + _mean_of("clip_high", lines)),
+            "right": _mean_of("reward/correctness", end),
+            "format": _mean_of("reward/format", end),
+            "entropy": _mean_of("entropy", end),
+        }
+        for column, value in columns.items():
+            out.append(dict(method=method, split=column, decoding="training", metric="RL",
+                            value=value, seed=seed))
+    return out
+
+
+def _mean_of(name, lines):
+    """Mean of a number over the lines that have it; 0 without any."""
+    values = [line[name] for line in lines if name in line]
+    return float(np.mean(values)) if values else 0.0
+
+
+# ---------------------------------------------------------------- the result in three lines
+
+def result_lines(rows, differences, to, over="prompts"):
+    """What a run found, in three lines, from fixed templates: they state numbers, not causes.
+
+    1. The accuracy of the main method on the split that is like training, beside that of `cot`,
+       imitation alone.
+    2. The best of the other methods there, and the paired difference.
+    3. That difference on the other splits: on which its interval lies above 0, below 0, or includes
+       0 ("not shown"). With a single split the form and the length of completions instead.
+
+    rows: of results.json; differences: of differences.json; to: the main method, "" for the last
+    one; over: what the intervals are over, prompts or seeds.
+    """
+    decoding = main_decoding(rows)
+    accuracy = {}                               # (method, split) -> row
+    for row in rows:
+        if row["metric"] == "accuracy" and row["decoding"] == decoding:
+            accuracy[row["method"], row["split"]] = row
+    paired = {}                                 # (method, split) -> row
+    for row in differences:
+        if row["metric"] == f"accuracy - {to}" and row["decoding"] == decoding:
+            paired[row["method"], row["split"]] = row
+    if not accuracy:
+        return ["Result: no method was evaluated.", "There is nothing to compare it with.",
+                "There is no other split."]
+
+    methods = list(dict.fromkeys(method for method, _ in accuracy))
+    trained = [method for method in methods if method != "teacher"] or methods
+    main = to if to in methods else trained[-1]
+    splits = [split for method, split in accuracy if method == main]
+    home = main_split(splits)
+    others = [method for method in methods if method != main and (method, home) in accuracy]
+    best = max(others, key=lambda method: accuracy[method, home]["value"], default="")
+
+    row = accuracy[main, home]
+    count = f"1 {over.removesuffix('s')}" if row["n"] == 1 else f"{row['n']} {over}"
+    first = f"Result on {home}, {decoding_title(decoding)} [95 % interval over {count}]: "
+    first += f"{main} is right on {_share(row)}"
+    if "cot" in others:
+        first += f"; cot, imitation alone, on {_share(accuracy['cot', home])}"
+
+    if best:
+        second = f"Best other method on {home}: {best} with {_share(accuracy[best, home])}; "
+        second += _difference_words(best, main, paired.get((best, home)))
+    else:
+        second = "No other method was evaluated"
+
+    away = [split for split in splits if split != home]
+    if not away:
+        third = _form_and_length(rows, main, home, decoding)
+    elif any((best, split) in paired for split in away):
+        third = _on_other_splits(best, main, {split: paired.get((best, split)) for split in away})
+    else:
+        shares = ", ".join(f"{split} {_share(accuracy[main, split])}" for split in away)
+        third = f"On the other splits {main} is right on: {shares}"
+    return [f"{first}.", f"{second}.", f"{third}."]
+
+
+def _side(row):
+    """Where the interval of a difference lies: "above" or "below" 0, else "not shown"."""
+    if not _has_interval(row) or row["low"] <= 0 <= row["high"]:
+        return "not shown"
+    return "above" if row["low"] > 0 else "below"
+
+
+def _has_interval(row):
+    return all(end is not None and math.isfinite(end) for end in (row["low"], row["high"]))
+
+
+def _difference_words(method, main, row):
+    if row is None:
+        return "no paired difference was computed"
+    words = f"{method} minus {main}, paired by prompt, {100 * row['value']:+.1f} points"
+    if not _has_interval(row):
+        return f"a difference is not shown: {words}, without an interval"
+    words += f" [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    if _side(row) == "not shown":
+        return f"a difference is not shown: {words}, an interval that includes 0"
+    return words
+
+
+def _on_other_splits(method, main, of_split):
+    """of_split: split -> the row of its paired difference, or None."""
+    sides = {"above": [], "below": [], "not shown": []}
+    for split, row in of_split.items():
+        sides["not shown" if row is None else _side(row)].append(split)
+    words = []
+    for side, splits in sides.items():
+        where = side if side == "not shown" else f"{side} 0"
+        names = f" ({', '.join(splits)})" if splits else ""
+        words.append(f"{where} on {len(splits)}{names}")
+    return f"On the other splits {method} minus {main} is {', '.join(words)}"
+
+
+def _form_and_length(rows, main, split, decoding):
+    words = []
+    for method in dict.fromkeys((main, "cot")):
+        found = {}                              # metric -> row
+        for row in rows:
+            if (row["method"], row["split"], row["decoding"]) == (method, split, decoding):
+                found[row["metric"]] = row
+        if "format" in found and "length" in found:
+            form = _share(found["format"])
+            length = _tokens(found["length"])
+            words.append(f"{method} keeps the form in {form}, with {length} tokens a completion")
+    return "; ".join(words) or "Form and length were not measured"
+
+
+# ---------------------------------------------------------------- tables
 
 def _grid(title, columns, lines):
     """Text table: title, column heads, lines of (label, cells)."""
-    width = max([len(label) for label, _ in lines] + [10])
-    cell = max([len(text) for _, cells in lines for text in cells] + [len(column) for column in columns]) + 2
-    head = " " * width + "".join(column.rjust(cell) for column in columns)
-    return "\n".join([title, head, *(label.ljust(width) + "".join(text.rjust(cell) for text in cells)
-                                     for label, cells in lines)])
+    width = max([10, *(len(label) for label, _ in lines)])
+    texts = list(columns)
+    for _, cells in lines:
+        texts += cells
+    cell = 2 + max(map(len, texts))
+    out = [title, " " * width + "".join(column.rjust(cell) for column in columns)]
+    for label, cells in lines:
+        out.append(label.ljust(width) + "".join(text.rjust(cell) for text in cells))
+    return "\n".join(out)
+
+
+def _share(row):
+    if not _has_interval(row):
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _points(row):
+    return f"{100 * row['value']:+.1f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
+
+
+def _classes(row):
+    return f"{row['value']:.3f} ({row['n']})"
+
+
+def _tokens(row):
+    return f"{row['value']:.1f}"
 
 
 def table(results, scores, to=""):
-    """Everything the comparison says, as text: accuracies with intervals, differences to the method `to`, format,
-    voting, kinds."""
-    splits = list(dict.fromkeys(row["split"] for row in results if row["metric"] == "accuracy"))
-    methods = list(dict.fromkeys(row["method"] for row in results if row["metric"] == "accuracy"))
-    found = {(r["method"], r["split"], r["decoding"], r["metric"]): r for r in [*results, *differences(scores, to)]}
+    """The whole comparison as text: accuracies with intervals, differences to the method `to`,
+    votes, format, length, question kinds."""
+    accuracies = [row for row in results if row["metric"] == "accuracy"]
+    splits = list(dict.fromkeys(row["split"] for row in accuracies))
+    methods = list(dict.fromkeys(row["method"] for row in accuracies))
+    others = [method for method in methods if method != to]
+    decodings = decodings_of(results)
+    sampled = [name for name in decodings if name != "greedy"]
+    found = {}
+    for row in [*results, *differences(scores, to)]:
+        found[row["method"], row["split"], row["decoding"], row["metric"]] = row
 
-    def cells(method, decoding, metric, form):
-        return [form(found[key]) if (key := (method, split, decoding, metric)) in found else "" for split in splits]
+    def grid(title, methods, decoding, metric, form):
+        """A table with a line a method and a column a split; a cell without a row stays empty."""
+        lines = []
+        for method in methods:
+            keys = [(method, split, decoding, metric) for split in splits]
+            lines.append((method, [form(found[key]) if key in found else "" for key in keys]))
+        return _grid(title, splits, lines)
 
-    def share(row):
-        return f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-    def points(row):
-        return f"{100 * row['value']:+.1f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
-
-    parts = []
-    for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
-        parts.append(_grid(f"Accuracy, {words} [95 % interval]", splits,
-                           [(m, cells(m, decoding, "accuracy", share)) for m in methods]))
-        if any(row["metric"] == CLASS_MEAN for row in results):
-            parts.append(_grid(f"{CLASS_MEAN.capitalize()}, {words} (classes)", splits,
-                               [(m, cells(m, decoding, CLASS_MEAN, lambda row: f"{row['value']:.3f} ({row['n']})"))
-                                for m in methods if (m, splits[0], decoding, CLASS_MEAN) in found]))
-        if to in scores and len(methods) > 1:
-            parts.append(_grid(f"Paired difference to {to} in points, {words} [95 % interval]", splits,
-                               [(m, cells(m, decoding, f"accuracy - {to}", points)) for m in methods if m != to]))
-    sampled = sorted({row["metric"] for row in results if row["metric"].startswith(("pass@", "maj@"))})
-    for metric in sampled:
-        parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, share)) for m in methods]))
-    for metric, form in (("format", share), ("length", lambda row: f"{row['value']:.1f}")):
-        parts.append(_grid(f"{metric}, T = 1", splits, [(m, cells(m, "t1", metric, form)) for m in methods]))
+    tables = []
+    for decoding in decodings:
+        title = decoding_title(decoding)
+        heading = f"Accuracy, {title} [95 % interval]"
+        tables.append(grid(heading, methods, decoding, "accuracy", _share))
+        of_classes = {row["method"] for row in results
+                      if row["metric"] == CLASS_MEAN and row["decoding"] == decoding}
+        if of_classes:
+            chosen = [method for method in methods if method in of_classes]
+            heading = f"{CLASS_MEAN.capitalize()}, {title} (classes)"
+            tables.append(grid(heading, chosen, decoding, CLASS_MEAN, _classes))
+        if to in scores and others:
+            heading = f"Paired difference to {to} in points, {title} [95 % interval]"
+            tables.append(grid(heading, others, decoding, f"accuracy - {to}", _points))
+    metrics = {row["metric"] for row in results}
+    votes = sorted(metric for metric in metrics if metric.startswith(("pass@", "maj@")))
+    for metric in (*votes, "format", "length"):
+        form = _tokens if metric == "length" else _share
+        for decoding in sampled:
+            heading = f"{metric}, {decoding_title(decoding)}"
+            tables.append(grid(heading, methods, decoding, metric, form))
     for split in splits:
-        for decoding, words in (("greedy", "greedy"), ("t1", "T = 1")):
-            kinds = {method: by_kind(of[split][decoding]) for method, of in scores.items()
-                     if decoding in of.get(split, ())}
-            parts.append(_kinds(f"Accuracy on {split} by question kind, {words} (n)", kinds))
-    return "\n\n".join(part for part in parts if part)
+        for decoding in decodings:
+            kinds = {}
+            for method, of_split in scores.items():
+                if decoding in of_split.get(split, {}):
+                    kinds[method] = by_kind(of_split[split][decoding])
+            heading = f"Accuracy on {split} by question kind, {decoding_title(decoding)} (n)"
+            tables.append(_kinds(heading, kinds))
+    return "\n\n".join(text for text in tables if text)
 
 
 def _kinds(title, kinds):
-    """kinds: method -> {kind: (accuracy, n)} -> text; "" for one kind. Where a line cannot hold all kinds, each of the
-    worst ones has a line."""
-    names = sorted({kind for of in kinds.values() for kind in of})
+    """kinds: method -> {kind: (accuracy, n)} -> text; "" for one kind. Where a line cannot hold all
+    kinds, each of the worst ones has a line."""
+    accuracies = {}                             # kind -> that of each method
+    for of_method in kinds.values():
+        for kind, (accuracy, _) in of_method.items():
+            accuracies.setdefault(kind, []).append(accuracy)
+    names = sorted(accuracies)
     if len(names) < 2:
         return ""
 
@@ -220,57 +472,87 @@ def _kinds(title, kinds):
         return f"{accuracy:.3f} ({count})"
 
     if len(names) <= MOST_KINDS:
-        return _grid(title, names, [(method, [cell(method, kind) for kind in names]) for method in kinds])
-
-    def over_methods(kind):
-        return np.mean([of[kind][0] for of in kinds.values() if kind in of])
-
-    worst = sorted(names, key=over_methods)[:WORST]
+        lines = [(method, [cell(method, kind) for kind in names]) for method in kinds]
+        return _grid(title, names, lines)
+    worst = sorted(names, key=lambda kind: np.mean(accuracies[kind]))[:WORST]
+    lines = [(kind, [cell(method, kind) for method in kinds]) for kind in worst]
     title = f"{title}, the worst {WORST} of {len(names)}; kinds.json has all"
-    return _grid(title, list(kinds), [(kind, [cell(method, kind) for method in kinds]) for kind in worst])
+    return _grid(title, list(kinds), lines)
 
+
+def training_table(rows):
+    """training_rows of one run as text; "" without any."""
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(row["split"] for row in rows))
+    lines = {}                                  # method -> its cells
+    for row in rows:
+        lines.setdefault(row["method"], []).append(f"{row['value']:.3f}")
+    return _grid("Training, RL", columns, list(lines.items()))
+
+
+# ---------------------------------------------------------------- several seeds
 
 def t95(n):
     """Student's 97.5 % quantile for the mean of n values."""
     if n <= 10:
-        return {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}[n]
-    # Expansion around the normal quantile (Abramowitz & Stegun 26.7.5); off by less than 1e-4 from here on.
-    z, nu = 1.959964, n - 1
+        return {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
+                10: 2.262}[n]
+    # Expansion around the normal quantile (Abramowitz & Stegun 26.7.5); off by less than 1e-4 here.
+    z = 1.959964
+    nu = n - 1
     return (z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * nu**3))
 
 
 def over_seeds(results):
-    """Rows of several seeds -> rows with mean, 95 % t-interval over the seeds, and their standard deviation `sd`."""
-    grouped = {}
+    """Rows of several seeds -> rows with mean, 95 % t-interval and standard deviation over the
+    seeds: value, low, high, sd, n."""
+    grouped = {}                                # a row's names -> its value for each seed
     for row in results:
-        grouped.setdefault((row["method"], row["split"], row["decoding"], row["metric"]), []).append(row["value"])
+        names = row["method"], row["split"], row["decoding"], row["metric"]
+        grouped.setdefault(names, []).append(row["value"])
     out = []
     for (method, split, decoding, metric), values in grouped.items():
-        mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        half = t95(len(values)) * sd / math.sqrt(len(values)) if len(values) > 1 else float("inf")
-        out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=mean, low=mean - half,
-                        high=mean + half, sd=sd, n=len(values)))
+        n = len(values)
+        mean = float(np.mean(values))
+        sd = float(np.std(values, ddof=1)) if n > 1 else 0.0
+        half = t95(n) * sd / math.sqrt(n) if n > 1 else math.inf
+        out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=mean,
+                        low=mean - half, high=mean + half, sd=sd, n=n))
     return out
 
 
 def seeds_table(results):
     """Rows of several seeds -> text: mean [95 % t-interval over seeds] and standard deviation.
 
-    The interval is about the training seeds: all of them answer the same prompts, whose own spread each run prints.
+    The interval is about the training seeds: all of them answer the same prompts, whose own spread
+    each run prints.
     """
     merged = over_seeds(results)
-    parts = []
+    tables = []
     kinds = {row["metric"] for row in merged if row["metric"].startswith("accuracy on ")}
-    if len(kinds) > MOST_KINDS:         # a table each
+    if len(kinds) > MOST_KINDS:                 # each would be a table
         merged = [row for row in merged if row["metric"] not in kinds]
-        parts.append(f"Accuracy by question kind, {len(kinds)} of them: see kinds.json")
-    for decoding, metric in dict.fromkeys((row["decoding"], row["metric"]) for row in merged):
-        these = [row for row in merged if (row["decoding"], row["metric"]) == (decoding, metric)]
-        splits = list(dict.fromkeys(row["split"] for row in these))
-        at = {(row["method"], row["split"]): row for row in these}
-        parts.append(_grid(f"{metric}, {decoding}: mean over {these[0]['n']} seeds [95 % t-interval] sd", splits, [
-            (method, [f"{at[method, s]['value']:.3f} [{at[method, s]['low']:.2f}, {at[method, s]['high']:.2f}] "
-                      f"{at[method, s]['sd']:.3f}" if (method, s) in at else "" for s in splits])
-            for method in dict.fromkeys(row["method"] for row in these)]))
-    return "\n\n".join(parts)
+        tables.append(f"Accuracy by question kind, {len(kinds)} of them: see kinds.json")
+    grouped = {}                                # (decoding, metric) -> its rows
+    for row in merged:
+        grouped.setdefault((row["decoding"], row["metric"]), []).append(row)
+    for (decoding, metric), rows in grouped.items():
+        count = rows[0]["n"]
+        what = f"{metric}, {decoding_title(decoding)}"
+        title = f"{what}: mean over {count} seeds [95 % t-interval] sd"
+        tables.append(_seeds_grid(title, rows))
+    return "\n\n".join(tables)
+
+
+def _seeds_grid(title, rows):
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    methods = {}                                # method -> split -> text
+    for row in rows:
+        text = f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}] {row['sd']:.3f}"
+        methods.setdefault(row["method"], {})[row["split"]] = text
+    lines = []
+    for method, texts in methods.items():
+        lines.append((method, [texts.get(split, "") for split in splits]))
+    return _grid(title, splits, lines)

@@ -1,0 +1,39 @@
+"""What --bench prints and what it compares with."""
+import torch
+
+from data.sample import Batch
+from rl import bench
+
+
+def test_the_time_of_a_step_is_the_sum_of_the_medians_of_its_parts():
+    lines = [dict(seconds_decode=decode, seconds_update=update, seconds=9.0)
+             for decode, update in ((1.0, 3.0), (0.5, 5.0), (2.0, 1.0))]
+    title, decode, update = bench.step_text("4 prompts", lines).splitlines()
+    assert title == "4 prompts: 4.000 s a step, median of 3"
+    assert decode.split() == ["decode", "1.000", "s", "25.0", "%"]
+    assert update.split() == ["update", "3.000", "s", "75.0", "%"]
+
+
+def test_without_sharing_every_completion_stands_behind_its_own_prompt_and_picture():
+    pixels = torch.arange(2.).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    batch = Batch(ids=torch.tensor([[1, 2], [3, 4]]), length=torch.tensor([2, 2]),
+                  target=torch.zeros(2, 2, dtype=torch.bool), pixels=pixels, image_row=torch.tensor([0, 1]),
+                  features=torch.zeros(0))
+    rows = bench.unshared(batch, torch.tensor([[[5, 6, 7]] * 2, [[8, 9, 10]] * 2]))
+    assert rows.ids.tolist() == [[1, 2, 5, 6, 7]] * 2 + [[3, 4, 8, 9, 10]] * 2
+    assert rows.length.tolist() == [5] * 4 and rows.target.tolist() == [[False] * 2 + [True] * 3] * 4
+    assert rows.image_row.tolist() == [0, 1, 2, 3] and rows.pixels[:, 0, 0, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_its_reward_differs_within_a_group_and_its_samples_come_back():
+    assert bench.varied(None, "a") != bench.varied(None, "b") and 0 <= bench.varied(None, "a") < 1
+    one, two = bench.samples(2, 8), bench.samples(2, 8)
+    assert [sample.question for sample in one] == [sample.question for sample in two]
+    assert one[0].images[0].shape == (8, 8, 3) and len(one[0].question.split()) == 12
+    assert one[0].images[0].tobytes() == two[0].images[0].tobytes() != one[1].images[0].tobytes()
+
+
+def test_what_sharing_saves_is_printed():
+    found = dict(tokens=2.0, seconds=0.5, seconds_unshared=0.75, faster=1.5, reached=0.75)
+    text = bench.prefix_text("4 prompts", found)
+    assert text == "update, 4 prompts\n  2.00 times fewer tokens, 1.50 times faster (0.750 -> 0.500 s): 75 %"
