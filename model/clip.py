@@ -1,10 +1,10 @@
 """CLIP (arXiv 2103.00020): image tower, text tower, contrastive loss.
 
-The modules and their parameter names are OpenAI's (as in open_clip), so weights move in and out by name. Two options
-go beyond it, for training from nothing on 48-pixel pictures: an MLP stem in place of the patch convolution, and mean
-pooling in place of the class token.
+The modules and their parameter names are OpenAI's (as in open_clip), so weights move in and out by
+name. Two options go beyond it, for training from nothing on 48-pixel pictures: an MLP stem in place
+of the patch convolution, and mean pooling in place of the class token.
 
-Shapes: B pictures, N patches, L text tokens, D width, E joint embedding.
+Shapes: B pictures, N patches, L text tokens, D width, H heads of width K, E joint embedding.
 """
 import math
 from dataclasses import dataclass
@@ -28,39 +28,52 @@ class ClipConfig:
     text_heads: int = 4
     text_length: int = 32
     vocab: int = 512
-    stem: str = "conv"          # conv: OpenAI's strided convolution | mlp: three layers on each patch
+    stem: str = "conv"          # conv: OpenAI's strided convolution | mlp: on each patch
     pool: str = "class"         # class: OpenAI's class token | mean: average of the patch tokens
     act: str = "quick_gelu"     # quick_gelu: OpenAI's weights | gelu: LAION's
     ff: int = 0                 # of the image tower's blocks; 0: 4 width
     eps: float = 1e-5           # of every LayerNorm
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)       # of the pixels the weights were trained on, by channel;
-    std: tuple = (0.26862954, 0.26130258, 0.27577711)       # OpenAI's, which most others took over
+    # Statistics of the pixels that the weights expect, by channel: OpenAI's, as in most others.
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
         if not self.ff:
             object.__setattr__(self, "ff", 4 * self.width)
         if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} must be a multiple of patch {self.patch}")
-        for width, heads, name in ((self.width, self.heads, "clip"), (self.text_width, self.text_heads, "text")):
-            if width % heads:
-                raise ValueError(f"{name} width {width} must be a multiple of its heads {heads}")
-        for value, allowed, name in ((self.stem, ("conv", "mlp"), "stem"), (self.pool, ("class", "mean"), "pool"),
-                                     (self.act, ("quick_gelu", "gelu"), "act")):
-            if value not in allowed:
-                raise ValueError(f"clip {name} {value!r} must be one of {', '.join(allowed)}")
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch "
+                             f"{self.patch}")
+        if self.width % self.heads:
+            raise ValueError(f"clip width {self.width} must be a multiple of its heads "
+                             f"{self.heads}")
+        if self.text_width % self.text_heads:
+            raise ValueError(f"text width {self.text_width} must be a multiple of its heads "
+                             f"{self.text_heads}")
+        self._check_choice("stem", "conv", "mlp")
+        self._check_choice("pool", "class", "mean")
+        self._check_choice("act", "quick_gelu", "gelu")
+
+    def _check_choice(self, name, *allowed):
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"clip {name} {value!r} must be one of {', '.join(allowed)}")
 
     @property
     def patches(self):
+        """Patches of a picture, N."""
         return (self.image_size // self.patch) ** 2
 
 
 class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU."""
+
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention under the parameter names of nn.MultiheadAttention: q, k, v stacked in one projection."""
+    """Multi-head attention under the parameter names of nn.MultiheadAttention: one projection makes
+    q, k and v."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -70,13 +83,15 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)               # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h k) -> three b h n k", three=3, h=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)         # (B, H, N, K)
         return self.out_proj(rearrange(out, "b h n k -> b n (h k)"))
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block: attention, then a two-layer MLP of hidden width ff."""
+
     def __init__(self, width, heads, ff, act, eps):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
@@ -93,17 +108,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """The blocks of a tower, initialised as OpenAI's; the towers run them."""
+
     def __init__(self, width, layers, heads, ff, act, eps):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, ff, act, eps) for _ in range(layers))
-        for block in self.resblocks:        # OpenAI's initialisation
+        residual = (width * 2 * layers) ** -0.5     # 2 residual branches a block
+        for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
 
 
 class ImageTower(nn.Module):
+    """Pixels -> patch features for a language model (`features`), or one embedding (`forward`)."""
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = c = config
@@ -114,37 +134,52 @@ class ImageTower(nn.Module):
             # Shape is not linearly readable from raw patch pixels; two hidden layers make it so.
             self.stem = nn.Sequential(nn.Linear(3 * c.patch ** 2, 2 * c.width), nn.GELU(),
                                       nn.Linear(2 * c.width, c.width))
+        tokens = c.patches
         if c.pool == "class":
+            tokens += 1
             self.class_embedding = nn.Parameter(scale * torch.randn(c.width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(c.patches + (c.pool == "class"), c.width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, c.width))
         self.ln_pre = nn.LayerNorm(c.width, c.eps)
         self.transformer = Transformer(c.width, c.layers, c.heads, c.ff, c.act, c.eps)
         self.ln_post = nn.LayerNorm(c.width, c.eps)
         self.proj = nn.Parameter(scale * torch.randn(c.width, c.embed))
 
     def cut(self, layer):
-        """Takes out what the features of block `layer` do not need: later blocks, final norm, joint projection."""
-        self._check_layer(layer)
-        del self.transformer.resblocks[self.config.layers + 1 + layer:], self.ln_post, self.proj
+        """Takes out what the features of block `layer` do not need: later blocks, the final norm
+        and the joint projection."""
+        del self.transformer.resblocks[self._depth(layer):]
+        del self.ln_post
+        del self.proj
         return self
 
-    def _check_layer(self, layer):
-        if not -self.config.layers <= layer < 0:
-            raise ValueError(f"clip feature layer {layer} must lie in [-{self.config.layers}, -1]")
-        if (needed := self.config.layers + 1 + layer) > len(self.transformer.resblocks):
-            raise ValueError(f"clip feature layer {layer} needs {needed} blocks, this tower was cut to "
-                             f"{len(self.transformer.resblocks)}")
+    def _depth(self, layer):
+        """Number of blocks up to and including block `layer`, counted from the end: -1 is the last.
+
+        Raises ValueError when this tower does not have them.
+        """
+        layers = self.config.layers
+        if not -layers <= layer < 0:
+            raise ValueError(f"clip feature layer {layer} must lie in [-{layers}, -1]")
+        depth = layers + 1 + layer
+        have = len(self.transformer.resblocks)
+        if depth > have:
+            raise ValueError(f"clip feature layer {layer} needs {depth} blocks, this tower was cut "
+                             f"to {have}")
+        return depth
 
     def features(self, pixels, layer=-1):
-        """Patch tokens after block `layer` (-1 last, -2 second to last as in LLaVA), no final norm, no class token.
+        """Patch tokens after block `layer` (-1 last, -2 second to last as in LLaVA), no final norm,
+        no class token.
 
         pixels (B, 3, S, S) -> (B, N, D). Blocks after `layer` are not computed.
         """
-        x, c = self._embed(pixels), self.config
-        self._check_layer(layer)
-        for block in self.transformer.resblocks[:c.layers + 1 + layer]:
+        depth = self._depth(layer)
+        x = self._embed(pixels)
+        for block in self.transformer.resblocks[:depth]:
             x = block(x)
-        return x[:, 1:] if c.pool == "class" else x
+        if self.config.pool == "class":
+            x = x[:, 1:]
+        return x
 
     def forward(self, pixels):
         """pixels (B, 3, S, S) -> embeddings (B, E), not normalised."""
@@ -158,20 +193,25 @@ class ImageTower(nn.Module):
         return x @ self.proj
 
     def _embed(self, pixels):
+        """pixels (B, 3, S, S) -> input of the first block (B, N, D); a class token comes first, if
+        there is one: (B, 1 + N, D)."""
         c = self.config
         if pixels.shape[1:] != (3, c.image_size, c.image_size):
-            raise ValueError(f"pixels {tuple(pixels.shape)} must be (B, 3, {c.image_size}, {c.image_size})")
+            raise ValueError(f"pixels {tuple(pixels.shape)} must be (B, 3, {c.image_size}, "
+                             f"{c.image_size})")
         if c.stem == "conv":
             x = rearrange(self.conv1(pixels), "b d h w -> b (h w) d")
         else:
-            x = self.stem(rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=c.patch, q=c.patch))
+            patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=c.patch, q=c.patch)
+            x = self.stem(patches)
         if c.pool == "class":
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+            first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+            x = torch.cat([first, x], dim=1)
         return self.ln_pre(x + self.positional_embedding)
 
 
 class Clip(nn.Module):
-    """Both towers. The text tower's parameters sit at the top level, as in OpenAI's state dict.
+    """Both towers. The text tower's parameters are at the top level, as in OpenAI's state dict.
 
     With config.text_layers 0 there is no text tower, and `encode_text` raises ValueError.
     """
@@ -185,9 +225,11 @@ class Clip(nn.Module):
         self.token_embedding = nn.Embedding(c.vocab, c.text_width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.text_length, c.text_width))
-        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, 4 * c.text_width, c.act, c.eps)
+        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads,
+                                       4 * c.text_width, c.act, c.eps)
         self.ln_final = nn.LayerNorm(c.text_width, c.eps)
-        self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed) * c.text_width ** -0.5)
+        scale = c.text_width ** -0.5
+        self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed) * scale)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod
@@ -200,37 +242,42 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def nearest(self, pixels, ids, length, count):
-        """Zero-shot: for each picture the `count` texts nearest to it, best first, as lists of indices."""
-        likeness = self.encode_image(pixels) @ self.encode_text(ids, length).T
-        return likeness.topk(min(count, len(ids))).indices.tolist()
+        """Zero-shot: for each picture the indices of its `count` nearest texts, best first."""
+        similarity = self.encode_image(pixels) @ self.encode_text(ids, length).T       # (B, texts)
+        return similarity.topk(min(count, len(ids))).indices.tolist()
 
     def encode_image(self, pixels):
         """pixels (B, 3, S, S) -> unit vectors (B, E)."""
         return F.normalize(self.visual(pixels), dim=-1)
 
     def encode_text(self, ids, length):
-        """ids (B, L) right-padded, length (B,) -> unit vectors (B, E), read at each text's last token (its EOS)."""
-        L = ids.shape[1]
+        """ids (B, L) right-padded, length (B,) -> unit vectors (B, E), read at each text's last
+        token, its EOS."""
+        B, L = ids.shape
         if not self.config.text_layers:
             raise ValueError("this CLIP was loaded without a text tower; text cannot be encoded")
         if L > self.config.text_length:
-            raise ValueError(f"a caption of {L} tokens is longer than text_length {self.config.text_length}")
-        x = self.token_embedding(ids) + self.positional_embedding[:L]
+            raise ValueError(f"a caption of {L} tokens is longer than text_length "
+                             f"{self.config.text_length}")
+        x = self.token_embedding(ids) + self.positional_embedding[:L]           # (B, L, D)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        last = self.ln_final(x)[torch.arange(len(x), device=x.device), length - 1]
+        last = self.ln_final(x)[torch.arange(B, device=x.device), length - 1]   # (B, D)
         return F.normalize(last @ self.text_projection, dim=-1)
 
 
 def contrastive_loss(image, text, logit_scale, same=None):
     """Symmetric cross-entropy over all picture-caption pairs (arXiv 2103.00020, figure 3).
 
-    image, text (B, E) unit vectors; logit_scale the log of the inverse temperature, capped at 100 as there.
-    same (B, B) bool, True where two pairs have the same caption: those count as positives with equal weight (UniCL,
-    arXiv 2204.03610, eq. 3), since punishing one of two equal captions teaches noise. None: only the diagonal.
+    image, text (B, E): unit vectors. logit_scale (): the log of the inverse temperature, which is
+    capped at 100 as there. same (B, B) bool: True where two pairs have the same caption; those are
+    positives of equal weight (UniCL, arXiv 2204.03610, eq. 3), since punishing one of two equal
+    captions teaches noise. Without `same` only the diagonal is positive.
     """
-    logits = logit_scale.clamp(max=math.log(100)).exp() * image @ text.T
+    logits = logit_scale.clamp(max=math.log(100)).exp() * image @ text.T    # (pictures, texts)
     if same is None:
         same = torch.eye(len(image), dtype=torch.bool, device=image.device)
     target = same.to(logits.dtype) / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))) / 2
+    text_of_image = F.cross_entropy(logits, target)
+    image_of_text = F.cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
+    return (text_of_image + image_of_text) / 2

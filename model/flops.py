@@ -1,37 +1,221 @@
-"""Matmul FLOPs as executed: padding, frozen forwards, sampling and sharing included, elementwise work left out.
+"""Matmul FLOPs as executed: padding, frozen forwards, sampling and sharing included, elementwise
+work left out.
 
-A product (m, k) @ (k, n) is 2 m k n. Attention counts the full square of its scores, causal or not, because that is
-what torch's FlopCounterMode counts; a test holds the two equal, and counts a CPU's fused attention itself where torch
-(before 2.15) does not.
+    meter = Meter()
+    meter.encode(vlm, pictures)             # beside vlm.encode(batch)
+    meter.update(vlm, batch, shape)         # beside the forward and backward of an update
+    meter.total                             # an exact integer
+
+A product (m, k) @ (k, n) is 2 m k n. Attention counts the full square of its scores, causal or not,
+because that is what torch's FlopCounterMode counts; a test holds the two equal, and counts a CPU's
+fused attention itself where torch (before 2.15) does not.
+
+A module that is not known here is refused, with a ValueError, before anything is counted: a wrong
+count would silently change a comparison at equal FLOPs. A module of a new class states its own cost
+by two methods:
+
+    projector or image tower
+        flops(pictures)             matmul FLOPs of a forward of so many pictures
+        backward_flops(pictures)    of its backward beyond that, by what needs a gradient; a
+                                    projector is asked backward_flops(pictures, features_train=True)
+                                    where its input needs one, because the image tower trains
+    decoder block, once for each of its two streams
+        flops(tokens, pairs)        pairs: of a query and a key that it meets, over all rows
+        backward_flops(tokens, pairs, input_trains)
+
+Shapes: P prompts of T tokens, G completions of each, C tokens of a completion.
 """
+import weakref
+
 from torch import nn
 
+from model import clip, llama
 from model.lora import LoraLinear, off
+
+# ---------------------------------------------------------------- which modules are known
+
+# Classes of torch that multiply nothing; so does a subclass that inherits their forward.
+FREE = (nn.Identity, nn.Dropout, nn.Embedding, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh,
+        nn.Sigmoid)
+
+# What belongs in a place: LINEAR, a Linear, with an adapter or not; CHAIN, a Linear or a Sequential
+# of such; WEIGHT, a parameter that the functions below know of; or a class.
+LINEAR = "a Linear"
+CHAIN = "a Linear or a Sequential"
+WEIGHT = "a weight"
+
+# Of each class that is counted below: its parts that are not free, and what belongs there.
+PARTS = {
+    clip.ImageTower: dict(conv1=nn.Conv2d, stem=CHAIN, positional_embedding=WEIGHT,
+                          transformer=clip.Transformer, proj=WEIGHT),
+    clip.Transformer: dict(resblocks=clip.Block),
+    clip.Block: dict(attn=clip.Attention, mlp=CHAIN),
+    clip.Attention: dict(in_proj_weight=WEIGHT, out_proj=LINEAR),
+    llama.Block: dict(self_attn=llama.Attention, mlp=llama.MLP),
+    llama.Attention: dict(q_proj=LINEAR, k_proj=LINEAR, v_proj=LINEAR, o_proj=LINEAR),
+    llama.MLP: dict(gate_proj=LINEAR, up_proj=LINEAR, down_proj=LINEAR),
+}
+
+_checked = weakref.WeakSet()        # modules that `check` has walked through
+
+
+def states_cost(module):
+    """Whether a module says itself what it costs."""
+    return hasattr(module, "flops") and hasattr(module, "backward_flops")
+
+
+def _is(module, kind):
+    """Whether a module is of a class of torch's, or of a subclass that inherits its forward."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _is_free(module):
+    if type(module) in (clip.QuickGELU, llama.RMSNorm):
+        return True
+    return any(_is(module, kind) for kind in FREE)
+
+
+def _parts(module):
+    """(name, module or weight) of what a module itself holds and could multiply with."""
+    parts = [(name, child) for name, child in module.named_children() if not _is_free(child)]
+    parts += [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() > 1]
+    return parts
+
+
+def _unknown(module, path, place):
+    """-> (dotted name, class) of the first module or weight whose cost is not known, or None.
+
+    path: the module's dotted name. place: what belongs there.
+    """
+    if place == WEIGHT:
+        return None
+    if _is(module, nn.ModuleList):
+        children = [(name, child, place) for name, child in module.named_children()]
+    elif place == CHAIN and _is(module, nn.Sequential):
+        children = [(name, child, CHAIN) for name, child in _parts(module)]
+    elif place in (LINEAR, CHAIN) and (_is(module, nn.Linear) or type(module) is LoraLinear):
+        children = []
+    elif type(module) is place:
+        children = []
+        if place in PARTS:
+            children = [(name, part, PARTS[place].get(name)) for name, part in _parts(module)]
+    else:
+        return path, type(module).__name__
+    for name, child, its_place in children:
+        found = _unknown(child, f"{path}.{name}", its_place)
+        if found is not None:
+            return found
+    return None
+
+
+def check(vlm):
+    """Raises ValueError on the first module of a model whose cost is not known.
+
+    Walks each tree of modules once: a projector, tower or block that takes the place of another is
+    looked at when its cost is first asked for.
+    """
+    by_pictures = "flops(pictures) and backward_flops(pictures)"
+    by_tokens = "flops(tokens, pairs) and backward_flops(tokens, pairs, input_trains)"
+    _check_tree(vlm.visual, "visual", clip.ImageTower, by_pictures)
+    _check_tree(vlm.projector, "projector", CHAIN, by_pictures)
+    for number, block in enumerate(vlm.llm.layers):
+        _check_tree(block, f"llm.layers.{number}", llama.Block, by_tokens)
+    _check_rest(vlm, "", ("visual", "projector", "llm", "image_position"))
+    _check_rest(vlm.llm, "llm.", ("embed_tokens", "layers", "lm_head"))
+
+
+def _check_tree(root, name, place, methods):
+    if root in _checked or states_cost(root):
+        return
+    unknown = _unknown(root, name, place)
+    if unknown is not None:
+        path, kind = unknown
+        raise ValueError(f"{path} is a {kind}, whose FLOPs are not known here: give {name} a "
+                         f"method {methods}")
+    _checked.add(root)
+
+
+def _check_rest(module, prefix, known):
+    """Whether a model, or its decoder, holds nothing that multiplies beside its parts of the names
+    `known`."""
+    if module in _checked:
+        return
+    for name, part in _parts(module):
+        if name not in known:
+            kind = type(part).__name__
+            raise ValueError(f"{prefix}{name} is a {kind}, whose FLOPs are not known here: count "
+                             "it in model/flops.py, and name it in `check`")
+    _checked.add(module)
+
+
+# ---------------------------------------------------------------- forward
+
+def _weights(linear):
+    """Numbers that multiply each token in a Linear and in its adapter, unless that is off."""
+    count = linear.weight.numel()
+    if isinstance(linear, LoraLinear) and linear.on:
+        count += linear.lora_a.numel() + linear.lora_b.numel()
+    return count
 
 
 def linear_weights(module):
-    """Parameters that multiply activations: those of the Linear layers and of their adapters, unless those are off; the
-    embedding lookup is free."""
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return sum(m.weight.numel() for m in linears) + sum(
-        m.lora_a.numel() + m.lora_b.numel() for m in linears if isinstance(m, LoraLinear) and m.on)
+    """Numbers that multiply each token in the Linears of a module; one registered twice counts
+    twice."""
+    modules = [found for _, found in module.named_modules(remove_duplicate=False)]
+    return sum(_weights(found) for found in modules if isinstance(found, nn.Linear))
 
 
-def encode(vlm, images):
-    """Frozen forward of the image tower up to the feature layer; `images` pictures."""
-    c, tower = vlm.config.clip, vlm.visual
-    tokens = c.patches + (c.pool == "class")
-    if c.stem == "conv":
-        stem = 2 * c.patches * tower.conv1.weight.numel()
-    else:
-        stem = 2 * c.patches * linear_weights(tower.stem)
-    blocks = c.layers + 1 + vlm.config.feature_layer
-    block = 2 * tokens * 12 * c.width ** 2 + 4 * tokens ** 2 * c.width
-    return images * (stem + blocks * block)
+def tower(vlm, pictures):
+    """Forward of the image tower up to the feature layer."""
+    visual = vlm.visual
+    if states_cost(visual):
+        return visual.flops(pictures)
+    c = vlm.config.clip
+    stem = visual.conv1.weight.numel() if c.stem == "conv" else linear_weights(visual.stem)
+    tokens = tower_tokens(c)
+    total = 2 * c.patches * stem
+    for block in tower_blocks(vlm):
+        weights = block.attn.in_proj_weight.numel() + linear_weights(block)
+        total += 2 * tokens * weights + 4 * tokens ** 2 * c.width
+    return pictures * total
 
 
-def _blocks(llm, tokens):
-    return 2 * tokens * sum(linear_weights(layer) for layer in llm.layers)
+def tower_blocks(vlm):
+    """The blocks that the features of the feature layer need."""
+    needed = vlm.config.clip.layers + 1 + vlm.config.feature_layer
+    return vlm.visual.transformer.resblocks[:needed]
+
+
+def tower_tokens(c):
+    """Tokens of a picture inside the tower: its patches, and the class token where there is one."""
+    return c.patches + (c.pool == "class")
+
+
+def encode(vlm, pictures):
+    """`VLM.encode`: the frozen forward of the image tower. It does nothing where the tower trains:
+    features are then computed inside each forward of the model, and counted there."""
+    check(vlm)
+    if trains(vlm.visual):
+        return 0
+    return tower(vlm, pictures)
+
+
+def _projector(vlm, pictures):
+    if states_cost(vlm.projector):
+        return vlm.projector.flops(pictures)
+    return 2 * pictures * vlm.config.clip.patches * linear_weights(vlm.projector)
+
+
+def block_forward(block, tokens, pairs):
+    """One stream through a decoder block; pairs: of a query and a key, over all rows."""
+    if states_cost(block):
+        return block.flops(tokens, pairs)
+    c = block.self_attn.c
+    return 2 * tokens * linear_weights(block) + 4 * pairs * c.heads * c.head_width
+
+
+def _blocks(llm, tokens, pairs):
+    return sum(block_forward(block, tokens, pairs) for block in llm.layers)
 
 
 def head(llm, rows):
@@ -40,37 +224,45 @@ def head(llm, rows):
 
 
 def prompt(vlm, batch):
-    """Forward of the prompt stream with its projector, without head."""
+    """Forward of the prompt stream with its projector, and with the image tower where that trains;
+    without head."""
+    check(vlm)
     P, T = batch.ids.shape
-    c = vlm.llm.config
-    images = len(batch.pixels) * vlm.config.clip.patches
-    return (2 * images * linear_weights(vlm.projector) + _blocks(vlm.llm, P * T)
-            + c.layers * 4 * P * T * T * c.heads * c.head_width)
+    pictures = len(batch.pixels)
+    total = _projector(vlm, pictures) + _blocks(vlm.llm, P * T, P * T * T)
+    if trains(vlm.visual):
+        total += tower(vlm, pictures)
+    return total
 
 
 def completions(vlm, P, G, C, T):
     """Forward of the completion stream, without head."""
-    c = vlm.llm.config
-    return _blocks(vlm.llm, P * G * C) + c.layers * 4 * P * G * C * (T + C) * c.heads * c.head_width
+    return _blocks(vlm.llm, P * G * C, P * G * C * (T + C))
 
 
 def cached(llm, tokens, slots):
-    """Sampler.extend: `tokens` new ones, each multiplied with the `slots` of its group, those hidden from it too."""
-    c = llm.config
-    return _blocks(llm, tokens) + c.layers * 4 * tokens * slots * c.heads * c.head_width
+    """Sampler.extend: `tokens` new ones, each multiplied with the `slots` of its group, those
+    hidden from it too."""
+    return _blocks(llm, tokens, tokens * slots)
 
 
 def _head_rows(batch, shape):
-    return int(batch.target[:, 1:].sum()) if shape is None else shape[0] * shape[1] * shape[2]
+    """How many hidden states the head reads."""
+    if shape is None:
+        return int(batch.target[:, 1:].sum())
+    P, G, C = shape
+    return P * G * C
 
 
 def forward(vlm, batch, shape=None, with_head=True):
-    """`VLM.forward` on encoded pictures. shape: (P, G, C) of the completions, or None for the batch's own targets;
-    without its head: `VLM.states`."""
-    streams = prompt(vlm, batch)
+    """`VLM.forward` after `VLM.encode`; without its head: `VLM.states`. shape: (P, G, C) of the
+    completions, or None for the batch's own targets."""
+    total = prompt(vlm, batch)
     if shape is not None:
-        streams += completions(vlm, *shape, batch.ids.shape[1])
-    return streams + with_head * head(vlm.llm, _head_rows(batch, shape))
+        total += completions(vlm, *shape, batch.ids.shape[1])
+    if with_head:
+        total += head(vlm.llm, _head_rows(batch, shape))
+    return total
 
 
 def reference(vlm, batch, shape=None, with_head=True):
@@ -80,105 +272,211 @@ def reference(vlm, batch, shape=None, with_head=True):
 
 
 def exact_kl(vlm, shape, backward):
-    """`VLM.kl` between two models of one size: two heads; a backward computes both again, then the gradient of the
-    states and, where it trains, of the head."""
+    """`VLM.kl` between two models of one size: two heads; a backward computes both again, then the
+    gradient of the states and, where it trains, of the head."""
     P, G, C = shape
-    return head(vlm.llm, P * G * C) * (5 + vlm.llm.head.requires_grad if backward else 2)
+    heads = 2
+    if backward:
+        heads = 5 + vlm.llm.head.requires_grad
+    return heads * head(vlm.llm, P * G * C)
 
 
-# ---------------------------------------------------------------- backward, by what needs a gradient
+# ---------------------------------------------------------------- backward: what needs a gradient
 
 def trains(module):
     return any(p.requires_grad for p in module.parameters())
 
 
 def flow(block, needs, seen=False):
-    """How far a gradient must reach in a decoder block whose input needs one, or not; seen: of completions, whether the
-    keys and values of their prompt need one.
+    """How far a gradient must reach in a decoder block.
 
-    -> (linears: [(Linear, whether its input needs a gradient)] in the order they run, whether the attention needs one,
-    whether the output does).
+    needs: whether the input needs one. seen: of completions, whether the keys and values of their
+    prompt need one.
+    -> (linears: [(Linear, whether its input needs a gradient)] in the order they run, whether the
+    attention needs one, whether the output does).
     """
-    a, m = block.self_attn, block.mlp
-    normed = needs or trains(block.input_layernorm)
-    linears = [(linear, normed) for linear in (a.q_proj, a.k_proj, a.v_proj)]
-    attended = seen or normed or trains(a.q_proj) or trains(a.k_proj) or trains(a.v_proj) or (
-        a.c.qk_norm and (trains(a.q_norm) or trains(a.k_norm)))
-    middle = needs or attended or trains(a.o_proj)
-    normed = middle or trains(block.post_attention_layernorm)
-    product = normed or trains(m.gate_proj) or trains(m.up_proj)
-    linears += [(a.o_proj, attended), (m.gate_proj, normed), (m.up_proj, normed), (m.down_proj, product)]
-    return linears, attended, middle or product or trains(m.down_proj)
+    attn = block.self_attn
+    mlp = block.mlp
+    before = needs or trains(block.input_layernorm)
+    attended = seen or before or trains(attn.q_proj) or trains(attn.k_proj) or trains(attn.v_proj)
+    if attn.c.qk_norm:
+        attended = attended or trains(attn.q_norm) or trains(attn.k_norm)
+    middle = needs or attended or trains(attn.o_proj)
+    after = middle or trains(block.post_attention_layernorm)
+    product = after or trains(mlp.gate_proj) or trains(mlp.up_proj)
+    linears = [(attn.q_proj, before), (attn.k_proj, before), (attn.v_proj, before),
+               (attn.o_proj, attended),
+               (mlp.gate_proj, after), (mlp.up_proj, after), (mlp.down_proj, product)]
+    return linears, attended, middle or product or trains(mlp.down_proj)
 
 
-def _linear_backward(linear, needs):
-    """A backward's products a token: the gradient of the input where that needs one, of each weight that trains."""
-    work = linear.weight.numel() * (needs + linear.weight.requires_grad)
-    if isinstance(linear, LoraLinear) and linear.on:
-        a, b = linear.lora_a, linear.lora_b
-        work += a.numel() * (needs + a.requires_grad) + b.numel() * ((needs or a.requires_grad) + b.requires_grad)
-    return 2 * work
+def tower_flow(block, needs):
+    """How far a gradient must reach in a block of the image tower whose input needs one, or not.
+
+    -> (whether it must reach the input of in_proj, the attention, the input of the MLP, the output)
+    """
+    attn = block.attn
+    before = needs or trains(block.ln_1)
+    attended = before or attn.in_proj_weight.requires_grad or attn.in_proj_bias.requires_grad
+    middle = needs or attended or trains(attn.out_proj)
+    after = middle or trains(block.ln_2)
+    return before, attended, after, after or trains(block.mlp)
 
 
-def _projector_backward(projector):
-    """Of one picture's patch, whose features need no gradient."""
-    work = needs = 0
-    for linear in (m for m in projector.modules() if isinstance(m, nn.Linear)):
-        work += _linear_backward(linear, needs)
-        needs = needs or trains(linear)
-    return work
+def tower_input_trains(vlm):
+    """Whether what enters the first block of the image tower needs a gradient."""
+    visual = vlm.visual
+    stem = visual.conv1 if vlm.config.clip.stem == "conv" else visual.stem
+    embeddings = any(p.requires_grad for p in visual.parameters(recurse=False))
+    return trains(stem) or embeddings or trains(visual.ln_pre)
 
 
 def input_trains(vlm, pictures):
     """Whether the embedded prompts need a gradient; pictures: whether there are any."""
+    if trains(vlm.llm.embed_tokens):
+        return True
+    if not pictures:
+        return False
     positions = vlm.config.image_positions and vlm.image_position.requires_grad
-    return trains(vlm.llm.embed_tokens) or bool(pictures) and (trains(vlm.projector) or positions)
+    return positions or trains(vlm.projector) or trains(vlm.visual)
 
 
-def _again(vlm, P, T, shape):
-    """A block's forward for a second time, up to the last tensor that the backward asks for: its down_proj of the last
-    stream, or the second factor of an adapter there, is not reached."""
-    c, last = vlm.llm.config, vlm.llm.layers[0].mlp.down_proj
-    tokens, scores = [P * T], P * T * T
+def _weight_backward(weight, needs):
+    """Of one token: a product for the gradient of the input, where that needs one, and a product
+    for the weight, where it trains."""
+    return 2 * weight.numel() * (needs + weight.requires_grad)
+
+
+def _linear_backward(linear, needs):
+    """A Linear's backward, of one token."""
+    work = _weight_backward(linear.weight, needs)
+    if isinstance(linear, LoraLinear) and linear.on:
+        a, b = linear.lora_a, linear.lora_b
+        work += _weight_backward(a, needs) + _weight_backward(b, needs or a.requires_grad)
+    return work
+
+
+def _chain_backward(module, needs):
+    """Backward of one token through a Linear, or through a Sequential, one module after another."""
+    if isinstance(module, nn.Linear):
+        return _linear_backward(module, needs)
+    total = 0
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            total += _chain_backward(child, needs)
+            needs = needs or trains(child)
+    return total
+
+
+def _tower_backward(vlm, pictures):
+    visual = vlm.visual
+    if not trains(visual):
+        return 0
+    if states_cost(visual):
+        return visual.backward_flops(pictures)
+    c = vlm.config.clip
+    if c.stem == "conv":
+        total = c.patches * _weight_backward(visual.conv1.weight, False)
+    else:
+        total = c.patches * _chain_backward(visual.stem, False)
+    tokens = tower_tokens(c)
+    needs = tower_input_trains(vlm)
+    for block in tower_blocks(vlm):
+        before, attended, after, out = tower_flow(block, needs)
+        total += tokens * _weight_backward(block.attn.in_proj_weight, before)
+        total += tokens * _linear_backward(block.attn.out_proj, attended)
+        total += tokens * _chain_backward(block.mlp, after)
+        total += attended * 10 * tokens ** 2 * c.width
+        needs = out
+    return pictures * total
+
+
+def _projector_backward(vlm, pictures):
+    projector = vlm.projector
+    features_train = trains(vlm.visual)
+    if not states_cost(projector):
+        return pictures * vlm.config.clip.patches * _chain_backward(projector, features_train)
+    if features_train:
+        return projector.backward_flops(pictures, features_train=True)
+    return projector.backward_flops(pictures)
+
+
+def _stream_backward(linears, attended, tokens, pairs, c):
+    """One stream's backward through a decoder block, by its `flow`."""
+    total = sum(tokens * _linear_backward(linear, needs) for linear, needs in linears)
+    if attended:
+        total += 10 * pairs * c.heads * c.head_width
+    return total
+
+
+def _again(block, streams):
+    """A block's forward for a second time, up to the last tensor that the backward asks for: its
+    down_proj of the last stream, or the second factor of an adapter there, is not reached.
+
+    streams: [(tokens, pairs)].
+    """
+    total = sum(block_forward(block, tokens, pairs) for tokens, pairs in streams)
+    if states_cost(block):
+        return total
+    last = block.mlp.down_proj
+    skipped = last.lora_b if isinstance(last, LoraLinear) and last.on else last.weight
+    last_tokens, _ = streams[-1]
+    return total - 2 * last_tokens * skipped.numel()
+
+
+def _decoder_backward(vlm, batch, shape):
+    """-> (FLOPs of all blocks, whether their output needs a gradient)."""
+    llm = vlm.llm
+    P, T = batch.ids.shape
+    streams = [(P * T, P * T * T)]
     if shape is not None:
         _, G, C = shape
-        tokens.append(P * G * C)
-        scores += P * G * C * (T + C)
-    skipped = last.lora_b if isinstance(last, LoraLinear) and last.on else last.weight
-    return (2 * sum(tokens) * linear_weights(vlm.llm.layers[0]) + 4 * scores * c.heads * c.head_width
-            - 2 * tokens[-1] * skipped.numel())
+        streams.append((P * G * C, P * G * C * (T + C)))
+    needs_x = input_trains(vlm, len(batch.pixels))      # whether the prompts need a gradient
+    needs_y = trains(llm.embed_tokens)                  # whether the completions do
+    total = 0
+    for block in llm.layers:
+        if states_cost(block):
+            needs_y = needs_x or needs_y                # by way of the prompts' keys and values
+            for (tokens, pairs), needs in zip(streams, (needs_x, needs_y)):
+                total += block.backward_flops(tokens, pairs, needs)
+            needs_x = needs_x or trains(block)
+            needs_y = needs_y or trains(block)
+        else:
+            linears, attended, needs_x = flow(block, needs_x)
+            total += _stream_backward(linears, attended, *streams[0], llm.config)
+            if shape is not None:
+                linears, attended, needs_y = flow(block, needs_y, attended)
+                total += _stream_backward(linears, attended, *streams[1], llm.config)
+        if llm.checkpointing and (needs_x or needs_y):
+            total += _again(block, streams)
+    return total, needs_x
 
 
 def update(vlm, batch, shape=None, with_head=True):
-    """Forward and backward of `VLM.forward`, or of `VLM.states`, as far as something trains.
+    """Forward and backward of `VLM.forward`, or of `VLM.states`, as far as something trains; those
+    of the image tower only where it trains.
 
-    A backward costs, for each product of the forward, one where the input needs a gradient and one where the weight
-    trains; in fused attention five for two, since its scores are computed again, and in the head one more for its
-    logits. With the decoder's `checkpointing` its blocks are computed again.
+    A backward costs, for each product of the forward, one where the input needs a gradient and one
+    where the weight trains; in fused attention five for two, since its scores are computed again,
+    and in the head one more for its logits. With the decoder's `checkpointing` its blocks are
+    computed again.
     """
-    (P, T), c, llm = batch.ids.shape, vlm.llm.config, vlm.llm
+    pictures = len(batch.pixels)
     total = forward(vlm, batch, shape, with_head)
-    total += len(batch.pixels) * vlm.config.clip.patches * _projector_backward(vlm.projector)
-    x, y = input_trains(vlm, len(batch.pixels)), trains(llm.embed_tokens)
-    for block in llm.layers:
-        linears, attended, x = flow(block, x)
-        total += P * T * sum(_linear_backward(*pair) for pair in linears)
-        total += attended * 10 * P * T * T * c.heads * c.head_width
-        if shape is not None:
-            _, G, C = shape
-            linears, attended, y = flow(block, y, attended)
-            total += P * G * C * sum(_linear_backward(*pair) for pair in linears)
-            total += attended * 10 * P * G * C * (T + C) * c.heads * c.head_width
-        if llm.checkpointing and (x or y):
-            total += _again(vlm, P, T, shape)
-    states, weight = x or trains(llm.norm), llm.head.requires_grad
+    total += _tower_backward(vlm, pictures) + _projector_backward(vlm, pictures)
+    blocks, states = _decoder_backward(vlm, batch, shape)
+    total += blocks
+    states = states or trains(vlm.llm.norm)
+    weight = vlm.llm.head.requires_grad
     if with_head and (states or weight):
-        total += head(llm, _head_rows(batch, shape)) * (1 + states + weight)
+        total += head(vlm.llm, _head_rows(batch, shape)) * (1 + states + weight)
     return total
 
 
 class Meter:
-    """Adds up the matmul FLOPs of a stage, one call beside each piece of work, of the functions above."""
+    """Adds up the matmul FLOPs of a stage: one call beside each piece of work, by the function of
+    the same name above."""
 
     def __init__(self, total=0):
         self.total = total

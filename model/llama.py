@@ -1,14 +1,16 @@
 """The decoder: a Llama-type transformer whose every block carries two streams at once.
 
     x (P, T, D)      prompts: text with pictures, right-padded, causal
-    y (P, G, C, D)   completions: G of each prompt, each attending to its prompt and, causally, to itself
+    y (P, G, C, D)   completions: G of each prompt; each attends to its prompt and itself, causal
 
-The prompt is the same for the G completions of its group, so no token of it is computed twice. Parameter names are
-Hugging Face's (`layers.N.self_attn.q_proj`, ...); RoPE is the rotate-half form those weights expect. One configuration
-covers LLaMA 1, 2 and 3, Vicuna, TinyLlama, Mistral, SmolLM2, Qwen 2, 2.5 and 3.
+The prompt is the same for the G completions of its group, so no token of it is computed twice.
+Parameter names are Hugging Face's (`layers.N.self_attn.q_proj`, ...); RoPE is the rotate-half form
+those weights expect. One configuration covers LLaMA 1, 2 and 3, Vicuna, TinyLlama, Mistral,
+SmolLM2, Qwen 2, 2.5 and 3.
 
-Shapes: P prompts, T prompt tokens, G completions of a prompt, C completion tokens, D width, H heads, Hk key/value
-heads (grouped-query attention, arXiv 2305.13245), K width of a head.
+Shapes: P prompts, T prompt tokens, G completions of a prompt, C completion tokens, D width, H
+heads, Hk key/value heads (grouped-query attention, arXiv 2305.13245), K width of a head; L tokens
+of either stream.
 """
 import math
 from dataclasses import dataclass
@@ -37,17 +39,18 @@ class LlamaConfig:
     qkv_bias: bool = False      # on q, k, v: Qwen 2
     out_bias: bool = False      # on o, too: Hugging Face's attention_bias
     qk_norm: bool = False       # RMSNorm of each head's q and k: Qwen 3
-    rope_factor: float = 1.0    # by which waves are stretched: all alike, or with rope_context as in LLaMA 3.1
+    rope_factor: float = 1.0    # stretches the waves: all alike, or with rope_context as LLaMA 3.1
     rope_context: int = 0       # tokens of the first training; a wave that fits into them
     rope_low: float = 1.0       # this often or less is stretched in full,
     rope_high: float = 4.0      # this often or more is left alone
-    context: int = 4096         # positions that the weights were trained on: what an export says, nothing here
-    window: int = 0             # longest sequence for which full attention is right (Mistral); 0: any
+    context: int = 4096         # positions of the weights' training; only an export reads it
+    window: int = 0             # longest sequence that full attention is right for; 0: any
 
     def __post_init__(self):
         if not self.head_width:
-            if self.width % self.heads or (self.width // self.heads) % 2:
-                raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
+            if self.width % (2 * self.heads):
+                raise ValueError(f"width {self.width} must be an even multiple of heads "
+                                 f"{self.heads}")
             object.__setattr__(self, "head_width", self.width // self.heads)
         if self.head_width % 2:
             raise ValueError(f"head_width {self.head_width} must be even: RoPE turns pairs")
@@ -60,36 +63,51 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
 
+# Rotary position embedding (arXiv 2104.09864): a head's entries turn in pairs, each pair at a
+# frequency of its own, by an angle that grows with the position. Only `rotate` touches queries
+# and keys.
+
 def rope_frequencies(c: LlamaConfig, device=None):
-    """Radians a position (K / 2,) of the pairs of a head, fp64; longer contexts stretch some or all of the waves."""
-    frequency = c.theta ** (-torch.arange(0, c.head_width, 2, dtype=torch.float64, device=device) / c.head_width)
+    """Radians a position (K / 2,) of the pairs of a head, fp64; longer contexts stretch some or all
+    of the waves."""
+    width = c.head_width
+    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
+    frequency = c.theta ** -exponent
     if not c.rope_context:
         return frequency / c.rope_factor
-    fits = c.rope_context * frequency / (2 * math.pi)       # waves of each pair in the first context
+    fits = c.rope_context * frequency / (2 * math.pi)     # waves of each pair in the first context
     keep = ((fits - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
     return keep * frequency + (1 - keep) * frequency / c.rope_factor
 
 
 def rope_tables(position, frequency, dtype):
-    """cos and signed sin (..., K) of integer positions (...), for `rotate`; angles in fp64, exact at any position."""
-    angle = position[..., None].double() * frequency
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    """cos and signed sin (..., K) of integer positions (...), for `rotate`. Angles are in fp64,
+    exact at any position."""
+    angle = position[..., None].double() * frequency        # (..., K / 2)
+    cos = angle.cos().to(dtype)
+    sin = angle.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, rope):
-    """Turns each pair (x_i, x_{i + K/2}) by its angle. x (..., H, L, K); rope: cos, signed sin (..., 1, L, K)."""
+    """Turns each pair (x_i, x_{i + K/2}) by its angle. x (..., H, L, K); rope: cos, signed sin,
+    each (..., 1, L, K)."""
     cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)    # rolled, each entry's partner is in its place
+    own = x * cos
+    partner = x.roll(x.shape[-1] // 2, -1)      # rolled by half: each entry's partner in its place
+    return torch.addcmul(own, partner, sin)
 
 
 class Attention(nn.Module):
+    """Projections around attention, and attention itself: of the prompts, of the completions."""
+
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.c = c
@@ -98,38 +116,48 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_width, c.width, bias=c.out_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_width, c.eps), RMSNorm(c.head_width, c.eps)
+            self.q_norm = RMSNorm(c.head_width, c.eps)
+            self.k_norm = RMSNorm(c.head_width, c.eps)
+
+    def split_heads(self, x):
+        return rearrange(x, "... l (h k) -> ... h l k", k=self.c.head_width)
 
     def qkv(self, h, rope):
         """h (..., L, D) -> q (..., H, L, K) and k, v (..., Hk, L, K), q and k rotated."""
-        q, k, v = (rearrange(proj(h), "... l (h k) -> ... h l k", k=self.c.head_width)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.split_heads(self.q_proj(h))
+        k = self.split_heads(self.k_proj(h))
+        v = self.split_heads(self.v_proj(h))
         if self.c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return rotate(q, rope), rotate(k, rope), v
 
     def out(self, attended):
+        """What the queries gathered, (..., H, L, K) -> (..., L, D)."""
         return self.o_proj(rearrange(attended, "... h l k -> ... l (h k)"))
 
     def attend(self, q, k, v, mask=None, causal=False):
-        """q (b, H, L, K) on k, v (b, Hk, S, K) -> (b, H, L, K); query heads that share a key head get a copy of it."""
+        """q (b, H, L, K) on k, v (b, Hk, S, K) -> (b, H, L, K); query heads that share a key head
+        get a copy of it."""
         repeats = self.c.heads // self.c.kv_heads
         if repeats > 1:
-            k, v = (repeat(t, "b h l k -> b (h r) l k", r=repeats) for t in (k, v))
+            k = repeat(k, "b h s k -> b (h r) s k", r=repeats)
+            v = repeat(v, "b h s k -> b (h r) s k", r=repeats)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
     def completions(self, q, ky, vy, kx, vx, mask):
-        """Completions attend to their prompt's keys and values, handed to all G of them, and to themselves.
+        """Completions attend to the keys and values of their prompt and, causally, to their own.
 
-        q (P, G, H, C, K); ky, vy (P, G, Hk, C, K); kx, vx (P, Hk, T, K); mask (P, G, 1, C, T + C), 0 where a query may
-        look, else -inf. Only the keys are repeated for the group, the tokens are not: on a CPU this is faster, and
-        under a flash kernel smaller, than softmax over two separate score matrices.
+        q (P, G, H, C, K); ky, vy (P, G, Hk, C, K); kx, vx (P, Hk, T, K), the same for all G; mask
+        (P, G, 1, C, T + C), 0 where a query may look, else -inf. Only the keys are repeated for the
+        group, the tokens are not: on a CPU this is faster, and under a flash kernel smaller, than
+        softmax over two separate score matrices.
         """
         P, G = q.shape[:2]
-        k, v = (torch.cat([repeat(prefix, "p h t k -> p g h t k", g=G), own], dim=-2)
-                for prefix, own in ((kx, ky), (vx, vy)))
-        q, k, v, mask = (t.flatten(0, 1) for t in (q, k, v, mask))
-        return self.attend(q, k, v, mask=mask).unflatten(0, (P, G))
+        k = torch.cat([repeat(kx, "p h t k -> p g h t k", g=G), ky], dim=-2)    # (P, G, Hk, S, K)
+        v = torch.cat([repeat(vx, "p h t k -> p g h t k", g=G), vy], dim=-2)
+        q, k, v, mask = (t.flatten(0, 1) for t in (q, k, v, mask))              # (P G, ...)
+        return self.attend(q, k, v, mask).unflatten(0, (P, G))                  # (P, G, H, C, K)
 
 
 class MLP(nn.Module):
@@ -142,18 +170,20 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.ff, c.width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))        # (..., ff)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class Block(nn.Module):
+    """One layer. All of it but attention lies in two halves, `before` and `after`, which training
+    and cached sampling share, and which --compile fuses."""
+
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(c.width, c.eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.width, c.eps)
         self.mlp = MLP(c)
-
-    # A block is all but attention in two halves, which training and cached sampling share (and --compile fuses).
 
     def before(self, x, rope):
         """x (..., L, D) -> what attention needs: q (..., H, L, K), k and v (..., Hk, L, K)."""
@@ -165,16 +195,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def prompt(self, x, rope):
-        """The prompts attend to themselves -> (x, k, v); right padding needs no mask, nothing real looks at it."""
+        """The prompts attend to themselves -> (x, k, v). Right padding needs no mask: no real token
+        looks at it."""
         q, k, v = self.before(x, rope)
-        return self.after(x, self.self_attn.attend(q, k, v, causal=True)), k, v
+        attended = self.self_attn.attend(q, k, v, causal=True)
+        return self.after(x, attended), k, v
 
     def forward(self, x, y, rope_x, rope_y, mask):
-        """One block over both streams; y may be None. Returns (x, y)."""
+        """One block over both streams -> (x, y); y may be None."""
         x, kx, vx = self.prompt(x, rope_x)
         if y is not None:
             q, ky, vy = self.before(y, rope_y)
-            y = self.after(y, self.self_attn.completions(q, ky, vy, kx, vx, mask))
+            attended = self.self_attn.completions(q, ky, vy, kx, vx, mask)
+            y = self.after(y, attended)
         return x, y
 
 
@@ -182,7 +215,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = c = config
-        self.checkpointing = False      # a backward computes each block again instead of keeping what was inside it
+        self.checkpointing = False      # a backward computes each block again, its inside not kept
+        self.compiled = False
         self.embed_tokens = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.eps)
@@ -191,8 +225,9 @@ class Llama(nn.Module):
         self.apply(self._init)
 
     def _init(self, module):
-        # Unit-scale activations at any width; residual branches shrink with depth so that their sum keeps that scale.
-        # The usual 0.02 for words drowns them in what the first block adds: learning to copy then takes twice as long.
+        # Unit-scale activations at any width; residual branches shrink with depth so that their sum
+        # keeps that scale. The usual 0.02 for words drowns them in what the first block adds:
+        # learning to copy then takes twice as long.
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
             if module.bias is not None:
@@ -200,57 +235,83 @@ class Llama(nn.Module):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.25)
         if isinstance(module, Block):
+            branches = 2 * self.config.layers
             for last in (module.self_attn.o_proj, module.mlp.down_proj):
-                nn.init.normal_(last.weight, std=(last.in_features * 2 * self.config.layers) ** -0.5)
+                nn.init.normal_(last.weight, std=(last.in_features * branches) ** -0.5)
 
     def compile_blocks(self):
-        """torch.compile fuses what a block does around attention, sampling and training alike; needs a compiler."""
+        """torch.compile fuses what a block does around attention, in sampling and in training; it
+        needs a C++ compiler."""
+        self.compiled = True
         for layer in self.layers:
-            layer.before, layer.after = torch.compile(layer.before), torch.compile(layer.after)
+            # From the class: in a copied model layer.before may still be the original's.
+            layer.before = torch.compile(Block.before.__get__(layer))
+            layer.after = torch.compile(Block.after.__get__(layer))
 
     @property
     def head(self):
         """Weight of the language-model head, (V, D)."""
-        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+        if self.config.tied:
+            return self.embed_tokens.weight
+        return self.lm_head.weight
 
     def check_length(self, tokens):
-        """Raises ValueError when a sequence is longer than the attention window that the weights were trained with."""
+        """Raises ValueError when a sequence is longer than the attention window that the weights
+        were trained with."""
         if 0 < self.config.window < tokens:
-            raise ValueError(f"a sequence of {tokens} tokens is longer than the sliding window of {self.config.window} "
-                             "that this decoder's weights expect; its attention here is full")
+            raise ValueError(f"a sequence of {tokens} tokens is longer than the sliding window of "
+                             f"{self.config.window} that this decoder's weights expect; its "
+                             "attention here is full")
 
     def rope(self, position, dtype):
         """position (..., L) -> cos, sin (..., 1, L, K), the 1 standing for the heads."""
-        cos, sin = rope_tables(position, rope_frequencies(self.config, position.device), dtype)
+        frequency = rope_frequencies(self.config, position.device)
+        cos, sin = rope_tables(position, frequency, dtype)
         return cos.unsqueeze(-3), sin.unsqueeze(-3)
 
-    def forward(self, x, length, y=None):
-        """Embedded streams -> normed hidden states of x (P, T, D) and of y, (P, G, C + 1, D) or None.
+    def completion_mask(self, length, T, G, C, dtype):
+        """What the completions see: the real tokens of their prompt and, causally, their own.
 
-        length (P,): real tokens of each prompt. Position t of y's states predicts completion token t: position 0 is
-        the prompt's last state, handed to all G; position C, after the last token, bootstraps a value.
+        length (P,) -> (P, G, 1, C, T + C), 0 where a query may look, else -inf; additive, since a
+        boolean mask would be turned into this in every layer.
+        """
+        own = torch.arange(C, device=length.device)
+        is_real = torch.arange(T, device=length.device) < length[:, None]                   # (P, T)
+        sees_prompt = repeat(is_real, "p t -> p g 1 c t", g=G, c=C)
+        sees_own = repeat(own[:, None] >= own, "c d -> p g 1 c d", p=len(length), g=G)
+        sees = torch.cat([sees_prompt, sees_own], dim=-1)
+        mask = torch.zeros(sees.shape, dtype=dtype, device=length.device)
+        return mask.masked_fill_(~sees, float("-inf"))
+
+    def forward(self, x, length, y=None):
+        """Embedded streams -> normed hidden states of x (P, T, D) and of y, (P, G, C + 1, D) or
+        None.
+
+        length (P,): real tokens of each prompt. Position t of y's states predicts completion token
+        t: position 0 is the prompt's last state, the same for all G; position C, after the last
+        token, bootstraps a value.
         """
         P, T, _ = x.shape
-        self.check_length(T + (0 if y is None else y.shape[2]))
         rope_x = self.rope(torch.arange(T, device=x.device), x.dtype)
         rope_y = mask = None
-        if y is not None:
-            G, C = y.shape[1:3]
-            own = torch.arange(C, device=x.device)
-            rope_y = self.rope((length[:, None] + own)[:, None], x.dtype)     # (P, 1, 1, C, K), one for the group
-            sees_prompt = torch.arange(T, device=x.device) < length[:, None]
-            sees = torch.cat([repeat(sees_prompt, "p t -> p g 1 c t", g=G, c=C),
-                              repeat(own[:, None] >= own, "c d -> p g 1 c d", p=P, g=G)], dim=-1)
-            # Additive once here, since a boolean mask would be turned into this in every layer.
-            mask = torch.zeros(sees.shape, dtype=x.dtype, device=x.device).masked_fill_(~sees, float("-inf"))
+        if y is None:
+            self.check_length(T)
+        else:
+            _, G, C, _ = y.shape
+            self.check_length(T + C)
+            position = length[:, None] + torch.arange(C, device=x.device)       # (P, C)
+            rope_y = self.rope(position[:, None], x.dtype)      # (P, 1, 1, C, K), one for the group
+            mask = self.completion_mask(length, T, G, C, x.dtype)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, so there is no generator's state to keep for the second time.
-                x, y = checkpoint(layer, x, y, rope_x, rope_y, mask, use_reentrant=False, preserve_rng_state=False)
+                # Nothing in a block is random: there is no generator's state to keep for the second
+                # time.
+                x, y = checkpoint(layer, x, y, rope_x, rope_y, mask, use_reentrant=False,
+                                  preserve_rng_state=False)
             else:
                 x, y = layer(x, y, rope_x, rope_y, mask)
         x = self.norm(x)
         if y is not None:
-            last = x[torch.arange(P, device=x.device), length - 1]
+            last = x[torch.arange(P, device=x.device), length - 1]              # (P, D)
             y = torch.cat([repeat(last, "p d -> p g 1 d", g=G), self.norm(y)], dim=2)
         return x, y

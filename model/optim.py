@@ -1,18 +1,23 @@
-"""What moves the weights: AdamW, in bf16 too, learning rates by module, warm-up and cosine, clipping."""
+"""What moves the weights: AdamW, in bf16 too, learning rates by module, warm-up and cosine,
+clipping."""
 import hashlib
 import math
 
 import torch
 
 
+# ---------------------------------------------------------------- seeds and learning rates
+
 def seed_of(seed, *names):
     """One seed for each purpose of a run, the same on every machine."""
-    digest = hashlib.sha256(" ".join(map(str, (seed, *names))).encode()).digest()
+    purpose = " ".join(map(str, (seed, *names)))
+    digest = hashlib.sha256(purpose.encode()).digest()
     return int.from_bytes(digest[:6], "little")
 
 
 def learning_rate(step, steps, peak, warmup, final):
-    """Linear warm-up over the share `warmup` of the steps, then cosine from `peak` to `final` of it."""
+    """Linear warm-up over the share `warmup` of the steps, then cosine from `peak` to `final` of
+    it."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return peak * (step + 1) / warm
@@ -20,133 +25,191 @@ def learning_rate(step, steps, peak, warmup, final):
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def module_rates(module, module_lr):
-    """Learning rate of each parameter in units of the stage's: name -> number, 1 where `module_lr` is silent.
-
-    module_lr: "projector:0.1,llm.embed_tokens:0", rates of the parameters whose dotted name begins so; the longest
-    beginning wins. Raises ValueError on a part of another form, a rate that is not a number in [0, 1e6], a name
-    given twice, and one that no parameter has.
-    """
-    names, rates = [name for name, _ in module.named_parameters()], {}
-    for part in module_lr.split(",") if module_lr else ():
-        prefix, colon, number = (text.strip() for text in part.partition(":"))
+def parse_module_lr(module_lr, names):
+    """"projector:0.1,llm.embed_tokens:0" -> prefix: rate. Raises ValueError as module_rates."""
+    rates = {}
+    if not module_lr:
+        return rates
+    for entry in module_lr.split(","):
+        prefix, colon, number = (text.strip() for text in entry.partition(":"))
         try:
             rate = float(number)
         except ValueError:
             rate = math.nan
-        said = f"module_lr {module_lr!r}: {part.strip()!r}"
+        where = f"module_lr {module_lr!r}: {entry.strip()!r}"
         if not prefix or not colon or not 0 <= rate <= 1e6:
-            raise ValueError(f"{said} must be NAME:RATE, RATE a number in [0, 1000000], as in projector:0.1")
+            raise ValueError(f"{where} must be NAME:RATE, RATE a number in [0, 1000000], as in "
+                             "projector:0.1")
         if prefix in rates:
-            raise ValueError(f"{said} gives {prefix} a second rate, expected one")
-        if not any(f"{name}.".startswith(f"{prefix}.") for name in names):
-            tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
-            raise ValueError(f"{said} must begin the name of a parameter; the first parts of those are {tops}")
+            raise ValueError(f"{where} gives {prefix} a second rate, expected one")
+        if not any(_begins(name, prefix) for name in names):
+            tops = dict.fromkeys(name.partition(".")[0] for name in names)
+            raise ValueError(f"{where} must begin the name of a parameter; the first parts of "
+                             f"those are {', '.join(tops)}")
         rates[prefix] = rate
+    return rates
+
+
+def _begins(name, prefix):
+    """Whether a dotted name begins with the whole names of `prefix`."""
+    return f"{name}.".startswith(f"{prefix}.")
+
+
+def module_rates(module, module_lr):
+    """Learning rate of each parameter in units of the stage's: name -> number, 1 where `module_lr`
+    does not mention it.
+
+    module_lr: "projector:0.1,llm.embed_tokens:0", rates of the parameters whose dotted name begins
+    so; the longest beginning wins. Raises ValueError on an entry of another form, a rate that is
+    not a number in [0, 1e6], a name given twice, and one that no parameter has.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    rates = parse_module_lr(module_lr, names)
     found = {}
     for name in names:
-        mine = [prefix for prefix in rates if f"{name}.".startswith(f"{prefix}.")]
-        found[name] = rates[max(mine, key=len)] if mine else 1.0
+        prefixes = [prefix for prefix in rates if _begins(name, prefix)]
+        found[name] = rates[max(prefixes, key=len)] if prefixes else 1.0
     return found
 
 
 def freeze(module, module_lr):
-    """Freezes the parameters to which `module_lr` gives 0; what is frozen already stays so. Raises as module_rates."""
+    """Freezes the parameters to which `module_lr` gives 0; what is frozen already stays frozen.
+    Raises as module_rates."""
     rates = module_rates(module, module_lr)
     for name, p in module.named_parameters():
         if rates[name] == 0:
             p.requires_grad_(False)
 
 
+# ---------------------------------------------------------------- the optimizer
+
 def is_narrow(dtype):
     """Whether steps as small as training's are lost in weights of this dtype: bf16 and fp16."""
     return torch.promote_types(dtype, torch.float32) != dtype
 
 
-def make_optimizer(module, beta2, weight_decay, other=None, other_lr=1.0, module_lr="", moments="float32", master=True):
-    """AdamW over what trains, in two parts that are clipped apart: the parameters of `other`, a part of `module`, at
-    `other_lr` times the stage's learning rate; the rest at the rates of `module_lr`, those of 0 frozen. Its names are
-    the model's: without the `policy.` of a learner.
+def make_optimizer(module, beta2, weight_decay, other=None, other_lr=1.0, module_lr="",
+                   moments="float32", master=True):
+    """AdamW over what trains, in two parts whose gradients are clipped apart: the parameters of
+    `other`, a part of `module`, at `other_lr` times the stage's learning rate; the rest at the
+    rates of `module_lr`, those of 0 frozen. Its names are the model's: without the `policy.` of a
+    learner.
 
-    Where a weight that trains is narrower than fp32 it is the AdamW of this file, with `moments` and `master`; else
-    torch's, which has no use for them. Raises ValueError as module_rates and AdamW do.
+    Where a weight that trains is narrower than fp32 it is the AdamW of this file, with `moments`
+    and `master`; else torch's, which has no use for them. Raises ValueError as module_rates and
+    AdamW do.
     """
     policy = getattr(module, "policy", module)
     freeze(policy, module_lr)
-    rates = module_rates(policy, module_lr)
-    rate = {id(p): rates[name] for name, p in policy.named_parameters()}
-    apart = {id(p) for p in other.parameters()} if other is not None else set()
-    trained = [p for p in module.parameters() if p.requires_grad]
-    mine = [(p, rate.get(id(p), 1.0)) for p in trained if id(p) not in apart]
-    groups = [dict(params=[p for p, its in mine if its == scale], scale=scale, clip="policy")
-              for scale in dict.fromkeys(its for _, its in mine) or (1.0,)]
-    if other is not None:
-        groups.append(dict(params=[p for p in trained if id(p) in apart], scale=other_lr, clip="critic"))
-    if any(is_narrow(p.dtype) for p in trained):
-        return AdamW(groups, (0.9, beta2), weight_decay, moments=moments, master=master)
-    return torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
+    groups = parameter_groups(module, module_rates(policy, module_lr), other, other_lr)
+    if not any(is_narrow(p.dtype) for p in module.parameters() if p.requires_grad):
+        return torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
+    return AdamW(groups, (0.9, beta2), weight_decay, moments=moments, master=master)
+
+
+def parameter_groups(module, rates, other, other_lr):
+    """Groups of the parameters that train, one for those of equal settings: scale, which multiplies
+    the learning rate, and clip, the name of those whose gradients share a norm."""
+    apart = set() if other is None else {id(p) for p in other.parameters()}
+    groups = {}
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in apart:
+            settings = dict(scale=other_lr, clip="critic")
+        else:
+            settings = dict(scale=rates.get(name.removeprefix("policy."), 1.0), clip="policy")
+        group = groups.setdefault(tuple(settings.values()), dict(params=[], **settings))
+        group["params"].append(p)
+    groups = list(groups.values())
+    if not any(group["clip"] == "policy" for group in groups):
+        groups.insert(0, dict(params=[], scale=1.0, clip="policy"))
+    return groups
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101, algorithm 2) for weights narrower than fp32; as in torch's, the learning rate multiplies
-    the decay, too. Computed in fp32, one parameter at a time, so that no second set of gradients exists.
+    """AdamW (arXiv 1711.05101, algorithm 2) for weights narrower than fp32; as in torch's, the
+    learning rate multiplies the decay, too. Computed in fp32, one parameter at a time, so that no
+    second set of gradients exists.
 
     moments: float32 | bfloat16, half the memory, in which m and v are kept between steps.
-    master: an fp32 copy of each narrow weight takes the steps, and the weight is that copy, rounded. Without it a step
-    of less than half the weight's spacing is lost, again and again: in bf16 any below 1 / 512 of the weight.
-    Wider weights need neither: they step as under torch's AdamW. Raises ValueError on other moments, and on bfloat16
-    with a beta2 above 0.99: v would move in steps that its spacing swallows.
+    master: an fp32 copy of each narrow weight takes the steps, and the weight is that copy,
+    rounded. Without it a step of less than half the weight's spacing is lost, again and again: in
+    bf16 any below 1 / 512 of the weight.
+    Wider weights need neither: they step as under torch's AdamW. Raises ValueError on other
+    moments, and on bfloat16 with a beta2 above 0.99: v would move in steps that its spacing
+    swallows.
     """
 
-    def __init__(self, params, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8, moments="float32", master=True):
+    def __init__(self, params, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8, moments="float32",
+                 master=True):
         if moments not in ("float32", "bfloat16"):
             raise ValueError(f"moments {moments!r} must be float32 or bfloat16")
         if moments == "bfloat16" and betas[1] > 0.99:
             raise ValueError(f"beta2 {betas[1]} must be at most 0.99 with moments in bfloat16")
-        self.moments, self.master = getattr(torch, moments), master
-        super().__init__(params, dict(lr=0.0, betas=betas, weight_decay=weight_decay, eps=eps))
+        self.moments = getattr(torch, moments)
+        self.master = master
+        defaults = dict(lr=0.0, betas=betas, weight_decay=weight_decay, eps=eps)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step(p, self.state[p], group["lr"], *group["betas"], group["weight_decay"], group["eps"])
+                    self._step(p, self.state[p], group)
 
-    def _step(self, p, state, lr, beta1, beta2, weight_decay, eps):
-        wide, narrow = torch.promote_types(p.dtype, torch.float32), is_narrow(p.dtype)
+    def _step(self, p, state, group):
+        wide = torch.promote_types(p.dtype, torch.float32)
         if not state:
-            kept = self.moments if narrow else wide
-            state.update(step=0, m=torch.zeros_like(p, dtype=kept), v=torch.zeros_like(p, dtype=kept))
-            if narrow and self.master:
-                state["master"] = p.to(wide)
+            self._start(p, state, wide)
         state["step"] += 1
-        w, m, v, g = (t.to(wide) for t in (state.get("master", p), state["m"], state["v"], p.grad))
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        # Both corrections of the start, of m and of v, in two numbers instead of two tensors.
-        size = lr / (1 - beta1 ** state["step"])
-        root = (v / (1 - beta2 ** state["step"])).sqrt_().add_(eps)
-        w.mul_(1 - lr * weight_decay).addcdiv_(m, root, value=-size)
-        for old, new in ((state["m"], m), (state["v"], v), (p, w)):
+        weight = state.get("master", p).to(wide)
+        m = state["m"].to(wide)
+        v = state["v"].to(wide)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        adam(weight, p.grad.to(wide), m, v, state["step"], group)
+        for old, new in ((state["m"], m), (state["v"], v), (p, weight)):
             if old is not new:          # .to gives the tensor itself where it is wide already
                 old.copy_(new)
 
+    def _start(self, p, state, wide):
+        """The state of a parameter before its first step."""
+        kept = self.moments if is_narrow(p.dtype) else wide
+        state.update(step=0, m=torch.zeros_like(p, dtype=kept), v=torch.zeros_like(p, dtype=kept))
+        if self.master and is_narrow(p.dtype):
+            state["master"] = p.to(wide)
+
     def load_state_dict(self, saved):
-        """What was saved, in the dtype it had: torch's own would cast moments and master to that of the weight."""
+        """What was saved, in the dtype it had: torch's own would cast moments and master to that of
+        the weight."""
         super().load_state_dict(saved | dict(state={}))
         indices = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(indices, params):
-            if i in saved["state"]:
-                self.state[p] = {name: value.to(p.device) if torch.is_tensor(value) else value
-                                 for name, value in saved["state"][i].items()}
+            for name, value in saved["state"].get(i, {}).items():
+                self.state[p][name] = value.to(p.device) if torch.is_tensor(value) else value
 
+
+def adam(weight, grad, m, v, step, group):
+    """One step of Adam (arXiv 1412.6980, algorithm 1), in place; weight, grad, m, v in one dtype.
+    `step` counts from 1."""
+    beta1, beta2 = group["betas"]
+    m.lerp_(grad, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    # Both corrections of the start, of m and of v, in two numbers instead of two tensors.
+    size = group["lr"] / (1 - beta1 ** step)
+    root = (v / (1 - beta2 ** step)).sqrt_().add_(group["eps"])
+    weight.addcdiv_(m, root, value=-size)
+
+
+# ---------------------------------------------------------------- a step
 
 def optimizer_step(optimizer, lr, grad_clip, drop=False):
-    """Clip to `grad_clip`, step, clear; -> the norms before clipping, one for all groups of a `clip`: policy, critic.
+    """Clip to `grad_clip`, step, clear; -> the norms before clipping, one for all groups of a
+    `clip`: policy, critic.
 
-    Without a step, only cleared, to `drop` the gradient, or when a norm is not finite.
+    Takes no step, but clears the gradient, when told to `drop` it or when a norm is not finite.
     """
     clips = {}
     for group in optimizer.param_groups:
@@ -161,37 +224,57 @@ def optimizer_step(optimizer, lr, grad_clip, drop=False):
 
 
 def stepper(optimizer, lr, grad_clip, **parts):
-    """-> take_step(drop=False): optimizer_step; returns the gradient's L2 norms before it, "grad_norm" and, of a critic
-    with a group of its own, "grad_norm_critic", and "grad_norm_NAME" of the modules `parts`."""
+    """-> take_step(drop=False): optimizer_step. It returns the L2 norms of the gradient before
+    clipping: "grad_norm"; of a critic with a group of its own "grad_norm_critic"; and
+    "grad_norm_NAME" of each module in `parts`."""
     def take_step(drop=False):
-        norms = {}
-        for name, module in parts.items():
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            norms[f"grad_norm_{name}"] = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
-        whole = optimizer_step(optimizer, lr, grad_clip, drop)
-        return dict(zip(("grad_norm", "grad_norm_critic"), whole)) | norms
+        norms = {f"grad_norm_{name}": gradient_norm(module) for name, module in parts.items()}
+        clipped = optimizer_step(optimizer, lr, grad_clip, drop)
+        return dict(zip(("grad_norm", "grad_norm_critic"), clipped)) | norms
 
     return take_step
 
 
-def diverged(norm, lr):
-    """What is said of a gradient that is not finite."""
-    return (f"the gradient's norm is {norm} at learning rate {lr:.3g}: training diverged. The last checkpoint is "
-            "intact; start again from one with a lower rate")
+def gradient_norm(module):
+    """L2 norm of all its gradients, 0 without one."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if not gradients:
+        return 0.0
+    return torch.nn.utils.get_total_norm(gradients).item()
 
+
+def diverged(norm, lr):
+    """The message about a gradient that is not finite."""
+    return (f"the gradient's norm is {norm} at learning rate {lr:.3g}: training diverged. The last "
+            "checkpoint is intact; start again from one with a lower rate")
+
+
+# ---------------------------------------------------------------- what trains, as text
 
 def trained_line(stage, title, parameters):
-    """One line of what trains: how many parameters go by this title and whether all, none or some of them train."""
-    parameters = list(parameters)
-    total, trained = (sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.requires_grad]))
-    word = "trains" if trained == total else "frozen" if not trained else "partly"
+    """One line: how many parameters a title has, and whether all, none or some of them train."""
+    total = 0
+    trained = 0
+    for p in parameters:
+        total += p.numel()
+        trained += p.numel() * p.requires_grad
+    if trained == total:
+        word = "trains"
+    elif trained:
+        word = "partly"
+    else:
+        word = "frozen"
     return f"  {stage:<16}{title:<16}{total / 1e6:9.3f} M parameters   {word}"
 
 
 def trained_lines(stage, vlm):
-    """What of a vision-language model (or of CLIP) trains and what is frozen, a line for each child with parameters."""
-    return [trained_line(stage, title, module.parameters()) for title, module in vlm.named_children()
-            if any(p.numel() for p in module.parameters())]
+    """What of a vision-language model (or of CLIP) trains and what is frozen, a line for each child
+    with parameters."""
+    lines = []
+    for title, module in vlm.named_children():
+        if any(p.numel() for p in module.parameters()):
+            lines.append(trained_line(stage, title, module.parameters()))
+    return lines
 
 
 def show_trained(stage, vlm):

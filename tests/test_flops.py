@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from model import flops
+from model import flops, llama
 from model.generate import Sampler, generate
 from model.lora import adapters, attach
-from tiny import BOS, EOS, PAD, make_vlm, prompts, random_completions, to_batch
+from tiny import BOS, EOS, IMAGE, LLM, PAD, make_vlm, prompts, random_completions, to_batch
 
 ROWS = prompts()
 P, G, C = len(ROWS), 3, 5
@@ -16,7 +17,7 @@ IDS = random_completions(P, G, C)
 KINDS = pytest.mark.parametrize("options", [
     dict(),                                                                     # conv stem, class token, GQA, untied
     dict(clip=dict(stem="mlp", pool="mean"), projector="linear", llm=dict(tied=True, kv_heads=6)),
-    dict(clip=dict(layers=3), feature_layer=-1, image_positions=False, llm=dict(kv_heads=1, ff=31)),
+    dict(clip=dict(layers=3, ff=20), feature_layer=-1, image_positions=False, llm=dict(kv_heads=1, ff=31)),
 ], ids=["conv", "mlp", "last-layer"])
 
 
@@ -44,6 +45,10 @@ def counted(function, formulas=UNCOUNTED):
     return counter.get_total_flops()
 
 
+def shape_of(completions):
+    return None if completions is None else completions.shape
+
+
 def frozen(options):
     vlm = make_vlm(torch.float32, **options)
     vlm.visual.requires_grad_(False)
@@ -65,17 +70,18 @@ def test_encoding(options):
 @pytest.mark.parametrize("completions", [None, IDS], ids=["targets", "completions"])
 def test_forward(completions, options):
     vlm = frozen(options)
-    batch, shape = encoded(vlm), None if completions is None else completions.shape
+    batch = encoded(vlm)
     with torch.no_grad():
-        assert counted(lambda: vlm(batch, completions)) == flops.forward(vlm, batch, shape)
+        assert counted(lambda: vlm(batch, completions)) == flops.forward(vlm, batch, shape_of(completions))
 
 
 @KINDS
 @pytest.mark.parametrize("completions", [None, IDS], ids=["targets", "completions"])
 def test_update(completions, options):
     vlm = frozen(options)
-    batch, shape = encoded(vlm), None if completions is None else completions.shape
-    assert counted(lambda: vlm(batch, completions).logp.sum().backward()) == flops.update(vlm, batch, shape)
+    batch = encoded(vlm)
+    executed = counted(lambda: vlm(batch, completions).logp.sum().backward())
+    assert executed == flops.update(vlm, batch, shape_of(completions))
 
 
 def test_update_of_text_alone():
@@ -141,16 +147,252 @@ def test_update_costs_what_trains(trained, checkpointing, options):
     vlm = frozen(options)
     TRAINED[trained](vlm)
     vlm.llm.checkpointing = checkpointing
-    # Completions after pictures; and targets of text alone, where no gradient comes from a projector.
-    for rows, completions in ((ROWS, IDS), ([ROWS[1], ROWS[4]], None))[:1 if checkpointing else 2]:
-        batch, shape = vlm.encode(to_batch(rows)), None if completions is None else completions.shape
+    cases = [(ROWS, IDS)]
+    if not checkpointing:
+        cases.append(([ROWS[1], ROWS[4]], None))        # text alone: no gradient comes from a projector
+    for rows, completions in cases:
+        batch = vlm.encode(to_batch(rows))
 
         def run():
             logp = vlm(batch, completions).logp.sum()
             if logp.requires_grad:
                 logp.backward()
-        assert counted(run) == flops.update(vlm, batch, shape)
+        assert counted(run) == flops.update(vlm, batch, shape_of(completions))
 
+
+# ---------------------------------------------------------------- an image tower that trains
+
+TOWERS = {
+    "no block": only("projector", "llm"),
+    "last block": only("visual.transformer.resblocks.1", "projector", "llm"),
+    "both blocks": only("visual.transformer.resblocks", "projector", "llm"),
+    "last block, projector frozen": only("visual.transformer.resblocks.1", "llm"),
+    "both blocks, projector frozen": only("visual.transformer.resblocks", "llm"),
+    "last block alone": only("visual.transformer.resblocks.1"),
+    "everything": only("visual", "projector", "llm"),
+    "stem": only("visual.conv1", "visual.stem"),
+    "last layer of the stem": only("visual.conv1", "visual.stem.2"),
+    "positions": only("visual.positional_embedding"),
+    "out_proj of the first block": only("resblocks.0.attn.out_proj"),
+    "bias of in_proj": only("resblocks.1.attn.in_proj_bias", "projector"),
+    "second norm": only("resblocks.0.ln_2"),
+    "last layer of the MLP": only("resblocks.1.mlp.c_proj"),
+}
+
+
+@pytest.mark.parametrize("clip", [dict(layers=3), dict(layers=3, stem="mlp", pool="mean", ff=31, act="gelu")],
+                         ids=["conv, class", "mlp, mean"])
+@pytest.mark.parametrize("trained", TOWERS)
+def test_update_counts_the_tower_as_far_as_it_trains(trained, clip):
+    vlm = make_vlm(torch.float32, clip=clip)        # two of three blocks are used
+    TOWERS[trained](vlm)
+    tower_trains = any(p.requires_grad for p in vlm.visual.parameters())
+    assert flops.encode(vlm, 4) == (0 if tower_trains else flops.tower(vlm, 4))
+    for completions in (IDS, None):
+        def run():
+            vlm(vlm.encode(to_batch(ROWS)), completions).logp.sum().backward()
+        update = flops.update(vlm, to_batch(ROWS), shape_of(completions))
+        assert counted(run) == flops.encode(vlm, 4) + update
+
+
+def test_scoring_and_sampling_count_a_tower_that_trains_once():
+    vlm = frozen({})
+    batch = to_batch(ROWS)
+    still = flops.encode(vlm, 4) + flops.forward(vlm, batch, IDS.shape)
+    vlm.visual.transformer.resblocks[-1:].requires_grad_(True)
+    with torch.no_grad():
+        assert counted(lambda: vlm(vlm.encode(batch), IDS)) == flops.forward(vlm, batch, IDS.shape) == still
+        twin = vlm.twin().requires_grad_(False)
+        assert counted(lambda: twin(to_batch(ROWS), IDS)) == flops.reference(vlm, batch, IDS.shape) == still
+    sampler = Sampler(vlm)
+    assert counted(lambda: sampler.prefill(to_batch(ROWS), G, 3)) == sampler.meter.total > flops.tower(vlm, 4) > 0
+
+
+def test_text_alone_costs_no_tower():
+    vlm = make_vlm(torch.float32).requires_grad_(True)
+    batch = to_batch([ROWS[1], ROWS[4]])
+    assert counted(lambda: vlm(batch).logp.sum().backward()) == flops.update(vlm, batch)
+
+
+# ---------------------------------------------------------------- modules that are not known
+
+class Gathers(nn.Module):
+    """A projector with attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.out = nn.Linear(12, 24)
+
+    def forward(self, features):
+        return self.out(self.attend(features, features, features)[0])
+
+
+class Squares(nn.Module):
+    """A projector that uses its Linear twice, and says what that costs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+        self.out = nn.Linear(12, 24)
+
+    def forward(self, features):
+        return self.out(self.inner(self.inner(features)))
+
+    def flops(self, pictures):
+        return 2 * pictures * 9 * (2 * 12 * 12 + 12 * 24)
+
+    def backward_flops(self, pictures, features_train=False):
+        return 2 * pictures * 9 * ((3 + features_train) * 12 * 12 + 2 * 12 * 24)
+
+
+class HalfStated(Gathers):
+    """Says what its forward costs, not its backward."""
+
+    def flops(self, pictures):
+        return 0
+
+
+class Gated(llama.MLP):
+    def forward(self, x):
+        return super().forward(x) * self.gate_proj(x).mean(-1, keepdim=True)
+
+
+class AttentionOnly(llama.Block):
+    """A block without its MLP, which says what it costs where all of it trains."""
+
+    def after(self, x, attended):
+        return x + self.self_attn.out(attended)
+
+    def flops(self, tokens, pairs):
+        return 2 * tokens * (2 * 24 * 24 + 2 * 24 * 8) + 4 * pairs * 24
+
+    def backward_flops(self, tokens, pairs, input_trains):
+        assert input_trains
+        return 2 * 2 * tokens * (2 * 24 * 24 + 2 * 24 * 8) + 10 * pairs * 24
+
+
+class Once(nn.Linear):
+    """Costs what a Linear costs, since it multiplies as one."""
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + super().forward(-x)
+
+
+def put(vlm, name, part):
+    parent, _, last = name.rpartition(".")
+    setattr(vlm.get_submodule(parent), last, part)
+
+
+BY_PICTURES = r"a method flops\(pictures\) and backward_flops\(pictures\)"
+BY_TOKENS = r"a method flops\(tokens, pairs\) and backward_flops\(tokens, pairs, input_trains\)"
+
+
+@pytest.mark.parametrize("name, make, message", [
+    ("projector.attend", lambda: nn.MultiheadAttention(24, 3),
+     f"projector.attend is a MultiheadAttention, whose FLOPs are not known here: give projector {BY_PICTURES}"),
+    ("projector", Gathers, f"projector is a Gathers, .*: give projector {BY_PICTURES}"),
+    ("projector", HalfStated, f"projector is a HalfStated, .*: give projector {BY_PICTURES}"),
+    ("projector", lambda: nn.Sequential(nn.Conv1d(9, 9, 1), nn.Linear(12, 24)), "projector.0 is a Conv1d, "),
+    ("projector", lambda: Twice(12, 24), "projector is a Twice, "),
+    ("projector", lambda: llama.MLP(llama.LlamaConfig(**LLM)), "projector is a MLP, "),
+    ("llm.layers.0.mlp.up_proj", lambda: nn.Sequential(nn.Linear(24, 3), nn.Linear(3, 28)),
+     "llm.layers.0.mlp.up_proj is a Sequential, "),
+    ("visual.transformer.resblocks.0.mlp.conv", lambda: nn.Conv2d(3, 3, 1), "resblocks.0.mlp.conv is a Conv2d, "),
+    ("llm.layers.1.mlp", lambda: Gated(llama.LlamaConfig(**LLM)),
+     f"llm.layers.1.mlp is a Gated, .*: give llm.layers.1 {BY_TOKENS}"),
+    ("llm.layers.0.mlp.extra", lambda: nn.Linear(24, 28), "llm.layers.0.mlp.extra is a Linear, "),
+    ("llm.layers.0.self_attn.sink", lambda: nn.Parameter(torch.zeros(6, 4)),
+     "llm.layers.0.self_attn.sink is a Parameter, "),
+    ("visual.transformer.resblocks.0.attn", lambda: nn.MultiheadAttention(12, 3),
+     f"resblocks.0.attn is a MultiheadAttention, .*: give visual {BY_PICTURES}"),
+    ("visual.adapter", lambda: nn.Linear(12, 12), "visual.adapter is a Linear, "),
+    ("llm.memory", lambda: nn.Linear(24, 24), "llm.memory is a Linear, .*: count it in model/flops.py"),
+    ("memory", lambda: nn.Linear(24, 24), "memory is a Linear, .*: count it in model/flops.py"),
+])
+def test_a_module_of_unknown_cost_is_refused(name, make, message):
+    vlm = frozen({})
+    batch = encoded(vlm)
+    put(vlm, name, make())
+    for count in (lambda: flops.forward(vlm, batch), lambda: flops.encode(vlm, 1),
+                  lambda: flops.Meter().update(vlm, batch), lambda: flops.Meter().prompt(vlm, batch)):
+        with pytest.raises(ValueError, match=message):
+            count()
+
+
+def test_what_multiplies_nothing_may_be_anywhere():
+    vlm = frozen({})
+    batch = encoded(vlm)
+    before = flops.update(vlm, batch)
+    put(vlm, "projector", nn.Sequential(nn.LayerNorm(12), vlm.projector, nn.Dropout(0.0)))
+    put(vlm, "llm.layers.0.gate", nn.Parameter(torch.ones(24)))
+    put(vlm, "llm.layers.1.mlp.norm", nn.LayerNorm(24))
+    # The norm's weight needs the gradient of the first Linear's input: 4 pictures of 9 patches.
+    assert flops.update(vlm, batch) == before + 2 * 4 * 9 * 12 * 24
+    assert counted(lambda: vlm(batch).logp.sum().backward()) == flops.update(vlm, batch)
+
+
+def test_a_subclass_that_only_names_a_linear_is_known():
+    vlm = frozen({})
+    put(vlm, "projector", Once(12, 24))
+    batch = encoded(vlm)
+    assert counted(lambda: vlm(batch).logp.sum().backward()) == flops.update(vlm, batch)
+
+
+def test_a_projector_put_in_later_is_looked_at():
+    vlm = frozen({})
+    batch = encoded(vlm)
+    flops.forward(vlm, batch)
+    put(vlm, "projector", Gathers())
+    with pytest.raises(ValueError, match="projector is a Gathers"):
+        flops.forward(vlm, batch)
+
+
+def test_a_model_is_walked_through_once(monkeypatch):
+    walks = []
+    monkeypatch.setattr(flops, "_unknown", lambda root, name, place: walks.append(name))
+    vlm = frozen({})
+    batch = encoded(vlm)
+    for _ in range(3):
+        flops.update(vlm, batch)
+    assert walks == ["visual", "projector", "llm.layers.0", "llm.layers.1"]
+
+
+@pytest.mark.parametrize("tower", [False, True], ids=["tower frozen", "tower trains"])
+def test_a_projector_says_what_it_costs(tower):
+    vlm = frozen({})
+    vlm.visual.requires_grad_(tower)
+    put(vlm, "projector", Squares())
+    assert counted(lambda: vlm(to_batch(ROWS), IDS).logp.sum().backward()) == (
+        flops.tower(vlm, 4) * (not tower) + flops.update(vlm, to_batch(ROWS), IDS.shape))
+
+
+@pytest.mark.parametrize("trained", ["projector", "projector.v_proj", "projector.queries", "llm", "visual"])
+def test_the_resampler_says_what_it_costs(trained):
+    vlm = make_vlm(torch.float32, projector="resampler", queries=4, image_positions=False)
+    only(trained)(vlm)
+    rows = []
+    for ids, _, images in ROWS:         # pictures first, of 4 tokens each instead of 9
+        ids = [IMAGE] * 4 * len(images) + [token for token in ids if token != IMAGE]
+        rows.append((ids, [False] * len(ids), images))
+    assert counted(lambda: vlm(vlm.encode(to_batch(rows)), IDS).logp.sum().backward()) == (
+        flops.encode(vlm, 4) + flops.update(vlm, to_batch(rows), IDS.shape))
+
+
+def test_a_decoder_block_says_what_it_costs():
+    vlm = frozen({})
+    batch = encoded(vlm)
+    put(vlm, "llm.layers.1", AttentionOnly(vlm.llm.config))
+    for completions in (None, IDS):
+        executed = counted(lambda: vlm(batch, completions).logp.sum().backward())
+        assert executed == flops.update(vlm, batch, shape_of(completions))
+    sampler = Sampler(vlm)
+    assert counted(lambda: sampler.prefill(to_batch(ROWS), G, 6).extend(IDS[..., :1])) == sampler.meter.total
+
+
+# ---------------------------------------------------------------- adapters, heads, sampling, by hand
 
 @MODELS
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
@@ -199,11 +441,12 @@ def test_exact_kl(choose):
     choose(vlm)
     batch = encoded(vlm)
     with torch.no_grad():
-        theirs = other.states(batch, IDS)
+        ref_hidden = other.states(batch, IDS)
     hidden = vlm.states(batch, IDS).detach().requires_grad_()
-    assert counted(lambda: vlm.kl(hidden, theirs, other).sum().backward()) == flops.exact_kl(vlm, IDS.shape, True)
+    trained = counted(lambda: vlm.kl(hidden, ref_hidden, other).sum().backward())
+    assert trained == flops.exact_kl(vlm, IDS.shape, True)
     with torch.no_grad():
-        assert counted(lambda: vlm.kl(hidden, theirs, other)) == flops.exact_kl(vlm, IDS.shape, False)
+        assert counted(lambda: vlm.kl(hidden, ref_hidden, other)) == flops.exact_kl(vlm, IDS.shape, False)
 
 
 @KINDS
@@ -218,7 +461,8 @@ def test_prefill_and_extend(options):
 
 @KINDS
 def test_generation_with_ended_rows_dropped(options):
-    vlm, spent = frozen(options), []
+    vlm = frozen(options)
+    spent = []
 
     def run():
         done, count = generate(vlm, to_batch(ROWS), 7, 19, EOS, temperature=3.0, banned=(PAD, BOS),

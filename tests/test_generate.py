@@ -24,14 +24,15 @@ def model(dtype=torch.float64, seed=0, often=0.0):
     return vlm
 
 
-def uncached_greedy(vlm, p, max_new, before=()):
+def uncached_greedy(vlm, p, max_new, before=(), rows=ROWS):
     """Tokens of prompt p continued greedily after `before`, everything computed anew for each."""
-    tokens = list(before)
-    while len(tokens) < len(before) + max_new and tokens[len(before):][-1:] != [EOS]:
-        logits = stream(vlm, ROWS, p, torch.tensor(tokens, dtype=torch.long))[-1] @ vlm.llm.head.T
+    new = []
+    while len(new) < max_new and new[-1:] != [EOS]:
+        tokens = torch.tensor([*before, *new], dtype=torch.long)
+        logits = stream(vlm, rows, p, tokens)[-1] @ vlm.llm.head.T
         logits[list(BANNED)] = float("-inf")
-        tokens.append(int(logits.argmax()))
-    return tokens[len(before):]
+        new.append(int(logits.argmax()))
+    return new
 
 
 def kept(done):
@@ -55,6 +56,18 @@ def test_cached_greedy_equals_uncached(seed, often):
     assert kept(done) == [[row, row] for row in wanted]
     assert len({len(row) for row in wanted}) > 2            # rows did end at different lengths
     assert not done.ids[~done.mask].any() and not done.logp[~done.mask].any()
+
+
+@torch.no_grad()
+def test_cached_greedy_equals_uncached_behind_a_resampler_and_a_tower_that_trains():
+    vlm = make_vlm(projector="resampler", queries=4)
+    vlm.visual.requires_grad_(True)
+    rows = prompts(image_tokens=4)
+    done, _ = generate(vlm, to_batch(rows), 2, 12, EOS, temperature=0, banned=BANNED)
+    wanted = [uncached_greedy(vlm, p, 12, rows=rows) for p in range(P)]
+    assert kept(done) == [[row, row] for row in wanted]
+    logp = vlm(to_batch(rows), done.ids).logp
+    assert ((logp - done.logp).exp() - 1)[done.mask].abs().max() <= 1e-6
 
 
 @torch.no_grad()
@@ -211,6 +224,25 @@ def test_banned_and_image_ids_are_never_sampled_even_when_their_logits_are_the_l
     done = generate(vlm, to_batch(ROWS), 5, 9, EOS, banned=BANNED, **options)[0]
     assert done.mask.any() and BOS < done.ids[done.mask].min() and done.ids[done.mask].max() < VOCAB
     assert done.ids.min() >= 0 > vlm.config.image_id
+
+
+@torch.no_grad()
+def test_top_k_and_top_p_leave_the_likeliest_tokens():
+    vlm, batch = model(), to_batch(ROWS)
+    options = dict(temperature=3.0, banned=BANNED)
+    greedy = generate(vlm, batch, 4, 9, EOS, temperature=0, banned=BANNED)[0]
+    for cut in (dict(top_k=1), dict(top_p=1e-6)):
+        done = generate(vlm, batch, 4, 9, EOS, generator=torch.Generator().manual_seed(0), **options, **cut)[0]
+        assert torch.equal(done.ids, greedy.ids)
+    ranks = {}
+    for top_k in (0, 3):
+        done = generate(vlm, batch, 4, 9, EOS, generator=torch.Generator().manual_seed(0), top_k=top_k, **options)[0]
+        states = vlm(batch, done.ids).hidden[..., :-1, :]
+        logits = states @ vlm.llm.head.T
+        logits[..., list(BANNED)] = float("-inf")
+        chosen = logits.gather(-1, done.ids[..., None])
+        ranks[top_k] = (logits > chosen).sum(-1)[done.mask]
+    assert ranks[3].max() == 2 < ranks[0].max()
 
 
 @torch.no_grad()

@@ -173,13 +173,13 @@ def test_attach_needs_no_weights():
     assert all(p.is_meta for p in llm.parameters()) and len(adapters(llm)) == 14
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     (dict(targets="q_proj,w_proj"), "targets 'q_proj,w_proj': 'w_proj' must be all or some of"),
     (dict(targets=""), "targets '': '' must be"), (dict(targets="lm_head"), "'lm_head' must be"),
     (dict(rank=0), "rank 0 must be"), (dict(rank=1.5), "rank 1.5 must be"), (dict(alpha=0.0), "alpha 0.0 must be"),
     (dict(alpha=float("inf")), "alpha inf must be")])
-def test_what_cannot_be_attached_is_said(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_attached_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         adapted(**options)
 
 
@@ -200,8 +200,9 @@ def test_base_is_the_model_before_attach_bit_for_bit_after_training_too(dtype):
     assert torch.equal(base.states(batch, IDS), before.states(batch, IDS).detach())
     assert torch.equal(base.logits(batch.pixels[:1], batch.ids[:1, :13]),
                        before.logits(batch.pixels[:1], batch.ids[:1, :13]).detach())
-    out, theirs = vlm(batch, IDS), base.states(batch, IDS)
-    assert torch.equal(vlm.kl(out.hidden, theirs, base), vlm.kl(out.hidden, theirs, before))
+    hidden = vlm(batch, IDS).hidden
+    ref_hidden = base.states(batch, IDS)
+    assert torch.equal(vlm.kl(hidden, ref_hidden, base), vlm.kl(hidden, ref_hidden, before))
     assert all(layer.on for layer in adapters(vlm.llm)) and not base(batch, IDS).logp.requires_grad
 
 
@@ -209,9 +210,9 @@ def test_base_holds_no_second_decoder():
     vlm = adapted()
     learner = Learner(vlm)
     learner.reference = vlm.base()
-    mine = {name for name in learner.state_dict() if name.startswith("reference.")}
-    assert mine == {"reference.image_position", *(f"reference.projector.{n}.{x}" for n in (0, 2)
-                                                  for x in ("weight", "bias"))}
+    saved = {name for name in learner.state_dict() if name.startswith("reference.")}
+    projector = {f"reference.projector.{n}.{x}" for n in (0, 2) for x in ("weight", "bias")}
+    assert saved == projector | {"reference.image_position"}
     assert not any(p.requires_grad for p in learner.reference.parameters())
     twin = copy.deepcopy(learner)       # its reference follows its own policy, not this one
     train(vlm)
@@ -240,10 +241,10 @@ def test_there_is_no_base_without_adapters_or_where_the_decoder_trains_beside_th
 def test_a_twin_shares_what_stands_still_and_nothing_that_trains():
     vlm = adapted()
     twin, wanted = vlm.twin(), logp(vlm)
-    mine, theirs = dict(vlm.named_parameters()), dict(twin.named_parameters())
-    for name, p in mine.items():
+    copied = dict(twin.named_parameters())
+    for name, p in vlm.named_parameters():
         shared = name.startswith("visual.") or not p.requires_grad
-        assert (theirs[name] is p) == shared, name
+        assert (copied[name] is p) == shared, name
     train(twin)
     assert torch.equal(logp(vlm), wanted) and not torch.equal(logp(twin), wanted)
     bare = make_vlm()
@@ -253,6 +254,6 @@ def test_a_twin_shares_what_stands_still_and_nothing_that_trains():
 def test_a_compiled_twin_has_blocks_of_its_own():
     vlm = make_vlm()
     vlm.llm.compile_blocks()
-    for mine, theirs in zip(vlm.llm.layers, vlm.twin().llm.layers):
-        assert theirs.before.__wrapped__.__self__ is theirs and mine.before.__wrapped__.__self__ is mine
-        assert theirs.after.__wrapped__.__self__ is theirs
+    for block in (*vlm.llm.layers, *vlm.twin().llm.layers):
+        assert block.before.__wrapped__.__self__ is block
+        assert block.after.__wrapped__.__self__ is block

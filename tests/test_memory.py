@@ -11,6 +11,7 @@ from model.lora import attach
 from model.memory import plan, table
 from model.optim import make_optimizer, optimizer_step
 from model.vlm import VLM, VlmConfig
+from test_flops import TOWERS, AttentionOnly, Gathers
 from tiny import gradients, make_vlm, prompts, random_completions, to_batch
 
 ROWS = prompts()
@@ -50,9 +51,10 @@ def test_checkpointing_changes_no_bit(completions, trained):
         with torch.no_grad():
             vlm(to_batch(ROWS), completions)
         assert len(ran) == 2 + checkpointing        # without gradients nothing is kept that could be computed again
-    (kept, mine), (again, theirs) = found
-    assert torch.equal(kept, again) and mine.keys() == theirs.keys() and len(mine) > 3
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    (kept, gradients_kept), (again, gradients_again) = found
+    assert torch.equal(kept, again) and len(gradients_kept) > 3
+    assert gradients_kept.keys() == gradients_again.keys()
+    assert all(torch.equal(gradients_kept[name], gradients_again[name]) for name in gradients_kept)
 
 
 # ---------------------------------------------------------------- exact parts
@@ -76,7 +78,7 @@ def test_weights_gradients_and_optimizer_are_exact(dtype, options, trained):
 
 def test_optimizer_worked_by_hand():
     # bf16, full training: 2 bytes of weight, 2 of gradient and, with m, v and master in fp32, 12 of state.
-    vlm = make_vlm(torch.bfloat16)
+    vlm = make_vlm(torch.bfloat16).requires_grad_(True)
     count = sum(p.numel() for p in vlm.parameters())
     found = plan(vlm, 0)
     assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, 2 * count, 12 * count)
@@ -150,6 +152,39 @@ def test_activations_worked_by_hand():
     assert plan(vlm, 7)["activations"] == 7 * (block + 2 * 4 * 24 + 4 * 2 * 24 + 20)
 
 
+@pytest.mark.parametrize("clip", [dict(layers=3), dict(layers=3, stem="mlp", pool="mean", ff=31, act="gelu")],
+                         ids=["conv, class", "mlp, mean"])
+@pytest.mark.parametrize("trained", TOWERS)
+def test_activations_of_a_tower_are_what_autograd_keeps(trained, clip):
+    vlm = make_vlm(torch.float32, clip=clip)
+    TOWERS[trained](vlm)
+    pixels = to_batch(ROWS).pixels
+    planned = plan(vlm, 50, pictures=4)["activations"] - plan(vlm, 50, pictures=0)["activations"]
+    assert planned == kept(lambda: vlm.visual.features(pixels, vlm.config.feature_layer), vlm.visual)
+
+
+def test_activations_of_a_tower_worked_by_hand():
+    # fp32, width 12, 3 heads, ff 48; of two blocks the first is used. A token leaves 4 D of norms and inputs, 4 D of q,
+    # k, v and output, 3 ff, 3 sums of the heads, two means and deviations; a picture is 9 patches and a class token.
+    vlm = make_vlm(torch.float32)
+    frozen = plan(vlm, 50)["activations"]
+    vlm.visual.transformer.resblocks[-1:].requires_grad_(True)
+    picture = 10 * 4 * (8 * 12 + 3 * 48 + 3 + 4)
+    assert plan(vlm, 50, pictures=3)["activations"] == frozen + 3 * picture
+    assert plan(vlm, 50)["activations"] == frozen + 5 * picture         # 50 tokens hold 5 pictures of 9
+
+
+def test_what_cannot_be_planned_is_refused_or_told():
+    vlm = make_vlm(torch.float32)
+    vlm.visual.requires_grad_(False)
+    vlm.llm.layers[1] = AttentionOnly(vlm.llm.config)
+    assert table("sft", vlm, 9).endswith(", without the activations of 1 modules of another class")
+    assert plan(vlm, 9)["activations"] < plan(make_vlm(torch.float32), 9, pictures=0)["activations"]
+    vlm.projector = Gathers()
+    with pytest.raises(ValueError, match="projector is a Gathers, whose FLOPs are not known here"):
+        plan(vlm, 9)
+
+
 def test_nothing_that_trains_keeps_nothing():
     vlm = make_vlm().requires_grad_(False)
     found = plan(vlm, 100)
@@ -189,10 +224,10 @@ def test_the_table_says_what_trains_and_what_it_takes(seven):
     assert list(words) == ["visual", "projector", "llm", "adapters", "memory"]
     assert words["visual"][3:] == ["frozen"] and words["projector"][3:] == ["trains"] and words["llm"][3:] == ["partly"]
     assert words["adapters"] == ["19.988", "M", "parameters", "trains,", "part", "of", "llm"]
-    said = lines[-1]
-    parts = {name: float(re.search(rf"{name} ([\d.]+)", said)[1])
+    memory = lines[-1]
+    parts = {name: float(re.search(rf"{name} ([\d.]+)", memory)[1])
              for name in ("weights", "gradients", "optimizer", "activations")}
-    assert words["memory"][1:3] == ["GiB", "planned:"] and "for 2048 tokens" in said and "cache" not in said
+    assert words["memory"][1:3] == ["GiB", "planned:"] and "for 2048 tokens" in memory and "cache" not in memory
     assert abs(sum(parts.values()) - float(words["memory"][0])) < 0.21 and 12.5 < parts["weights"] < 14
 
 
@@ -200,7 +235,7 @@ def test_the_table_names_image_positions():
     assert "  rl              image_position      0.000 M parameters   trains" in table("rl", make_vlm(), 9)
 
 
-@pytest.mark.parametrize("name", ["tokens", "rows", "cache_tokens", "prefix_tokens"])
+@pytest.mark.parametrize("name", ["tokens", "rows", "cache_tokens", "prefix_tokens", "pictures"])
 def test_a_negative_count_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} -1 must be at least 0"):
         plan(make_vlm(), **dict(tokens=1) | {name: -1})

@@ -36,9 +36,9 @@ def grouped(module, **options):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 def test_on_wide_weights_it_equals_torch(dtype, bound):
-    mine, theirs = net(dtype), net(dtype)
-    wanted = steps(theirs, make_optimizer(theirs, 0.95, 0.1))
-    for given, right in zip(steps(mine, grouped(mine, moments="bfloat16", master=False)), wanted):
+    module, reference = net(dtype), net(dtype)
+    wanted = steps(reference, make_optimizer(reference, 0.95, 0.1))
+    for given, right in zip(steps(module, grouped(module, moments="bfloat16", master=False)), wanted):
         assert (given - right).abs().max() < bound
 
 
@@ -125,11 +125,11 @@ def test_fp32_weights_keep_torch_s_fused_adamw():
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
 
 
-@pytest.mark.parametrize("options, said", [
+@pytest.mark.parametrize("options, message", [
     (dict(moments="float16"), "moments 'float16' must be float32 or bfloat16"),
     (dict(moments="bfloat16", beta2=0.999), "beta2 0.999 must be at most 0.99 with moments in bfloat16")])
-def test_what_no_moments_can_be_is_said(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_moments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         make_optimizer(net(torch.bfloat16), **dict(beta2=0.95) | options, weight_decay=0.0)
 
 
@@ -152,15 +152,15 @@ def test_a_name_ends_at_a_dot():
     assert rates["llm.layers.1.mlp.up_proj.weight"] == 0.5 and rates["llm.layers.10.mlp.up_proj.weight"] == 1.0
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, message", [
     ("projector", "'projector' must be NAME:RATE"), ("projector:", "'projector:' must be NAME:RATE"),
     (":1", "':1' must be NAME:RATE"), ("projector:-1", "a number in .0, 1000000"), ("projector:fast", "a number in"),
     ("projector:nan", "a number in .0, 1000000"), ("projector:inf", "a number in .0, 1000000"),
     ("llm:1,,projector:2", "'' must be NAME:RATE"), ("llm:1,llm:2", "gives llm a second rate"),
     ("lm:1", "must begin the name of a parameter; the first parts of those are"),
     ("llm.layer:1", "must begin the name"), ("llm.layers.1.:1", "must begin the name")])
-def test_a_rate_that_cannot_be_read_is_said(text, said):
-    with pytest.raises(ValueError, match=f"module_lr {text!r}: .*{said}"):
+def test_a_rate_that_cannot_be_read_is_refused(text, message):
+    with pytest.raises(ValueError, match=f"module_lr {text!r}: .*{message}"):
         module_rates(make_vlm(), text)
 
 
@@ -233,6 +233,26 @@ def test_rates_are_of_the_policy_s_names_and_its_frozen_parts_stay():
 
 
 def test_without_rates_the_groups_are_as_they_were():
-    vlm = make_vlm(torch.float32)
+    vlm = make_vlm(torch.float32).requires_grad_(True)
     groups = make_optimizer(vlm, 0.95, 0.1).param_groups
     assert [id(p) for p in groups[0]["params"]] == [id(p) for p in vlm.parameters()] and len(groups) == 1
+
+
+def test_where_only_the_critic_trains_the_policy_s_group_is_empty():
+    # optimizer_step gives one norm for each name of a group: the policy's comes first.
+    vlm = make_vlm()
+    learner = Learner(vlm.requires_grad_(False), critic=Critic(vlm, "detached", 24))
+    optimizer = make_optimizer(learner, 0.95, 0.0, learner.critic)
+    assert [(group["clip"], len(group["params"])) for group in optimizer.param_groups] == [("policy", 0), ("critic", 2)]
+    norms = optimizer_step(optimizer, 1e-3, 1.0)
+    assert norms == [0.0, 0.0]
+
+
+def test_a_tower_whose_last_block_trains_moves_there_alone():
+    vlm = make_vlm()
+    vlm.requires_grad_(False)
+    vlm.visual.transformer.resblocks[-1:].requires_grad_(True)
+    optimizer = make_optimizer(vlm, 0.95, 0.0, module_lr="visual:0.1")
+    for name, distance in moved(optimizer, vlm).items():
+        rate = 1e-4 if name.startswith("visual.transformer.resblocks.0.") else 0
+        assert abs(distance - rate) <= 1e-6 * rate, name

@@ -18,8 +18,8 @@ IDS = random_completions(P, G, C)
 def weights(dtype):
     """A different weight for every output, so that no error can average out."""
     generator = torch.Generator().manual_seed(2)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-            for shape in ((P, G, C), (P, G, C), (P, G, C + 1, 24))]
+    shapes = (P, G, C), (P, G, C), (P, G, C + 1, 24)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def with_gradients(vlm, logp, entropy, hidden):
@@ -28,28 +28,29 @@ def with_gradients(vlm, logp, entropy, hidden):
     return dict(logp=logp.detach(), entropy=entropy.detach(), hidden=hidden.detach()), grads
 
 
-def shared(vlm, completions=IDS):
-    out = vlm(to_batch(ROWS), completions, T)
+def shared(vlm, rows=ROWS):
+    out = vlm(to_batch(rows), IDS, T)
     return with_gradients(vlm, out.logp, out.entropy, out.hidden)
 
 
-def row_by_row(vlm, completions=IDS):
+def row_by_row(vlm, rows=ROWS):
     logp, entropy, hidden = [], [], []
-    for p, (ids, _, _) in enumerate(ROWS):
+    for p, (ids, _, _) in enumerate(rows):
         for g in range(G):
-            states = stream(vlm, ROWS, p, completions[p, g])[len(ids) - 1:]         # (C + 1, D)
-            every = (states[:-1] @ vlm.llm.head.T / T).log_softmax(-1)
-            logp.append(every[range(C), completions[p, g]])
+            states = stream(vlm, rows, p, IDS[p, g])[len(ids) - 1:]         # (C + 1, D)
+            every = (states[:-1] @ vlm.llm.head.T / T).log_softmax(-1)      # (C, V)
+            logp.append(every[range(C), IDS[p, g]])
             entropy.append(-(every.exp() * every).sum(-1))
             hidden.append(states)
-    return with_gradients(vlm, *(torch.stack(rows).unflatten(0, (P, G)) for rows in (logp, entropy, hidden)))
+    grid = [torch.stack(values).unflatten(0, (P, G)) for values in (logp, entropy, hidden)]
+    return with_gradients(vlm, *grid)
 
 
-def errors(vlm):
+def errors(vlm, rows=ROWS):
     """Relative differences (of values, of gradients)."""
-    (values, grads), (wanted_values, wanted_grads) = shared(vlm), row_by_row(vlm)
-    trained = {name for name, _ in vlm.named_parameters() if not name.startswith("visual.")}
-    assert grads.keys() == trained
+    values, grads = shared(vlm, rows)
+    wanted_values, wanted_grads = row_by_row(vlm, rows)
+    assert grads.keys() == {name for name, p in vlm.named_parameters() if p.requires_grad}
     return difference(values, wanted_values), difference(grads, wanted_grads)
 
 
@@ -61,6 +62,17 @@ def test_shared_prefix_equals_every_row_by_itself(kv_heads, tied, dtype, toleran
 
 def test_a_linear_projector_and_the_class_token_change_nothing_about_it():
     vlm = make_vlm(projector="linear", image_positions=False, clip=dict(stem="mlp", pool="mean"))
+    assert max(errors(vlm)) < 1e-12
+
+
+def test_a_resampler_changes_nothing_about_it():
+    vlm = make_vlm(projector="resampler", queries=4)
+    assert max(errors(vlm, prompts(image_tokens=4))) < 1e-12
+
+
+def test_an_image_tower_that_trains_changes_nothing_about_it():
+    vlm = make_vlm()
+    vlm.visual.requires_grad_(True)
     assert max(errors(vlm)) < 1e-12
 
 

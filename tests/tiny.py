@@ -1,4 +1,4 @@
-"""A vision-language model small enough to check by brute force, with prompts of every odd kind; and comparisons."""
+"""A vision-language model small enough to check by brute force, prompts of every odd kind, comparisons."""
 import re
 
 import numpy as np
@@ -25,6 +25,7 @@ def shake(module, seed=0, scale=0.2):
 
 
 def make_vlm(dtype=torch.float64, seed=0, clip=(), llm=(), **options):
+    """A VLM whose parameters all matter; clip, llm: changes to CLIP and LLM; options: other VlmConfig fields."""
     options = dict(image_positions=True, projector="mlp2x_gelu") | options
     vlm = VLM(VlmConfig(ClipConfig(**CLIP | dict(clip)), LlamaConfig(**LLM | dict(llm)), **options))
     for name, parameter in vlm.named_parameters():          # whatever the initialisation is
@@ -36,10 +37,11 @@ def words(count, rng):
     return rng.integers(3, VOCAB, count).tolist()
 
 
-def prompts(seed=0):
-    """Rows (ids, target mask, images): one picture; none; two with text between; one at the very end."""
+def prompts(seed=0, image_tokens=PATCHES):
+    """Rows (ids, target mask, images): one picture; none; two with text between; one at the very end; and
+    nothing but the first token."""
     rng = np.random.default_rng(seed)
-    picture = [IMAGE] * PATCHES
+    picture = [IMAGE] * image_tokens
 
     def image():
         return rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
@@ -49,8 +51,12 @@ def prompts(seed=0):
             ([BOS, *words(1, rng), *picture, *words(2, rng), *picture, *words(4, rng)], (image(), image())),
             ([BOS, *words(2, rng), *picture], (image(),)),
             ([BOS], ())]
-    # What is predicted: every second token that is text.
-    return [(ids, [i % 2 == 1 and token != IMAGE for i, token in enumerate(ids)], images) for ids, images in rows]
+    return [(ids, every_second_word(ids), images) for ids, images in rows]
+
+
+def every_second_word(ids):
+    """A target mask: every second token, where that is text."""
+    return [i % 2 == 1 and token != IMAGE for i, token in enumerate(ids)]
 
 
 def to_batch(rows):
@@ -69,14 +75,15 @@ def gradients(module, loss):
 
 
 def difference(given, wanted):
-    """Largest difference, relative to the largest entry of `wanted`; of dicts, the worst of their tensors."""
+    """Largest difference, relative to the largest entry of `wanted`; of dicts, that of their worst tensor."""
     if isinstance(wanted, dict):
         assert given.keys() == wanted.keys()
         return max(difference(given[name], wanted[name]) for name in wanted)
     assert given.shape == wanted.shape
     if not wanted.numel():
         return 0.0
-    return ((given.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30)).item()
+    largest = wanted.double().abs().max().clamp(min=1e-30)
+    return ((given.double() - wanted.double()).abs().max() / largest).item()
 
 
 def stream(vlm, rows, p, tokens):
