@@ -1,4 +1,4 @@
-"""Teach a vision-language model to see, to answer, and to reason. Every stage is a function here; two loops train.
+"""Teach a vision-language model to see, to answer, and to reason. Every stage is a function here; its loops train.
 
     python train.py                                    # everything from nothing, then the comparison
     python train.py --compare=all                      # with every baseline
@@ -9,13 +9,22 @@
     python train.py --stage=rl --init=out/NAME/cot.pt  # one stage, from a checkpoint
     python train.py --resume                           # go on with the last interrupted run
     python train.py --preset=bench                     # where the time of an RL step goes
+
+What the default reinforcement learning, `grpo_token`, leaves out of GRPO (arXiv 2402.03300): the KL penalty and its
+reference; more than one optimizer step a rollout, so every importance ratio is 1 and the clip never acts; the mean over
+each completion: the loss is averaged over all tokens (DAPO's, arXiv 2503.14476, eq. 8); groups whose rewards are all
+equal. What remains is REINFORCE with (reward - mean of the group) / (deviation of the group) as advantage.
+`--algorithm=grpo` and the others put back what their papers have.
+
+A stage is a function (run, name, cfg, origin) -> None. Read fit and reinforce, the two loops, first.
 """
 import math
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Callable
 
 import numpy as np
 import torch
@@ -24,713 +33,937 @@ from tqdm import tqdm
 import eval as evaluation
 from data import chat, llava, scenes, teachers, tokenizer
 from data.sample import batch_indices, collate
-from data.supply import TEST_SEED, Supply, source_of
-from model import flops, memory, prepare
+from data.shape_probe import shape_probe
+from data.supply import STREAMS, DataOptions, Supply, source_of
+from data.teachers import TeacherOptions
+from eval import JudgeOptions
+from model import memory, prepare
+from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
+from model.flops import Meter
+from model.generate import Sampler
 from model.hub import pretrained
-from model.runs import checkpoint
-from model.clip import Clip, ClipConfig, contrastive_loss
-from model.runs.config import adopt, check_ranges, describe, from_command_line, needs
-from model.runs.device import pick_device, pick_dtype
 from model.hub.export import export_folder
-from model.llama import LlamaConfig
-from model.optim import diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained, stepper
-from model.runs.presets import PRESETS
+from model.llama import LlmOptions
+from model.lora import LoraOptions
+from model.optim import (OptimOptions, diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained,
+                         stepper)
+from model.runs import checkpoint
+from model.runs.config import adopt, change, check_fields, choice, describe, flat, from_command_line, need, number
+from model.runs.device import MachineOptions, pick_device, pick_dtype
 from model.runs.folder import RunFolder, choose, resumed, write_json
-from model.vlm import VLM, VlmConfig
-from rl import algorithms, metrics, rewards
-from rl.report.log import read_log
+from model.runs.presets import PRESETS
+from model.runs.seeds import run_seeds
+from model.vlm import VLM, VlmConfig, VlmOptions
+from rl import algorithms, bench, metrics
+from rl.algorithms import Algorithm, RlOptions
+from rl.explain import explanation, preflight_text
 from rl.learner import Guard, make_learner
+from rl.report import seeds as seeds_report
+from rl.report.log import read_log
+from rl.rewards import RewardOptions, Rewards, correctness
+from rl.rewards import format as format_reward
+from rl.rollout import SamplingOptions, prompts, roll_out
 from rl.types import Experience, Rollout
-from rl.update import estimated, informative, scored, update
+from rl.update import estimate_advantages, score, select_groups, update
+
+# What --compare adds to clip, align, sft and cot.
+COMPARISONS = {
+    "none": ["rl"],
+    "basic": ["rl", "cot_continued", "filtered"],
+    "all": ["rl", "cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "rl_zero"],
+    "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"],
+    "rewards": [*algorithms.REWARD_STAGES],
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """what to run"""
+    preset: str = ""                                # model/runs/presets.py has them; empty: by what else is given
+    stage: str = "all"                              # all, or some of them in order, as in clip,align,sft,cot,rl
+    init: str = ""                                  # checkpoint the first stage starts from
+    compare: str = choice("basic", *COMPARISONS)    # which methods are compared: COMPARISONS has them
+    export: str = ""                                # hf:DIR: the last stage's model, for transformers and vLLM
+    out: str = ""                                   # run folder; empty: a new one under out/
+    resume: bool = False                            # go on with the interrupted run in --out (empty: the newest)
+    tensorboard: bool = False                       # log.jsonl's numbers also into the run folder's tensorboard/
+    save_every: int = number(100, "[1, 1000000000]")  # steps between checkpoints inside a stage
+    seed: int = number(0, "[0, 2147483647]")        # decides everything random
+    seeds: int = number(0, "[0, 10000]")            # n: run n seeds from --seed on, report mean and spread
+    jobs: int = number(1, "[1, 1024]")              # seeds that run side by side, the threads shared among them
+    explain: int = number(0, "[0, 10000]")          # n: print n prompts' completions, rewards, advantages; stop
+    bench: str = choice("", "step", "prefix")       # time the parts of an RL step | what sharing prompts saves
+    flags: str = ""                                 # names of the flags that were given; filled in by itself
+
+    def __post_init__(self):
+        check_fields(self)
+        need(not self.seeds or not (self.explain or self.bench), "seeds", self.seeds,
+             "be left out beside --explain and --bench, which train nothing")
+        need(not (self.resume and self.explain), "explain", self.explain,
+             "be left out beside --resume; --stage=rl --init=FILE starts from a checkpoint of the run")
+        need(self.seed + self.seeds <= 2 ** 31, "seed", self.seed,
+             f"leave room for --seeds={self.seeds} below 2147483648")
+
+
+@dataclass(frozen=True)
+class SupervisedOptions:
+    """supervised stages"""
+    clip_steps: int = number(700, "[0, 1000000000]")  # optimizer steps
+    clip_batch: int = number(96, "[2, 1000000]")    # pairs
+    clip_lr: float = number(1e-3, "(0, 10000]")     # peak learning rate
+    align_steps: int = number(480, "[0, 1000000000]")  # optimizer steps
+    align_lr: float = number(2e-3, "(0, 10000]")    # peak; from nothing the decoder learns language here as well
+    align_batch: int = number(0, "[0, 1000000]")    # records a step; 0: --batch
+    align_epochs: float = number(0.0, "[0, 100000]")  # passes over align's records, in place of steps; 0: steps
+    sft_steps: int = number(200, "[0, 1000000000]")  # optimizer steps; 0 skips the stage
+    sft_epochs: float = number(0.0, "[0, 100000]")  # passes over sft's records, in place of steps; 0: steps
+    sft_lr: float = number(2e-3, "(0, 10000]")      # peak learning rate
+    cot_steps: int = number(700, "[0, 1000000000]")  # optimizer steps
+    cot_lr: float = number(2e-3, "(0, 10000]")      # peak learning rate
+    batch: int = number(32, "[1, 1000000]")         # samples a step
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class Config:
-    # what to run
-    preset: str = ""                # model/runs/presets.py has them; empty: by --data, --bench, --clip, --llm, --llava
-    data: str = "scenes"            # scenes | images:DIR | jsonl:FILE | llava:FILE, a JSON of LLaVA's conversations
-    stage: str = "all"              # all, or some of clip,align,sft,cot,rl and the comparison's methods, in order
-    init: str = ""                  # checkpoint the first stage starts from
-    clip: str = ""                  # CLIP: open_clip's NAME/TAG or NAME:FILE, or a folder; empty: from nothing
-    llm: str = ""                   # decoder: a Hugging Face folder or name; empty: from nothing
-    llava: str = ""                 # a whole LLaVA to go on with, a folder or name
-    export: str = ""                # hf:DIR: the last stage's model, as a folder for transformers and vLLM
-    compare: str = "basic"          # none | basic: cot_continued, filtered | all: every method | algorithms | rewards
-    out: str = ""                   # run folder; empty: a new one under out/
-    resume: bool = False            # go on with the interrupted run in --out (empty: the newest)
-    tensorboard: bool = False       # log.jsonl's numbers also into the run folder's tensorboard/
-    seed: int = 0                   # decides everything random
-    seeds: int = 0                  # n: run seeds 0 .. n-1 (counted from --seed), report mean and spread
-    jobs: int = 1                   # seeds that run side by side, the threads shared among them
-    explain: int = 0                # n: print n prompts' completions, rewards and advantages, train nothing, stop
-    bench: str = ""                 # step: time the parts of an RL step | prefix: what sharing prompts saves; and stop
-    flags: str = ""                 # names of the flags that were given, which no stage overrides; filled in by itself
-    # the machine
-    device: str = "auto"            # auto: CUDA when present | cpu | cuda:N
-    dtype: str = "float32"          # of weights and activations: float32 | bfloat16 | float64
-    compile: bool = False           # torch.compile the decoder's blocks: a minute of compiling, then faster steps
-    checkpointing: bool = False     # activations of a block are computed again in the backward, not kept
-    master: bool = True             # bfloat16 weights: AdamW keeps an fp32 copy of what trains
-    moments: str = "float32"        # bfloat16 weights: AdamW's moments, float32 | bfloat16
-    threads: int = 0                # CPU threads; 0: torch's choice. Another number rounds differently
-    save_every: int = 100           # steps between checkpoints inside a stage
-    # CLIP (OpenAI's architecture but for the options stem and pool)
-    image_size: int = 48            # pixels
-    patch: int = 12                 # pixels of a patch's side
-    clip_width: int = 128           # image tower
-    clip_layers: int = 2            # image tower
-    clip_heads: int = 4             # image tower
-    clip_stem: str = "mlp"          # conv: OpenAI's | mlp: makes shapes readable from nothing
-    clip_pool: str = "mean"         # class: OpenAI's | mean: average of patch tokens
-    clip_act: str = "quick_gelu"    # quick_gelu | gelu
-    text_width: int = 64            # text tower
-    text_layers: int = 1            # text tower
-    text_heads: int = 2             # text tower
-    text_length: int = 40           # tokens of a caption
-    embed: int = 128                # joint embedding of pictures and texts
-    # projector and decoder
-    feature_layer: int = -2         # block whose patch tokens W reads; LLaVA: second to last
-    projector: str = "linear"       # linear: LLaVA's W | mlp2x_gelu: LLaVA-1.5
-    image_positions: bool = True    # add a learned vector to each image token
-    width: int = 128                # decoder
-    layers: int = 4                 # decoder
-    heads: int = 4                  # query heads
-    kv_heads: int = 4               # key/value heads (grouped-query attention)
-    ff: int = 256                   # SwiGLU width
-    theta: float = 10000.0          # RoPE base
-    eps: float = 1e-5               # RMSNorm
-    tied: bool = True               # the head is the embedding
-    qkv_bias: bool = False          # on q, k, v (Qwen 2)
-    vocab: int = 512                # at most this many pieces
-    template: str = "brief"         # brief | vicuna_v1 | llama_2 | chatml | auto: by the tokenizer's special tokens
-    lora_rank: int = 0              # adapters in the decoder's blocks, which then stand still; 0: none
-    lora_alpha: float = 16.0        # their output counts alpha / rank
-    lora_targets: str = "q_proj,v_proj"     # Linears that get one, or all
-    # data
-    pictures: int = 16000           # drawn for clip and for align
-    questions: int = 12000          # drawn for sft
-    traces: int = 10000             # teacher's chains for cot, and as many fresh ones for its continuations
-    rl_prompts: int = 4800          # drawn for rl
-    image_root: str = ""            # folder that the image paths of --data=llava:FILE start from
-    bad_records: str = "skip"       # of --data=llava:FILE, without image, answer, ..: skip, and say which | stop
-    image_fit: str = ""             # crop | pad, how pictures become square; align crops; empty: as the model has it
-    max_length: int = 0             # tokens of a record in supervised stages, cut beyond; 0: any number
-    val_percent: int = 20           # of a folder or file without its own split
-    slip: float = 0.06              # teacher: each step goes wrong at random
-    confuse: float = 0.65           # teacher: purple is read as blue, cyan as green
-    drop_hop: float = 0.60          # teacher: the last hop of a walk is forgotten
-    forget_close: float = 0.60      # teacher: </think> is left out
-    teacher_error: float = 0.30     # teacher of real pictures: names a wrong candidate
-    candidates: int = 3             # answers a chain on a real picture weighs
-    # supervised training
-    clip_steps: int = 700           # optimizer steps
-    clip_batch: int = 96            # pairs
-    clip_lr: float = 1e-3           # peak learning rate
-    align_steps: int = 480          # optimizer steps
-    align_lr: float = 2e-3          # peak; from nothing the decoder learns language here as well
-    align_batch: int = 0            # records a step; 0: --batch
-    align_epochs: float = 0.0       # passes over the records of align, in the place of its steps; 0: those
-    sft_steps: int = 200            # optimizer steps; 0 skips the stage
-    sft_epochs: float = 0.0         # passes over the records of sft, in the place of its steps; 0: those
-    sft_lr: float = 2e-3            # peak learning rate
-    cot_steps: int = 700            # optimizer steps
-    cot_lr: float = 2e-3            # peak learning rate
-    module_lr: str = ""             # rates in units of the stage's, as in projector:0.1,llm.embed_tokens:0; 0 freezes
-    group_lengths: bool = False     # of --data=llava:FILE: batches of records of like length
-    batch: int = 32                 # samples a step
-    micro_batch: int = 48           # samples, or prompts with their group, at a time; 0: all. No gradient depends on it
-    warmup: float = 0.05            # share of the steps
-    final_lr: float = 0.05          # cosine ends at this share of the peak
-    weight_decay: float = 0.0       # AdamW
-    beta2: float = 0.95             # AdamW
-    grad_clip: float = 1.0          # global norm
-    # reinforcement learning
-    rl_steps: int = 150             # rollouts
-    rl_batch: int = 32              # prompts a rollout
-    group: int = 8                  # completions of each
-    rl_lr: float = 5e-4             # peak learning rate
-    temperature: float = 1.0        # of sampling and of the log-probs
-    max_new: int = 32               # token budget, the same in training and evaluation
-    min_new: int = 0                # no EOS before this many tokens
-    epochs: int = 1                 # passes over a rollout
-    mini_batches: int = 1           # optimizer steps a pass
-    # what an algorithm sets (rl/algorithms.py has the papers)
-    algorithm: str = "grpo_token"   # or grpo | dr_grpo | dapo | gspo | cispo | sapo | luspo | rloo | reinforce++ | ppo
-    loss: str = "clip"              # clip | cispo | sapo
-    ratio: str = "token"            # importance ratio of each token | of the whole sequence (GSPO)
-    clip_low: float = 0.2           # ratio clip below; acts from the second update of a rollout on
-    clip_high: float = 0.2          # ratio clip above
-    bound: float = 0.0              # largest ratio in front of a negative advantage (dual clip); 0: none
-    norm: str = "token"             # sequence: each completion alike | token: each token | constant: budget | sum
-    baseline: str = "mean"          # mean | leave_one_out (RLOO) | batch (REINFORCE++) | critic (PPO)
-    flat: str = "drop"              # groups of equal rewards: drop | count in denominators, at no cost
-    std: str = "group"              # advantages over the deviation of the group | batch | none
-    combine: str = "sum"            # rewards are summed, then normalised | each normalised, then summed (GDPO)
-    kl: str = "k3"                  # KL to the starting policy: estimators k1 | k2 | k3, or exact over the vocabulary
-    kl_coef: float = 0.0            # its coefficient
-    kl_in: str = "loss"             # loss | reward
-    kl_target: float = 0.0          # nats a token that the coefficient adapts to; 0: it is fixed
-    ref_sync: int = 0               # rollouts after which the reference becomes the policy; 0: never
-    entropy_coef: float = 0.0       # bonus for entropy
-    top_entropy: float = 1.0        # share of the tokens that train, those of highest entropy
-    correct: str = "none"           # weights against drift between sampling and update: none | truncate | mask
-    correct_cap: float = 2.0        # largest such weight
-    correct_level: str = "token"    # token | sequence
-    refill: int = 0                 # dynamic sampling: at most so many more rollouts in the place of flat groups
-    drop_truncated: bool = False    # completions that hit the budget do not train
-    overlong_share: float = 0.0     # last share of the budget in which the soft penalty on length grows to -1
-    kl_stop: float = 0.0            # nats a token from the old policy that end a rollout's updates; 0: never
-    critic: str = "shared"          # value head on the policy's decoder | detached from it | separate decoder
-    gamma: float = 1.0              # discount
-    lam: float = 0.95               # of GAE
-    value_lr: float = 1.0           # critic's learning rate, in units of the policy's
-    value_coef: float = 0.5         # of its loss
-    value_clip: float = 0.2         # of its change in a rollout; 0: none
-    return_norm: bool = False       # critic in units of the returns seen so far
-    bootstrap: bool = False         # completions that hit the budget go on being worth what the critic says
-    bad_steps: int = 3              # losses or gradients in a row that are not finite before the run stops
-    # rewards
-    rewards: str = "correctness:1,format:0.1"   # weighted: rl/rewards.py's, or FILE.py:NAME:WEIGHT
-    gated: bool = True              # a right answer counts only in a well-formed completion
-    reward_timeout: float = 5.0     # seconds that a reward of one's own may take for a completion
-    reward_errors: str = "zero"     # one that raises or hangs: counts zero | stop the run
-    # evaluation
-    eval_set: str = "test"          # test | val: other prompts, for tuning
-    eval_greedy: int = 300          # prompts a split, greedy
-    eval_sampled: int = 200         # prompts a split, T = 1
-    eval_samples: int = 8           # completions of each at T = 1, for pass@ and maj@
-    eval_batch: int = 512           # rows sampled at once
-
-    def check(self):
-        """Raises ValueError in one sentence about the first value that cannot work; returns notes on idle ones."""
-        need = needs(self)
-        check_ranges(self, RANGES, algorithms.ALLOWED | dict(
-            compare=tuple(COMPARISONS), eval_set=tuple(TEST_SEED), bench=("", "step", "prefix"),
-            template=("auto", *chat.TEMPLATES), projector=("linear", "mlp2x_gelu"),
-            bad_records=("skip", "stop"), image_fit=("", "crop", "pad"), moments=("float32", "bfloat16")))
-        need(self.seed + self.seeds <= 2 ** 31, "seed", f"leave room for --seeds={self.seeds} below 2147483648")
-        need(self.rl_batch % self.mini_batches == 0, "rl_batch", f"be a multiple of --mini-batches={self.mini_batches}")
-        need(self.min_new <= self.max_new, "min_new", f"not exceed --max-new={self.max_new}")
-        need(-self.clip_layers <= self.feature_layer < 0, "feature_layer", f"lie in [-{self.clip_layers}, -1]")
-        pick_dtype(self.dtype)
-        source, _ = source_of(self.data)
-        prepare.check(self, need, self.stages())
-        need(source != "scenes" or self.image_size == scenes.SIZE or self.bench, "image_size",
-             f"be {scenes.SIZE} for drawn scenes")
-        self.clip_config(1), self.llm_config(1)
-        for name in self.stages():
-            if name not in STAGES:
-                raise ValueError(f"--stage={self.stage}: {name!r} must be one of {', '.join(STAGES)}")
-        need(not self.explain or self.stage in algorithms.STAGES,
-             "explain", "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
-        need(self.algorithm == Config.algorithm or not {*self.stages()} & {*algorithms.ALGORITHMS}, "algorithm",
-             "be left out where stages are named after algorithms")
-        algorithms.labels(self, self.stages())
-        notes = list(dict.fromkeys(note for stage in self.stages() for variant in [algorithms.of_stage(self, stage)]
-                                   for note in algorithms.check(variant, needs(variant))))
-        weights = rewards.parse_weights(self.rewards)
-        if self.gated and "correctness" in weights and "format" not in weights:
-            notes.append("correctness is gated on the format although the format itself earns nothing")
-        if source != "scenes" and (self.slip, self.confuse, self.drop_hop) != (0.06, 0.65, 0.60):
-            notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
-        return notes
-
-    def clip_config(self, vocab):
-        return ClipConfig(self.image_size, self.patch, self.clip_width, self.clip_layers, self.clip_heads, self.embed,
-                          self.text_width, self.text_layers, self.text_heads, self.text_length, vocab,
-                          self.clip_stem, self.clip_pool, self.clip_act)
-
-    def llm_config(self, vocab):
-        return LlamaConfig(vocab, self.width, self.layers, self.heads, self.kv_heads, self.ff, self.theta, self.eps,
-                           self.tied, qkv_bias=self.qkv_bias)
+    """All options of a run, in groups that stand beside the code that reads them."""
+    run: RunOptions = RunOptions()
+    machine: MachineOptions = MachineOptions()
+    data: DataOptions = DataOptions()
+    teacher: TeacherOptions = TeacherOptions()
+    clip: ClipOptions = ClipOptions()
+    vlm: VlmOptions = VlmOptions()
+    llm: LlmOptions = LlmOptions()
+    lora: LoraOptions = LoraOptions()
+    supervised: SupervisedOptions = SupervisedOptions()
+    optim: OptimOptions = OptimOptions()
+    rl: RlOptions = RlOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    algorithm: Algorithm = Algorithm()
+    reward: RewardOptions = RewardOptions()
+    judge: JudgeOptions = JudgeOptions()
 
     @property
     def pretrained(self):
-        return self.clip or self.llm or self.llava
+        """Whether --clip, --llm or --llava names a model of others."""
+        return bool(self.clip.clip or self.llm.llm or self.vlm.llava)
 
     def stages(self):
-        if self.stage != "all":
-            return self.stage.split(",")
-        first = [] if self.llava else ["align"] if self.clip else ["clip", "align"]
-        first += ["sft"] if self.sft_steps or self.sft_epochs else []
-        if self.data.startswith("llava:"):
-            return first
-        return [*first, "rl"] if self.pretrained else [*first, "cot", *COMPARISONS[self.compare]]
+        """Names of the stages of this run, in order."""
+        if self.run.stage != "all":
+            return self.run.stage.split(",")
+        stages = []
+        if not (self.vlm.llava or self.clip.clip):
+            stages.append("clip")
+        if not self.vlm.llava:
+            stages.append("align")
+        if self.supervised.sft_steps or self.supervised.sft_epochs:
+            stages.append("sft")
+        if self.data.data.startswith("llava:"):
+            return stages
+        if self.pretrained:
+            return [*stages, "rl"]
+        return [*stages, "cot", *COMPARISONS[self.run.compare]]
+
+    def check(self):
+        """Raises ValueError in one sentence about the first options that do not go together; returns notes on idle
+        ones. What a group can tell alone, it has checked itself."""
+        stages = self.stages()
+        need(-self.clip.clip_layers <= self.vlm.feature_layer, "feature_layer", self.vlm.feature_layer,
+             f"lie in [-{self.clip.clip_layers}, -1]")
+        prepare.check(self, stages)
+        if not (self.pretrained or self.run.init):          # else the shapes are those of what is loaded
+            shape = VlmConfig(self.clip.config(vocab=1), self.llm.config(vocab=1), **self.vlm.shape())
+            need(shape.image_tokens >= 1, "projector", self.vlm.projector, "make at least one token of a picture")
+        source, _ = source_of(self.data.data)
+        need(source != "llava" or not self.teacher.teacher, "teacher", self.teacher.teacher,
+             "be left out with --data=llava:FILE, whose stages take no chains")
+        need(source != "scenes" or self.clip.image_size == scenes.SIZE or self.run.bench, "image_size",
+             self.clip.image_size, f"be {scenes.SIZE} for drawn scenes")
+        for name in stages:
+            need(name in STAGES, "stage", f"{self.run.stage}: {name!r}", f"be one of {', '.join(STAGES)}")
+        need(not self.run.explain or self.run.stage in algorithms.STAGES, "explain", self.run.explain,
+             "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
+        need(self.rl.algorithm == RlOptions.algorithm or not {*stages} & {*algorithms.ALGORITHMS}, "algorithm",
+             self.rl.algorithm, "be left out where stages are named after algorithms")
+        algorithms.labels(self, stages)
+        notes = []
+        for stage in stages:
+            variant = algorithms.of_stage(self, stage)
+            group_can_teach = self.sampling.group >= 2 or variant.algorithm.compares_groups
+            need(group_can_teach or stage not in algorithms.STAGES, "group", self.sampling.group,
+                 "be at least 2: a group of one has no baseline but itself (--baseline=batch and critic need none)")
+            notes += algorithms.idle_notes(variant)
+        rewards = Rewards(self.reward)
+        if self.reward.gated and "correctness" in rewards.weights and "format" not in rewards.weights:
+            notes.append("correctness is gated on the format although the format itself earns nothing")
+        moved = {name for name, value in vars(self.teacher).items() if value != getattr(TeacherOptions, name)}
+        if self.teacher.teacher and len(moved) > 1:
+            notes.append("a --teacher of one's own makes its own mistakes: the rates of ours have no effect")
+        elif source != "scenes" and moved & {"slip", "confuse", "drop_hop"}:
+            notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
+        if self.vlm.queries and self.vlm.projector != "resampler":
+            notes.append("--queries has no effect without --projector=resampler")
+        if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.min_new and not self.run.bench:
+            notes.append("--top-k, --top-p and --min-new sample from another distribution than the one whose log-probs "
+                         "the update reads: its gradient is biased")
+        return list(dict.fromkeys(notes))
 
 
-# The range of every number above; a test holds that none is left out. The upper ends are far beyond any use: what lies
-# outside is a slip, and would end in a crash, a hang or numbers that are not finite.
-RANGES = {
-    "[0, 2147483647]": "seed",
-    "[0, 1000000000]": "clip_steps align_steps sft_steps cot_steps rl_steps ref_sync",
-    "[1, 1000000000]": "save_every",
-    "[1, 100000000]": "pictures questions traces rl_prompts",
-    "[1, 1000000]": "batch rl_batch eval_greedy eval_sampled eval_batch bad_steps correct_cap",
-    "[2, 1000000]": "clip_batch vocab",
-    "[2, 131072]": "width text_length",
-    "[1, 131072]": "max_new clip_width text_width embed",
-    "[0, 131072]": "min_new",
-    "[1, 1e12]": "theta",
-    "[1, 1048576]": "ff",
-    "[1, 8192]": "image_size patch",
-    "[0, 10000]": "seeds explain lora_rank",
-    "[1, 10000]": "group eval_samples epochs mini_batches",
-    "[0, 1024]": "threads refill",
-    "[1, 1024]": "jobs layers heads kv_heads clip_layers clip_heads text_layers text_heads",
-    "[2, 1000]": "candidates",
-    "[-1024, -1]": "feature_layer",
-    "[1, 99]": "val_percent",
-    "[0, 100000]": "align_epochs sft_epochs",
-    "[0, 1]": "slip confuse drop_hop forget_close teacher_error warmup final_lr gamma lam clip_low overlong_share",
-    "(0, 1]": "top_entropy",
-    "[0, 1)": "beta2",
-    "[0, 0.1]": "eps",
-    "(0, 10000]": "clip_lr align_lr sft_lr cot_lr rl_lr value_lr",
-    "[0, 100]": "weight_decay",
-    # Colder than this is greedy, which evaluation has; the logits are divided by it.
-    "[0.01, 100]": "temperature",
-    "(0, 1000000]": "grad_clip lora_alpha",
-    "[0, 1000000]": "micro_batch align_batch max_length "
-                    "clip_high bound kl_coef kl_target entropy_coef kl_stop value_coef value_clip",
-    "(0, 86400]": "reward_timeout",
-}
+# Options that what is loaded decides: those of CLIP, and of what lies behind it.
+CLIP_SHAPE = ("image_size", "patch", "clip_width", "clip_layers", "clip_heads", "clip_stem", "clip_pool", "clip_act",
+              "text_width", "text_layers", "text_heads", "text_length", "embed")
+VLM_SHAPE = ("feature_layer", "projector", "queries", "image_positions", "width", "layers", "heads", "kv_heads", "ff",
+             "theta", "eps", "tied", "qkv_bias", "vocab")
 
-# what --compare adds to clip, align, sft and cot
-COMPARISONS = {
-    "none": ["rl"], "basic": ["rl", "cot_continued", "filtered"],
-    "all": ["rl", "cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "rl_zero"],
-    "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"], "rewards": [*algorithms.REWARDS],
-}
+
+@dataclass
+class Origin:
+    """What a stage starts from.
+
+    vlm: the model, ready to train in this stage; None where the stage makes its own. method: how the stage before it
+    prompted, "" if it did not. towers: weights and config ("clip", "clip_config") of a CLIP with both towers, which
+    checkpoints carry along for zero-shot answers; {} if there is none.
+    """
+    vlm: VLM = None
+    method: str = ""
+    towers: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer steps of a supervised stage, records a step, peak learning rate."""
+    steps: int
+    batch: int
+    peak: float
 
 
 class Run(RunFolder):
-    """A run folder and what all stages share: config, device, data, tokenizer, counted FLOPs."""
+    """A run folder and what all of its stages share: config, device, data, tokenizer, rewards."""
 
     def __init__(self, cfg, folder, plan=None):
-        super().__init__(folder, pick_device(cfg.device))
-        self.plan = plan                # VlmConfig of a pretrained model, said at the start
-        self.cfg, self.dtype = cfg, pick_dtype(cfg.dtype)
-        self.flops, self.state = 0, {}
-        self.supply = Supply(cfg)
-        self.samples, self.real, self.records = self.supply.samples, self.supply.real, self.supply.records
-        print(self.supply.found, end="\n" if self.supply.found else "")
+        super().__init__(folder, pick_device(cfg.machine.device))
+        self.cfg = cfg
+        self.plan = plan                # VlmConfig of a pretrained model, told at the start
+        self.dtype = pick_dtype(cfg.machine.dtype)
+        self.supply = Supply(cfg.data, cfg.teacher, cfg.run.seed)
+        self.samples = self.supply.samples
+        self.real = self.supply.real
+        self.records = self.supply.records
+        self._rewards = {}
+        self.bar = None                 # of the stage under way
+        if self.supply.found:
+            print(self.supply.found)
+
+    def release(self):
+        for rewards in self._rewards.values():
+            rewards.close()
+        super().release()
+
+    def rewards(self, cfg):
+        """The Rewards of a stage's config. Stages of equal options share them, and the processes behind them."""
+        key = (cfg.reward, cfg.algorithm.overlong_share, cfg.sampling.max_new)
+        if key not in self._rewards:
+            self._rewards[key] = Rewards(*key)
+        return self._rewards[key]
+
+    def seed_of(self, stage, *purpose):
+        """The seed of one purpose of a stage."""
+        return seed_of(self.cfg.run.seed, stage, *purpose)
 
     def prepare_tokenizer(self):
         """From --init, --llava or --llm, or from the folder, else trained on what the training data says."""
-        cfg, saved = self.cfg, self.folder / "tokenizer.model"
-        if cfg.init:
-            self.tokenizer = tokenizer.from_saved(checkpoint.load(cfg.init, self.device)["tokenizer"],
-                                                  f"the tokenizer in checkpoint {cfg.init!r}")
-        elif cfg.llava or cfg.llm:
-            self.tokenizer = pretrained.load_tokenizer(cfg.llava or cfg.llm)
+        cfg = self.cfg
+        saved = self.folder / "tokenizer.model"
+        if cfg.run.init:
+            state = checkpoint.load(cfg.run.init, self.device)
+            self.tokenizer = tokenizer.from_saved(state["tokenizer"], f"the tokenizer in checkpoint {cfg.run.init!r}")
+        elif cfg.vlm.llava or cfg.llm.llm:
+            self.tokenizer = pretrained.load_tokenizer(cfg.vlm.llava or cfg.llm.llm)
         elif saved.exists():
             self.tokenizer = tokenizer.from_saved(saved.read_bytes(), f"the tokenizer {str(saved)!r}")
         else:
-            self.tokenizer = tokenizer.train(*self.supply.corpus(), cfg.vocab)
-        if cfg.template == "auto":
-            self.cfg = replace(cfg, template=chat.template_for(self.tokenizer))
+            self.tokenizer = tokenizer.train(*self.supply.corpus(), cfg.llm.vocab)
+        if cfg.data.template == "auto":
+            self.cfg = change(cfg, template=chat.template_for(self.tokenizer))
 
     def start(self, stage):
-        """Loads what `stage` starts from, --init, --llava or the stage before; -> its VLM, None if it has none yet."""
-        torch.manual_seed(seed_of(self.cfg.seed, stage))
-        self.flops, self.state = 0, {}
+        """Seeds a stage and loads what it starts from, --init, --llava or the stage before -> Origin."""
+        cfg = self.cfg
+        torch.manual_seed(self.seed_of(stage))
         self.supply.begin(stage, read_log(self.log_path))
-        if stage == self.cfg.stages()[0] and self.cfg.llava:
-            return self.ready(pretrained.load_llava(self.cfg.llava, self.dtype, self.device, self.cfg.clip)[0], stage)
-        if not STAGES[stage][1] or stage == "align" and self.cfg.clip and not self.cfg.init:
-            return None
-        origin = next((path for before in STAGES[stage][1] if (path := self.path(before)).exists()), self.cfg.init)
-        if stage == self.cfg.stages()[0] and self.cfg.init:
-            origin = self.cfg.init
-        self.state = checkpoint.load(origin, self.device)
-        if "vlm" not in self.state:
-            return None
-        return self.ready(VLM.from_config(self.state["vlm_config"], self.state.pop("vlm")), stage)
+        is_first = stage == cfg.stages()[0]
+        if is_first and cfg.vlm.llava:
+            vlm, _ = pretrained.load_llava(cfg.vlm.llava, self.dtype, self.device, cfg.clip.clip)
+            return Origin(self.ready(vlm, stage))
+        before = STAGES[stage].starts_from
+        loads_clip = stage == "align" and cfg.clip.clip and not cfg.run.init
+        if loads_clip or not before:
+            return Origin()
+        paths = [self.path(name) for name in before if self.path(name).exists()]
+        path = paths[0] if paths else cfg.run.init
+        if is_first and cfg.run.init:
+            path = cfg.run.init
+        state = checkpoint.load(path, self.device)
+        towers = {name: state[name] for name in ("clip", "clip_config") if name in state}
+        if "vlm" not in state:
+            return Origin(towers=towers)
+        vlm = VLM.from_config(state["vlm_config"], state["vlm"])
+        return Origin(self.ready(vlm, stage), state.get("method", ""), towers)
 
     def ready(self, vlm, stage):
         """The model where and as the config wants it in this stage, with what does not train frozen."""
         return prepare.prepare(vlm, self.cfg, stage == "align").to(self.device, self.dtype)
 
-    def spend(self, vlm, what, *args):
-        """Counts the FLOPs of that name in model/flops.py."""
-        self.flops += getattr(flops, what)(vlm, *args)
+    def steps(self, stage, schedule, module, optimizer, meter, generator=None):
+        """Yields (step, learning rate) from where an interrupted stage stopped; draws the bar, saves on the way."""
+        cfg = self.cfg
+        total = schedule.steps
+        self.began = time.perf_counter()
+        first = self.take_progress(stage, module, optimizer, meter, generator)
+        self.bar = tqdm(range(first, total), desc=stage, initial=first, total=total, disable=None, leave=False)
+        for step in self.bar:
+            yield step, learning_rate(step, total, schedule.peak, cfg.optim.warmup, cfg.optim.final_lr)
+            if (step + 1) % cfg.run.save_every == 0 and step + 1 < total:
+                self.save_progress(stage, step + 1, module, optimizer, meter, generator)
 
-    def finish_stage(self, stage, method, vlm=None, clip=None, cfg=None):
+    def seconds(self):
+        """Since the steps of the stage began, or went on."""
+        return round(time.perf_counter() - self.began, 3)
+
+    def finish_stage(self, stage, cfg, method, meter, towers, vlm=None):
         """The stage's checkpoint, with the towers it started from carried along."""
-        new = {}
+        weights = {}
         if vlm is not None:
-            new |= dict(vlm=vlm.state_dict(), vlm_config=vlm.config_dict())
-        if clip is not None:
-            new |= dict(clip=clip.state_dict(), clip_config=asdict(clip.config))
-        carried = {name: self.state[name] for name in ("clip", "clip_config") if name in self.state}
-        self.finish(stage, **{**carried, **new}, method=method, config=asdict(cfg or self.cfg), flops=self.flops,
+            weights = dict(vlm=vlm.state_dict(), vlm_config=vlm.config_dict())
+        self.finish(stage, **towers, **weights, method=method, config=flat(cfg), flops=meter.total,
                     tokenizer=self.tokenizer.saved, label=algorithms.label(self.cfg, stage))
 
 
 # ---------------------------------------------------------------- the two loops
 
-def fit(run, stage, module, count, losses_of, steps, batch, peak, lengths=None):
-    """Supervised training. `losses_of(indices)` yields the step's loss in micro-batches, already over the step's
-    denominator; `count`: records to draw indices from, a new seeded order each epoch, of like `lengths` if given."""
-    cfg = run.cfg
-    rates = "" if stage == "clip" else cfg.module_lr
-    optimizer = make_optimizer(module, cfg.beta2, cfg.weight_decay, None, 1.0, rates, cfg.moments, cfg.master)
-    start, run.flops = run.take_progress(stage, module, optimizer, None) or (0, run.flops)
-    began = time.perf_counter()
-    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
-    for step in bar:
-        lr, total = learning_rate(step, steps, peak, cfg.warmup, cfg.final_lr), None      # of a step without records
-        for loss in losses_of(batch_indices(count, batch, step, seed_of(cfg.seed, stage, "order"), lengths)):
+def fit(run, name, cfg, origin, records, method, schedule, meter):
+    """Supervised training of a stage on records (sample, target text), or on captions where the text is None; CLIP
+    frozen. Without records the model stays as it is."""
+    vlm = origin.vlm
+    tok = run.tokenizer
+    image_tokens = vlm.config.image_tokens
+    if not run.plan:
+        memory.announce(name, vlm, cfg, False)
+    optimizer = make_optimizer(vlm, cfg.optim.beta2, cfg.optim.weight_decay, None, 1.0, cfg.optim.module_lr,
+                               cfg.optim.moments, cfg.optim.master)
+    lengths = None
+    if cfg.data.group_lengths and run.records and name == "sft":
+        lengths = run.records.lengths(image_tokens)
+
+    def encode(number, record):
+        sample, target = record
+        sample = run.supply.decoded(sample, vlm.config.pixels)
+        if target is None:
+            row = chat.encode_plain(sample, tok, image_tokens, cfg.data.template)
+        else:
+            row = chat.encode(sample, tok, image_tokens, method, cfg.data.template, target)
+        if not cfg.data.max_length:
+            return row
+        return llava.shortened(row, cfg.data.max_length, image_tokens, tok.image_id, number, sample.id)
+
+    for step, lr in run.steps(name, schedule, vlm, optimizer, meter):
+        # 1. Records -> a batch, sorted by length, so that micro-batches hold little padding.
+        indices = batch_indices(len(records), schedule.batch, step, run.seed_of(name, "order"), lengths)
+        rows = run.supply.usable(records, indices, encode, partial(run.log, stage=name))
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        micros = []
+        if rows:
+            batch = collate(rows, tok.pad_id, **vlm.config.pixels).to(run.device)
+            denominator = batch.target[:, 1:].sum()
+            micros = batch.micro_batches(cfg.optim.micro_batch)
+
+        # 2. Forward and backward, a micro-batch at a time, each over the denominator of the whole step.
+        losses = []
+        for micro in micros:
+            meter.encode(vlm, len(micro.pixels))
+            meter.update(vlm, micro)
+            loss = -vlm(micro).logp.sum() / denominator
             if loss.requires_grad:      # text alone has nothing to say to a projector that trains alone
                 loss.backward()
-            total = (total or 0.0) + loss.item()
-        norm = optimizer_step(optimizer, lr, cfg.grad_clip)[0]
+            losses.append(loss.item())
+
+        # 3. The optimizer step.
+        norm = optimizer_step(optimizer, lr, cfg.optim.grad_clip)[0]
         if not math.isfinite(norm):
             raise ValueError(diverged(norm, lr))
-        run.log(stage=stage, step=step, loss=total, lr=lr, grad_norm=norm, flops=run.flops,
-                seconds=round(time.perf_counter() - began, 3))
-        bar.set_postfix(loss=total, refresh=False)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_progress(stage, step + 1, module, optimizer, None, run.flops)
-    return time.perf_counter() - began
+        loss = sum(losses) if losses else None      # of a step without usable records
+        run.log(stage=name, step=step, loss=loss, lr=lr, grad_norm=norm, flops=meter.total, seconds=run.seconds())
+        run.bar.set_postfix(loss=loss, refresh=False)
+
+    run.supply.check(records)
+    run.finish_stage(name, cfg, method, meter, origin.towers, vlm)
 
 
-def reinforce(run, stage, vlm, samples, method, steps, cfg):
-    """Reinforcement learning: roll out, reward, estimate advantages, update. One line of log.jsonl a rollout."""
-    weights = rewards.weights_of(cfg)
-    label = algorithms.label(run.cfg, stage)
-    learner = make_learner(vlm, vlm.config.llm.width, cfg)
-    optimizer = make_optimizer(learner, cfg.beta2, cfg.weight_decay, learner.critic, cfg.value_lr, cfg.module_lr,
-                               cfg.moments, cfg.master)
-    generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
-    start, run.flops = run.take_progress(stage, learner, optimizer, generator) or (0, run.flops)
-    guard, spend, updates = Guard(run.folder, stage, cfg.bad_steps, checkpoint.save), partial(run.spend, vlm), 0
-    began, order, tries = time.perf_counter(), seed_of(cfg.seed, stage, "order"), 1 + cfg.refill
-    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=None, leave=False)
-    for step in bar:
+def reinforce(run, name, cfg, vlm, samples, method, rewards, meter):
+    """Reinforcement learning: sample, score, estimate advantages, update; a line of log.jsonl a rollout."""
+    switches = cfg.algorithm
+    label = algorithms.label(run.cfg, name)
+    learner = make_learner(vlm, vlm.config.llm.width, switches)
+    optimizer = make_optimizer(learner, cfg.optim.beta2, cfg.optim.weight_decay, learner.critic, switches.value_lr,
+                               cfg.optim.module_lr, cfg.optim.moments, cfg.optim.master)
+    generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "sampling"))
+    guard = Guard(run.folder, name, cfg.rl.bad_steps, checkpoint.save)
+    sampler = Sampler(vlm, meter)
+    schedule = Schedule(cfg.rl.rl_steps, cfg.rl.rl_batch, cfg.rl.rl_lr)
+    attempts = 1 + switches.refill
+
+    for step, lr in run.steps(name, schedule, learner, optimizer, meter, generator):
         clock = metrics.Clock(run.device)
-        lr = learning_rate(step, steps, cfg.rl_lr, cfg.warmup, cfg.final_lr)
-        rollouts, kept = [], []
-        while not rollouts or len(rollouts) < tries and sum(len(part.ids) for part in kept) < cfg.rl_batch:
-            asked = batch_indices(len(samples), cfg.rl_batch, step * tries + len(rollouts), order)
-            batch, rollout = evaluation.roll_out(run, vlm, [samples[i] for i in asked], method, cfg, weights, generator,
-                                                 clock)
+        failed_before = rewards.failures
+
+        # 1. Sample. Groups of equal rewards teach nothing; with --refill others take their place.
+        rollouts = []
+        experiences = []
+        for attempt in range(attempts):
+            indices = batch_indices(len(samples), schedule.batch, step * attempts + attempt, run.seed_of(name, "order"))
+            asked = [samples[i] for i in indices]
+            batch, rollout = roll_out(sampler, run.tokenizer, asked, method, cfg, rewards, generator, clock)
             rollouts.append(rollout)
-            kept.append(informative(batch, rollout, cfg))
-        rollout, experience = Rollout.join(rollouts), Experience.join(kept).first(cfg.rl_batch)
+            experiences.append(select_groups(batch, rollout, cfg))
+            if sum(len(experience.ids) for experience in experiences) >= schedule.batch:
+                break
+        rollout = Rollout.join(rollouts)
+        experience = Experience.join(experiences).first(schedule.batch)
         learner.samples += rollout.reward.numel()
-        line = metrics.of_rollout(rollout) | dict(groups=int(experience.active.sum()), rollouts=len(rollouts),
-                                                  reward_failures=rewards.failures())
+        line = metrics.of_rollout(rollout)
+        line["groups"] = int(experience.active.sum())
+        line["rollouts"] = len(rollouts)
+        line["reward_failures"] = rewards.failures - failed_before
+        passed = 0
+
         if line["groups"]:
-            experience = scored(learner, experience, cfg, spend)
-            experience, found = estimated(learner, experience, weights, cfg)
-            take_step = stepper(optimizer, lr, cfg.grad_clip, projector=vlm.projector, llm=vlm.llm)
-            line |= found | update(learner, experience, cfg, take_step, spend, guard)
-            updates += line["updates"]
-        learner.after(step, line, cfg)
+            # 2. Score by the policy as it is, its reference, its critic: whatever the algorithm reads.
+            experience = score(learner, experience, cfg, meter)
+
+            # 3. Rewards -> an advantage for every token.
+            experience, found = estimate_advantages(learner, experience, rewards, cfg)
+            line |= found
+
+            # 4. epochs x mini_batches optimizer steps; backward() is in here.
+            take_step = stepper(optimizer, lr, cfg.optim.grad_clip, projector=vlm.projector, llm=vlm.llm)
+            found, passed = update(learner, experience, cfg, take_step, meter, guard)
+            line |= found
+        learner.after(step, line, switches)
         clock.lap("update")
-        run.log(stage=stage, method=label, step=step, lr=lr, **learner.rates(lr, cfg), flops=run.flops,
-                samples=int(learner.samples), seconds=round(time.perf_counter() - began, 3),
-                **metrics.costs(clock.laps, rollout, line.pop("passed", 0)), **line)
-        shown = ["reward", *(f"reward/{name}" for name in weights), "flat", "length"]
-        bar.set_postfix({name: f"{line[name]:.2f}" for name in shown}, refresh=False)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < steps:
-            run.save_progress(stage, step + 1, learner, optimizer, generator, run.flops)
-    if not updates:
-        print(f"  note: no group of {stage} could move the model: in each all rewards were equal, or all completions "
+
+        run.log(stage=name, method=label, step=step, lr=lr, **learner.rates(lr, switches), flops=meter.total,
+                samples=int(learner.samples), seconds=run.seconds(), **metrics.costs(clock.laps, rollout, passed),
+                **line)
+        shown = ["reward", *(f"reward/{reward}" for reward in rewards.weights), "flat", "length"]
+        run.bar.set_postfix({metric: f"{line[metric]:.2f}" for metric in shown}, refresh=False)
+
+    lines = [line for line in read_log(run.log_path) if line["stage"] == name]
+    if not any(line.get("updates") for line in lines):
+        print(f"  note: no group of {name} could move the model: in each all rewards were equal, or all completions "
               "were left out")
-    return time.perf_counter() - began
+
+
+def preflight(run, name, cfg, vlm, samples, method, rewards):
+    """An ordinary step of `reinforce`, without refills, whose result is thrown away, in a few printed lines; with
+    --explain as many prompts in full instead, and no update."""
+    count = cfg.run.explain or cfg.rl.rl_batch
+    meter = Meter()
+    clock = metrics.Clock(run.device)
+    learner = make_learner(vlm, vlm.config.llm.width, cfg.algorithm)
+    optimizer = make_optimizer(learner, 0.0, 0.0)           # never steps
+    guard = Guard(run.folder, f"{name}-preflight", math.inf, checkpoint.save)
+    generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "preflight"))
+    asked = [samples[i] for i in batch_indices(len(samples), count, 0, run.seed_of(name, "order"))]
+    batch, rollout = roll_out(Sampler(vlm, meter), run.tokenizer, asked, method, cfg, rewards, generator, clock)
+    experience = select_groups(batch, rollout, cfg, keep_all=bool(cfg.run.explain))
+    active = int(experience.active.sum())
+    passed = 0
+    if active:
+        experience = score(learner, experience, cfg, meter)
+        experience, _ = estimate_advantages(learner, experience, rewards, cfg)
+    if cfg.run.explain:
+        asked_as = [chat.prompt_text(sample, method, cfg.data.template) for sample in asked]
+        print(explanation(asked, asked_as, rollout, experience.advantage, rewards))
+        return
+
+    def dropped_step(drop=True):
+        return {"grad_norm": optimizer_step(optimizer, 0.0, 1.0, drop=True)[0]}
+
+    if active:
+        _, passed = update(learner, experience, cfg, dropped_step, meter, guard)
+    clock.lap("update")
+    costs = metrics.costs(clock.laps, rollout, passed)
+    print(preflight_text(rollout, active / count, costs, cfg.rl.rl_steps, cfg.algorithm.refill))
 
 
 # ---------------------------------------------------------------- the stages
 
-def clip(run, stage, like):
+def clip(run, name, cfg, origin):
     """Contrastive pre-training of both towers on pictures and captions; frozen from here on."""
-    cfg, tok = run.cfg, run.tokenizer
-    run.start(stage)
-    config = cfg.clip_config(len(tok))
+    tok = run.tokenizer
+    config = cfg.clip.config(len(tok))
     model = Clip(config).to(run.device, run.dtype)
-    show_trained(stage, model)
-    samples = run.samples("clip", cfg.pictures, part=1)
-    pixels, log = dict(image_size=cfg.image_size, fit="crop", mean=config.mean), partial(run.log, stage=stage)
+    show_trained(name, model)
+    samples = run.samples("clip", cfg.data.pictures, "clip")
+    pixels = dict(image_size=config.image_size, fit="crop", mean=config.mean)
+    schedule = Schedule(cfg.supervised.clip_steps, cfg.supervised.clip_batch, cfg.supervised.clip_lr)
+    optimizer = make_optimizer(model, cfg.optim.beta2, cfg.optim.weight_decay, None, 1.0, "", cfg.optim.moments,
+                               cfg.optim.master)
+    meter = Meter()                 # stays at 0: this stage is no arm of a comparison at equal FLOPs
 
-    def losses_of(indices):
-        chosen = list(run.supply.usable(samples, indices, lambda i, s: run.supply.pictured(i, s, pixels), log))
-        if len(chosen) < 2:             # nothing to contrast
-            return
-        texts = [tok.encode(" " + sample.caption)[:config.text_length - 1] + [tok.eos_id] for sample in chosen]
-        batch = collate([(ids, [0] * len(ids), s.images) for ids, s in zip(texts, chosen)], tok.pad_id, cfg.image_size)
-        batch = batch.to(run.device)
-        known = {}
-        caption = torch.tensor([known.setdefault(sample.caption, len(known)) for sample in chosen])
-        same = (caption[:, None] == caption).to(run.device)
-        image = model.encode_image(batch.pixels.to(run.dtype))
-        yield contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
+    def decoded(number, sample):
+        return run.supply.pictured(number, sample, pixels)
 
-    seconds = fit(run, stage, model, len(samples), losses_of, cfg.clip_steps, cfg.clip_batch, cfg.clip_lr)
-    if cfg.data == "scenes" and cfg.image_size // cfg.patch == scenes.CELLS:
-        found = evaluation.shape_probe(model.visual, cfg.feature_layer)
+    for step, lr in run.steps(name, schedule, model, optimizer, meter):
+        # 1. Pairs of pictures and captions.
+        indices = batch_indices(len(samples), schedule.batch, step, run.seed_of(name, "order"))
+        pairs = list(run.supply.usable(samples, indices, decoded, partial(run.log, stage=name)))
+
+        # 2. The contrastive loss over all of them at once, and its gradient.
+        loss = None
+        if len(pairs) > 1:          # else there is nothing to contrast
+            loss = contrast(model, tok, pairs, run.device, run.dtype)
+            loss.backward()
+            loss = loss.item()
+
+        # 3. The optimizer step.
+        norm = optimizer_step(optimizer, lr, cfg.optim.grad_clip)[0]
+        if not math.isfinite(norm):
+            raise ValueError(diverged(norm, lr))
+        run.log(stage=name, step=step, loss=loss, lr=lr, grad_norm=norm, flops=meter.total, seconds=run.seconds())
+        run.bar.set_postfix(loss=loss, refresh=False)
+
+    if cfg.data.data == "scenes" and config.image_size // config.patch == scenes.CELLS:
+        found = shape_probe(model.visual, cfg.vlm.feature_layer)
         write_json(run.folder / "probe.json", found)
         print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
-    run.finish_stage(stage, "", clip=model)
-    return seconds
+    towers = dict(clip=model.state_dict(), clip_config=asdict(config))
+    run.finish_stage(name, cfg, "", meter, towers)
 
 
-def supervise(run, stage, vlm, records, steps, peak, method, batch=0, epochs=0.0):
-    """fit() on records (sample, target text), or on captions where the text is None; CLIP frozen. Without records the
-    model stays as it is."""
-    cfg, tok, patches, batch = run.cfg, run.tokenizer, vlm.config.image_tokens, batch or run.cfg.batch
-    steps = math.ceil(epochs * len(records) / batch) if epochs else steps if records else 0
-    if not run.plan:
-        memory.announce(stage, vlm, cfg, False)
-    log = partial(run.log, stage=stage)
-
-    def encode(i, record):
-        sample, target = run.supply.decoded(record[0], vlm.config.pixels), record[1]
-        row = (chat.encode_plain(sample, tok, patches, cfg.template) if target is None
-               else chat.encode(sample, tok, patches, method, cfg.template, target))
-        return llava.shortened(row, cfg.max_length, patches, tok.image_id, i, sample.id) if cfg.max_length else row
-
-    def losses_of(indices):
-        # Sorted by length, so that micro-batches hold little padding.
-        rows = sorted(run.supply.usable(records, indices, encode, log), key=lambda row: len(row[0]))
-        if not rows:
-            return
-        batch = collate(rows, tok.pad_id, **vlm.config.pixels).to(run.device)
-        denominator = batch.target[:, 1:].sum()
-        for micro in batch.micro_batches(cfg.micro_batch):
-            run.flops += flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
-            yield -vlm(micro).logp.sum() / denominator
-
-    lengths = run.records.lengths(patches) if cfg.group_lengths and run.records and stage == "sft" else None
-    seconds = fit(run, stage, vlm, len(records), losses_of, steps, batch, peak, lengths)
-    run.supply.check(records)
-    run.finish_stage(stage, method, vlm)
-    return seconds
+def contrast(model, tok, pairs, device, dtype):
+    """The contrastive loss of samples with one picture and a caption each. Equal captions are no negatives of each
+    other."""
+    config = model.config
+    rows = []
+    for sample in pairs:
+        ids = tok.encode(" " + sample.caption)[:config.text_length - 1] + [tok.eos_id]
+        rows.append((ids, [0] * len(ids), sample.images))
+    batch = collate(rows, tok.pad_id, config.image_size).to(device)
+    numbers = {}
+    caption = torch.tensor([numbers.setdefault(sample.caption, len(numbers)) for sample in pairs])
+    same = (caption[:, None] == caption).to(device)
+    image = model.encode_image(batch.pixels.to(dtype))
+    return contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
 
 
-def align(run, stage, like):
+def align(run, name, cfg, origin):
     """Projector and, from nothing, decoder on captions. The first stage with a vision-language model."""
-    cfg, vlm = run.cfg, run.start(stage)
-    if vlm is None and (cfg.clip or cfg.llm):
-        vlm = run.ready(pretrained.assemble(cfg, run.plan, run.state, len(run.tokenizer), run.dtype, run.device), stage)
-    elif vlm is None:
-        vlm = VLM(VlmConfig(ClipConfig(**run.state["clip_config"]), cfg.llm_config(len(run.tokenizer)), cfg.projector,
-                            cfg.feature_layer, cfg.image_positions))
-        vlm.visual.load_state_dict({name: run.state["clip"][f"visual.{name}"] for name in vlm.visual.state_dict()})
-        vlm = run.ready(vlm, stage)
-    records = (run.records.pairs(captions=True) if run.records else
-               [(sample, None) for sample in run.samples("align", cfg.pictures, part=2)])
-    return supervise(run, stage, vlm, records, cfg.align_steps, cfg.align_lr, "direct", cfg.align_batch,
-                     cfg.align_epochs)
-
-
-def sft(run, stage, like):
-    """Question to answer, without a chain: looking alone, for drawn scenes; LLaVA's conversations as they are."""
-    cfg, vlm = run.cfg, run.start(stage)
-    records = (run.records.pairs() if run.records else
-               [(s, chat.target_text(s.answer)) for s in run.samples("sft", cfg.questions, part=3)])
-    return supervise(run, stage, vlm, records, cfg.sft_steps, cfg.sft_lr, "direct", epochs=cfg.sft_epochs)
-
-
-def chains(run, part, flawless=False):
-    """Training records with a teacher's chain as target: the biased teacher's, or flawless ones."""
-    cfg = run.cfg
-    if run.real:
-        error = 0.0 if flawless else cfg.teacher_error
-        answers = sorted({sample.answer for sample in run.real["train"]})
-        near = [()] * len(run.real["train"])
-        if not all(sample.reasoning for sample in run.real["train"]):
-            near = evaluation.nearest_answers(run.state, run.real["train"], answers, run.tokenizer, cfg.candidates,
-                                              run.device, run.dtype)
-        samples = teachers.candidate_chains(run.real["train"], near, error, 1000 * cfg.seed + part, answers)
+    if origin.vlm is None:
+        origin = replace(origin, vlm=run.ready(first_vlm(run, cfg, origin), name))
+    options = cfg.supervised
+    if run.records:
+        records = run.records.pairs(captions=True)
     else:
-        samples = run.samples("train", cfg.traces, part, teachers.PERFECT if flawless else run.supply.teacher)
-    records, said = teachers.records(samples, run.tokenizer, 0.0 if flawless else cfg.forget_close, (cfg.seed, part),
-                                cfg.max_new)
-    print(said)
+        records = [(sample, None) for sample in run.samples("align", cfg.data.pictures, "align")]
+    batch = options.align_batch or options.batch
+    steps = steps_of(options.align_steps, options.align_epochs, records, batch)
+    fit(run, name, cfg, origin, records, "direct", Schedule(steps, batch, options.align_lr), Meter())
+
+
+def first_vlm(run, cfg, origin):
+    """The image tower of stage clip, or of --clip, with a new projector and a new decoder, or that of --llm."""
+    vocab = len(run.tokenizer)
+    if cfg.clip.clip or cfg.llm.llm:
+        return pretrained.assemble(cfg, run.plan, origin.towers, vocab, run.dtype, run.device)
+    vlm = VLM(VlmConfig(ClipConfig(**origin.towers["clip_config"]), cfg.llm.config(vocab), **cfg.vlm.shape()))
+    weights = origin.towers["clip"]
+    vlm.visual.load_state_dict({name: weights[f"visual.{name}"] for name in vlm.visual.state_dict()})
+    return vlm
+
+
+def steps_of(steps, epochs, records, batch):
+    """Optimizer steps: those of so many epochs where they are given; none without records."""
+    if epochs:
+        return math.ceil(epochs * len(records) / batch)
+    return steps if records else 0
+
+
+def sft(run, name, cfg, origin):
+    """Question to answer, without a chain: looking alone, for drawn scenes; LLaVA's conversations as they are."""
+    options = cfg.supervised
+    if run.records:
+        records = run.records.pairs()
+    else:
+        samples = run.samples("sft", cfg.data.questions, "sft")
+        records = [(sample, chat.target_text(sample.answer)) for sample in samples]
+    steps = steps_of(options.sft_steps, options.sft_epochs, records, options.batch)
+    fit(run, name, cfg, origin, records, "direct", Schedule(steps, options.batch, options.sft_lr), Meter())
+
+
+def cot(run, name, cfg, origin):
+    """Fine-tuning on the teacher's chains of thought."""
+    options = cfg.supervised
+    records = chains(run, cfg, origin, "cot")
+    steps = steps_of(options.cot_steps, 0, records, options.batch)
+    fit(run, name, cfg, origin, records, "think", Schedule(steps, options.batch, options.cot_lr), Meter())
+
+
+def rl(run, name, cfg, origin, method=""):
+    """RL on correctness and format, with the switches of the stage's name if it is an algorithm's. Without chains to
+    imitate, as in `rl_zero` or from a pretrained model, the prompt alone asks for the tags."""
+    if not method:
+        method = "think" if origin.method == "think" else "asked"
+    if not run.plan:
+        memory.announce(name, origin.vlm, cfg, True)
+    samples = run.samples("train", cfg.data.rl_prompts, "rl")
+    rewards = run.rewards(cfg)
+    if not run.progress:
+        preflight(run, name, cfg, origin.vlm, samples, method, rewards)
+    if cfg.run.explain:
+        return
+    meter = Meter()
+    reinforce(run, name, cfg, origin.vlm, samples, method, rewards, meter)
+    run.finish_stage(name, cfg, method, meter, origin.towers, origin.vlm)
+
+
+# ---------------------------------------------------------------- training records
+
+def chains(run, cfg, origin, stream, flawless=False):
+    """Training records with a teacher's chain as target: ours, biased; one's own; or flawless ones."""
+    forget_close = cfg.teacher.forget_close
+    if flawless:
+        forget_close = 0.0
+    if run.supply.teach and not flawless:
+        forget_close = 0.0          # its mistakes are its own
+        samples = run.supply.taught(run.samples("train", cfg.data.traces, stream), stream)
+    elif run.real:
+        samples = real_chains(run, cfg, origin, stream, flawless)
+    else:
+        teacher = teachers.PERFECT if flawless else run.supply.teacher
+        samples = run.samples("train", cfg.data.traces, stream, teacher)
+    records, message = teachers.records(samples, run.tokenizer, forget_close, (cfg.run.seed, STREAMS[stream]),
+                                        cfg.sampling.max_new)
+    print(message)
     return records
 
 
-def cot_stage(run, stage, like):
-    """Fine-tuning on the teacher's chains of thought."""
-    return supervise(run, stage, run.start(stage), chains(run, part=4), run.cfg.cot_steps, run.cfg.cot_lr, "think")
+def real_chains(run, cfg, origin, stream, flawless):
+    """Training samples of one's own pictures, each with its own reasoning or a teacher's chain over the answers that
+    CLIP finds nearest."""
+    samples = run.real["train"]
+    answers = sorted({sample.answer for sample in samples})
+    nearest = [()] * len(samples)
+    if not all(sample.reasoning for sample in samples):
+        if not origin.towers:
+            raise ValueError("chains on real pictures need a checkpoint that carries its CLIP text tower")
+        towers = Clip.from_config(origin.towers["clip_config"], origin.towers["clip"]).to(run.device, run.dtype)
+        nearest = teachers.nearest_answers(towers, samples, answers, run.tokenizer, cfg.teacher.candidates, run.device,
+                                           run.dtype)
+    error = 0.0 if flawless else cfg.teacher.teacher_error
+    return teachers.candidate_chains(samples, nearest, error, run.supply.stream(stream), answers)
 
 
-def rl(run, stage, like, method=""):
-    """RL on correctness and format, with the switches of the stage's name if it is an algorithm's. Without chains to
-    imitate, as in `rl_zero` or from a pretrained model, the prompt alone asks for the tags."""
-    vlm, cfg = run.start(stage), algorithms.of_stage(run.cfg, stage)
-    method = method or ("think" if run.state.get("method") == "think" else "asked")
-    if not run.plan:
-        memory.announce(stage, vlm, cfg, True)
-    samples = run.samples("train", cfg.rl_prompts, part=6)
-    if not run.progress:
-        evaluation.look_ahead(run, stage, vlm, samples, method, cfg)
-    if cfg.explain:
-        return 0.0
-    seconds = reinforce(run, stage, vlm, samples, method, cfg.rl_steps, cfg)
-    run.finish_stage(stage, method, vlm, cfg=cfg)
-    return seconds
-
-
-# ---------------------------------------------------------------- what reinforcement learning is compared with
-
-def steps_for(run, vlm, records, method, budget):
-    """Supervised steps that bring the stage's FLOPs to `budget`, by the cost of eight random batches."""
-    if not records:
-        return 0
-    cfg, cost = run.cfg, []
-    rng = np.random.default_rng([cfg.seed, 11])
-    for _ in range(8):
-        some = [records[i] for i in rng.integers(len(records), size=cfg.batch)]
-        rows = [chat.encode(sample, run.tokenizer, vlm.config.image_tokens, method, cfg.template, target)
-                for sample, target in some]
-        batch = collate(sorted(rows, key=lambda row: len(row[0])), run.tokenizer.pad_id, **vlm.config.pixels)
-        cost.append(sum(flops.encode(vlm, len(micro.pixels)) + flops.update(vlm, micro)
-                        for micro in batch.micro_batches(cfg.micro_batch)))
-    return max(1, round((budget - run.flops) / np.mean(cost)))
-
-
-def matched(run, stage, records_of, method, like):
-    """Supervised training on `records_of(run)` for the FLOPs that the stages `like` took."""
-    vlm, records = run.start(stage), records_of(run)
-    steps = steps_for(run, vlm, records, method, run.spent(like))
-    return supervise(run, stage, vlm, records, steps, run.cfg.cot_lr, method)
-
-
-def checked_chains(run):
+def checked_chains(run, cfg, origin):
     """Fresh chains of the teacher, only those that the checker finds right and well-formed."""
-    records = [(s, text) for s, text in chains(run, part=5) if rewards.correctness(s, text) and rewards.format(s, text)]
+    records = [record for record in chains(run, cfg, origin, "continued") if is_right_and_formed(*record)]
     print(f"  filtered: {len(records)} chains are right and well-formed")
     return records
 
 
-def gold_answers(run):
+def is_right_and_formed(sample, text):
+    return bool(correctness(sample, text) and format_reward(sample, text))
+
+
+def gold_answers(run, cfg, origin):
     """Question to gold answer, without a chain."""
-    return [(s, chat.target_text(s.answer)) for s in run.samples("train", run.cfg.traces, part=4)]
+    samples = run.samples("train", cfg.data.traces, "cot")
+    return [(sample, chat.target_text(sample.answer)) for sample in samples]
 
 
-def rejection(run, stage, like, part):
+# ---------------------------------------------------------------- what reinforcement learning is compared with
+
+def matched(run, name, cfg, origin, records_of, method):
+    """Supervised training on `records_of(run, cfg, origin)` for the FLOPs that other stages took."""
+    records = records_of(run, cfg, origin)
+    meter = Meter()
+    budget = run.spent(STAGES[name].costs_like)
+    fit(run, name, cfg, origin, records, method, schedule_within(budget, run, cfg, origin.vlm, records, method, meter),
+        meter)
+
+
+def schedule_within(budget, run, cfg, vlm, records, method, meter):
+    """The Schedule that brings a stage, at meter.total FLOPs so far, to `budget`, by the cost of eight random
+    batches."""
+    batch_size = cfg.supervised.batch
+    if not records:
+        return Schedule(0, batch_size, cfg.supervised.cot_lr)
+    rng = np.random.default_rng([cfg.run.seed, STREAMS["budget"]])
+    costs = []
+    for _ in range(8):
+        rows = []
+        for i in rng.integers(len(records), size=batch_size):
+            sample, target = records[i]
+            rows.append(chat.encode(sample, run.tokenizer, vlm.config.image_tokens, method, cfg.data.template, target))
+        rows.sort(key=lambda row: len(row[0]))
+        batch = collate(rows, run.tokenizer.pad_id, **vlm.config.pixels)
+        cost = Meter()
+        for micro in batch.micro_batches(cfg.optim.micro_batch):
+            cost.encode(vlm, len(micro.pixels))
+            cost.update(vlm, micro)
+        costs.append(cost.total)
+    steps = max(1, round((budget - meter.total) / np.mean(costs)))
+    return Schedule(steps, batch_size, cfg.supervised.cot_lr)
+
+
+def rejection(run, name, cfg, origin, stream):
     """One of two rounds of learning from the model's own correct samples, half of RL's FLOPs each, sampling counted."""
-    cfg, vlm = run.cfg, run.start(stage)
-    samples, budget, records = run.samples("train", cfg.rl_prompts, part), run.spent(like) / 2, []
-    generator = torch.Generator(run.device).manual_seed(seed_of(cfg.seed, stage, "sampling"))
-    at = 0
-    while run.flops < budget / 2:
-        asked = [samples[i] for i in batch_indices(len(samples), cfg.rl_batch, at, seed_of(cfg.seed, stage, "asked"))]
-        _, done = evaluation.roll_out(run, vlm, asked, "think", cfg, {"correctness": 1.0}, generator)
-        at += 1
-        records += [(sample, text) for sample, group in zip(asked, done.texts) for text in dict.fromkeys(group)
-                    if rewards.correctness(sample, text) and rewards.format(sample, text)]
-    print(f"  {stage}: {len(records)} of {at * cfg.rl_batch * cfg.group} samples are new, right and well-formed")
-    return supervise(run, stage, vlm, records, steps_for(run, vlm, records, "think", budget), cfg.cot_lr, "think")
+    samples = run.samples("train", cfg.data.rl_prompts, stream)
+    budget = run.spent(STAGES[name].costs_like) / 2
+    meter = Meter()
+    sampler = Sampler(origin.vlm, meter)
+    clock = metrics.Clock(run.device)
+    rewards = Rewards(RewardOptions(rewards="correctness:1"))
+    generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "sampling"))
+    records = []
+    rollouts = 0
+    while meter.total < budget / 2:
+        indices = batch_indices(len(samples), cfg.rl.rl_batch, rollouts, run.seed_of(name, "asked"))
+        asked = [samples[i] for i in indices]
+        _, rollout = roll_out(sampler, run.tokenizer, asked, "think", cfg, rewards, generator, clock)
+        rollouts += 1
+        for sample, texts in zip(asked, rollout.texts):
+            records += [(sample, text) for text in dict.fromkeys(texts) if is_right_and_formed(sample, text)]
+    drawn = rollouts * cfg.rl.rl_batch * cfg.sampling.group
+    print(f"  {name}: {len(records)} of {drawn} samples are new, right and well-formed")
+    fit(run, name, cfg, origin, records, "think",
+        schedule_within(budget, run, cfg, origin.vlm, records, "think", meter), meter)
 
 
-# name -> (function, stages it may start from, first choice first; stages whose FLOPs it is given)
+@dataclass(frozen=True)
+class Stage:
+    """train(run, name, cfg, origin); the stages it may start from, first choice first; the stages whose FLOPs together
+    it is given."""
+    train: Callable
+    starts_from: tuple = ()
+    costs_like: tuple = ()
+
+
+continued_chains = partial(chains, stream="continued")
+flawless_chains = partial(chains, stream="cot", flawless=True)
+
 STAGES = {
-    "clip": (clip, (), ()),
-    "align": (align, ("clip",), ()),
-    "sft": (sft, ("align",), ()),
-    "cot": (cot_stage, ("sft", "align"), ()),
-    "rl": (rl, ("cot", "sft"), ()),
+    "clip": Stage(clip),
+    "align": Stage(align, ("clip",)),
+    "sft": Stage(sft, ("align",)),
+    "cot": Stage(cot, ("sft", "align")),
+    "rl": Stage(rl, ("cot", "sft")),
     # more of the teacher's chains, on fresh prompts; the same chains filtered; the model's own right answers, twice
-    "cot_continued": (partial(matched, records_of=partial(chains, part=5), method="think"), ("cot",), ("rl",)),
-    "filtered": (partial(matched, records_of=checked_chains, method="think"), ("cot",), ("rl",)),
-    "rejection_first": (partial(rejection, part=6), ("cot",), ("rl",)),
-    "rejection": (partial(rejection, part=7), ("rejection_first",), ("rl",)),
+    "cot_continued": Stage(partial(matched, records_of=continued_chains, method="think"), ("cot",), ("rl",)),
+    "filtered": Stage(partial(matched, records_of=checked_chains, method="think"), ("cot",), ("rl",)),
+    "rejection_first": Stage(partial(rejection, stream="rl"), ("cot",), ("rl",)),
+    "rejection": Stage(partial(rejection, stream="rejection"), ("rejection_first",), ("rl",)),
     # instead of chains and RL together: gold answers without a chain; flawless chains, the upper bound
-    "sft_direct": (partial(matched, records_of=gold_answers, method="direct"), ("sft", "align"), ("cot", "rl")),
-    "perfect": (partial(matched, records_of=partial(chains, part=4, flawless=True), method="think"), ("sft", "align"),
-                ("cot", "rl")),
+    "sft_direct": Stage(partial(matched, records_of=gold_answers, method="direct"), ("sft", "align"), ("cot", "rl")),
+    "perfect": Stage(partial(matched, records_of=flawless_chains, method="think"), ("sft", "align"), ("cot", "rl")),
     # the tags only asked for, nothing to imitate
-    "rl_zero": (partial(rl, method="asked"), ("sft", "align"), ()),
+    "rl_zero": Stage(partial(rl, method="asked"), ("sft", "align")),
     # RL by another paper's switches, or for another reward
-    **{name: (rl, ("cot",), ()) for name in algorithms.VARIANTS},
+    **{name: Stage(rl, ("cot",)) for name in (*algorithms.ALGORITHMS, *algorithms.REWARD_STAGES)},
 }
 
 
-def open_run(run):
-    """Gives a run its tokenizer and its folder, a new one or the interrupted one. Whatever cannot work is said before
-    the folder is made."""
-    cfg, real = run.cfg, run.supply.own()
-    if cfg.resume:
-        run.reopen(asdict(cfg), ("resume", "out", "jobs"), cfg.stages(), real)
-    if "iou" in rewards.start(cfg) and not any(sample.boxes for sample in real):
-        raise ValueError(f"--rewards={cfg.rewards}: iou needs samples with boxes, and --data={cfg.data} has none")
-    if run.plan and "cot" in cfg.stages() and not all(sample.reasoning for sample in real):
-        raise ValueError(f"--stage={cfg.stage}: cot needs a reasoning in every line of --data={cfg.data}: a pretrained "
-                         "model has no teacher")
-    given = {cfg.stages()[0]} if cfg.llava else {"align"} if cfg.clip and not cfg.init else {}
-    run.check_origins(cfg.stages(), {name: () if name in given else of[1] for name, of in STAGES.items()},
-                      {name: of[2] for name, of in STAGES.items()}, cfg.init)
-    run.prepare_tokenizer()
-    run.notes = chat.too_long(real, run.tokenizer, cfg.max_new, cfg.text_length) if run.real else []
-    if not cfg.resume:
-        run.create(asdict(run.cfg), real)
-    if cfg.tensorboard:
-        run.open_board()
-    if isinstance(run.tokenizer.saved, bytes):
-        checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
-
+# ---------------------------------------------------------------- a run
 
 def main(argv):
-    cfg, notes = from_command_line(Config, PRESETS, argv, __doc__, resumed,
-                                  lambda given: algorithms.of_flags(given) | prepare.implied(given)), []
-    plan = None if cfg.init else pretrained.planned(cfg)
-    if cfg.init or plan:
-        names, own = list(Config.__dataclass_fields__), cfg.flags.split()
-        shape = names[names.index("image_size"):names.index("template") + ("template" not in own)]
-        saved = checkpoint.load(cfg.init).get("config", {}) if cfg.init else pretrained.fields(plan)
-        cfg, said = adopt(cfg, saved, shape, "--init" if cfg.init else "what is loaded")
-        notes += said if cfg.init or {*own} & {*saved} else []
+    cfg = from_command_line(Config, PRESETS, argv, __doc__, resumed,
+                            lambda given: algorithms.of_flags(given) | prepare.implied(given))
+    cfg, plan, notes = loaded_shape(cfg)
     notes += cfg.check()
-    if cfg.seeds:
-        return evaluation.many_seeds(__file__, cfg)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    if cfg.bench:
-        return evaluation.run_bench(cfg, Run, reinforce)
-    if cfg.explain:
-        print("".join(f"note: {note}\n" for note in notes), end="")
-        with tempfile.TemporaryDirectory() as folder, Run(replace(cfg, out=folder), folder, plan) as run:
-            open_run(run)
-            STAGES[cfg.stage][0](run, stage=cfg.stage, like=())
-        return
+    if cfg.run.seeds:
+        return many_seeds(cfg)
+    torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
+    if cfg.run.bench:
+        return run_bench(cfg)
+    if cfg.run.explain:
+        return explain(cfg, plan, notes)
     if plan:
         prepare.plan(plan, cfg, [stage for stage in cfg.stages() if stage != "clip"])
         pretrained.check_weights(cfg)
-    with Run(cfg, choose(cfg.out, cfg.preset, cfg.resume), plan) as run:
-        open_run(run)
+    with Run(cfg, choose(cfg.run.out, cfg.run.preset, cfg.run.resume), plan) as run:
+        notes += open_run(run)
         train_and_compare(run, notes)
+
+
+def loaded_shape(cfg):
+    """-> (the config with the model's shape as what is loaded has it, VlmConfig of a pretrained model or None, notes on
+    flags that this overrides)."""
+    shape = [*CLIP_SHAPE, *VLM_SHAPE]
+    given = cfg.run.flags.split()
+    if "template" not in given:
+        shape.append("template")
+    if cfg.run.init:
+        state = checkpoint.load(cfg.run.init)
+        if "vlm" not in state:              # a CLIP alone: projector and decoder are still to be made
+            shape = CLIP_SHAPE
+        cfg, notes = adopt(cfg, state.get("config", {}), shape, "--init")
+        return cfg, None, notes
+    plan = pretrained.planned(cfg)
+    if plan is None:
+        return cfg, None, []
+    saved = pretrained.fields(plan)
+    cfg, notes = adopt(cfg, saved, shape, "what is loaded")
+    return cfg, plan, notes if {*given} & {*saved} else []
+
+
+def open_run(run):
+    """Gives a run its tokenizer and its folder, a new one or the interrupted one -> notes on its data. Raises
+    ValueError about whatever cannot work before the folder is made."""
+    cfg = run.cfg
+    stages = cfg.stages()
+    own = run.supply.own()
+    if cfg.run.resume:
+        run.reopen(flat(cfg), flat(Config()), ("resume", "out", "jobs"), stages, own)
+    rewards = run.rewards(cfg)
+    rewards.start()
+    if "iou" in rewards.weights and not any(sample.boxes for sample in own):
+        raise ValueError(f"--rewards={cfg.reward.rewards}: iou needs samples with boxes, and --data={cfg.data.data} "
+                         "has none")
+    has_chains = run.supply.teach or all(sample.reasoning for sample in own)
+    if run.plan and "cot" in stages and not has_chains:
+        raise ValueError(f"--stage={cfg.run.stage}: cot needs a reasoning in every line of --data={cfg.data.data}, or "
+                         "a --teacher: a pretrained model has none")
+    if run.supply.teach:        # it may fail on a prompt of the tests: better now than after training
+        run.supply.tests(count_of_tests(cfg))
+    starts_from = {name: stage.starts_from for name, stage in STAGES.items()}
+    if cfg.vlm.llava:
+        starts_from[stages[0]] = ()
+    elif cfg.clip.clip and not cfg.run.init:
+        starts_from["align"] = ()
+    costs_like = {name: stage.costs_like for name, stage in STAGES.items()}
+    run.check_origins(stages, starts_from, costs_like, cfg.run.init)
+    run.prepare_tokenizer()
+    notes = []
+    if run.real:
+        notes = chat.too_long(own, run.tokenizer, cfg.sampling.max_new, cfg.clip.text_length)
+    if not cfg.run.resume:
+        run.create(flat(run.cfg), own)
+    if cfg.run.tensorboard:
+        run.open_board()
+    if isinstance(run.tokenizer.saved, bytes):
+        checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
+    return notes
 
 
 def train_and_compare(run, notes):
     """Every stage of the run that is not done, then the comparison; prints `notes` and what comes out."""
-    began, cfg = time.perf_counter(), run.cfg
+    began = time.perf_counter()
+    cfg = run.cfg
     print(describe(cfg))
-    for note in notes + run.notes:
+    for note in notes:
         print(f"note: {note}")
     print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
-    for stage in cfg.stages():
-        if run.path(stage).exists():
-            print(f"{stage}: done before")
+    for name in cfg.stages():
+        if run.path(name).exists():
+            print(f"{name}: done before")
             continue
-        seconds = STAGES[stage][0](run, stage=stage, like=STAGES[stage][2])
-        print(f"{stage:<16}{seconds:7.1f} s training" + (f", {run.flops / 1e12:8.2f} TFLOP" if run.flops else ""))
-    labels = algorithms.labels(cfg, cfg.stages())
-    methods = {labels[stage]: run.path(stage) for stage in cfg.stages()
-               if stage not in ("clip", "align", "sft", "rejection_first")}
-    if methods:
-        tests = {split: run.samples(split, max(cfg.eval_greedy, cfg.eval_sampled), teacher=run.supply.teacher)
-                 for split in (("val",) if run.real else scenes.SPLITS)}
-        learned = [labels[stage] for stage in cfg.stages() if stage in algorithms.STAGES]
-        evaluation.compare(run.folder, cfg, methods, tests, teacher=not run.real, to=learned[0] if learned else "")
-    else:
+        stage_began = time.perf_counter()
+        STAGES[name].train(run, name, algorithms.of_stage(cfg, name), run.start(name))
+        seconds = time.perf_counter() - stage_began
+        flops = run.spent([name])
+        cost = f", {flops / 1e12:8.2f} TFLOP" if flops else ""
+        print(f"{name:<16}{seconds:7.1f} s{cost}")
+    compare_methods(run)
+    if cfg.run.export and not (cfg.run.resume and export_folder(cfg.run.export).exists()):
+        vlm, tok, _ = evaluation.load_vlm(run.path(cfg.stages()[-1]))
+        evaluation.export(vlm, tok, cfg.run.export, cfg.data.template)
+    names = ("results.json", "samples.html", "curves.png", "log.jsonl")
+    files = ", ".join(name for name in names if (run.folder / name).exists())
+    print(f"\n{run.folder}: {files} and checkpoints; {time.perf_counter() - began:.0f} s in all")
+
+
+def count_of_tests(cfg):
+    """Drawn prompts of each split."""
+    return max(cfg.judge.eval_greedy, cfg.judge.eval_sampled)
+
+
+def compare_methods(run):
+    """Evaluates what the stages made that answer questions, and writes results.json."""
+    cfg = run.cfg
+    stages = cfg.stages()
+    labels = algorithms.labels(cfg, stages)
+    methods = {labels[name]: run.path(name) for name in stages
+               if name not in ("clip", "align", "sft", "rejection_first")}
+    if not methods:
         write_json(run.folder / "results.json", [])     # none: but the run is finished
-    if cfg.export and not (cfg.resume and export_folder(cfg.export).exists()):
-        evaluation.export(*evaluation.load_vlm(run.path(cfg.stages()[-1]))[:2], cfg.export, cfg.template)
-    files = [f for f in ("results.json", "samples.html", "curves.png", "log.jsonl") if (run.folder / f).exists()]
-    print(f"\n{run.folder}: {', '.join(files)} and checkpoints; {time.perf_counter() - began:.0f} s in all")
+        return
+    learned = [labels[name] for name in stages if name in algorithms.STAGES]
+    has_teacher = bool(run.supply.teach) or not run.real
+    evaluation.compare(run.folder, cfg, methods, run.supply.tests(count_of_tests(cfg)), run.rewards(cfg), has_teacher,
+                       to=learned[0] if learned else "")
+
+
+def explain(cfg, plan, notes):
+    """--explain: prints what the model as it is does on a few prompts; leaves nothing behind."""
+    for note in notes:
+        print(f"note: {note}")
+    with tempfile.TemporaryDirectory() as folder, Run(change(cfg, out=folder), folder, plan) as run:
+        open_run(run)
+        name = cfg.run.stage
+        STAGES[name].train(run, name, algorithms.of_stage(run.cfg, name), run.start(name))
+
+
+def many_seeds(cfg):
+    """--seeds: a run for each, in processes of their own, then mean, spread and 95 % t-intervals over them. Raises
+    ValueError about what no seed could start with before the folder is made."""
+    samples = Supply(cfg.data, cfg.teacher, cfg.run.seed).own()
+    if cfg.run.init:
+        checkpoint.load(cfg.run.init)
+    with RunFolder(choose(cfg.run.out, cfg.run.preset, cfg.run.resume)) as run:
+        if cfg.run.resume:
+            # Without --threads the number of jobs decides the threads of each, and with them the rounding.
+            free = ("resume", "out", "jobs") if cfg.machine.threads else ("resume", "out")
+            run.reopen(flat(cfg), flat(Config()), free, (), samples)
+        else:
+            run.create(flat(cfg), samples)
+        seeds = range(cfg.run.seed, cfg.run.seed + cfg.run.seeds)
+        run_seeds(__file__, cfg, seeds, run.folder)
+
+        def write(path, data):
+            checkpoint.write_atomically(path, lambda file: file.write(data))
+
+        print(seeds_report.report_seeds(run.folder, seeds, write))
+
+
+def run_bench(cfg, steps=6):
+    """--bench=step: an RL step and its parts, no early stop. --bench=prefix: shared prompts against repeated ones.
+
+    Random weights and pictures, prompts of 12 words; the first step is left out.
+    """
+    cfg = change(cfg, rewards="bench:1", gated=False, save_every=steps + 1, rl_steps=steps,
+                 min_new=cfg.sampling.max_new)
+    with tempfile.TemporaryDirectory() as folder, Run(cfg, folder) as run:
+        pieces = [*chat.TAGS, *(f"▁{word}" for word in bench.WORDS)]
+        run.tokenizer = tokenizer.train([" ".join(bench.WORDS)] * 2, pieces, cfg.llm.vocab)
+        config = VlmConfig(cfg.clip.config(cfg.llm.vocab), cfg.llm.config(cfg.llm.vocab), **cfg.vlm.shape())
+        vlm = run.ready(VLM(config), "bench")
+        show_trained("bench", vlm)
+        P, G, C = cfg.rl.rl_batch, cfg.sampling.group, cfg.sampling.max_new
+        samples = bench.samples(P * steps, cfg.clip.image_size)
+        setting = (f"{P} prompts x {G}, {C} new tokens, {config.image_tokens} image tokens, {run.device}, "
+                   f"{torch.get_num_threads()} threads")
+        if cfg.run.bench == "prefix":
+            batch = prompts(vlm, run.tokenizer, samples[:P], "direct", cfg.data.template)
+            completions = torch.randint(3, cfg.llm.vocab, (P, G, C), device=run.device)
+            print(bench.prefix_text(setting, bench.shared_prefix(vlm, batch, completions)))
+            return
+        rewards = Rewards(cfg.reward, functions={"bench": bench.varied})
+        reinforce(run, "bench", cfg, vlm, samples, "direct", rewards, Meter())
+        lines = read_log(run.log_path)[1:]
+    print(bench.step_text(setting, lines))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def _turns(sample, method, template, target):
     return turns
 
 
-def _stretch(tokenizer, patches, say):
+def _stretch(tokenizer, image_tokens, say):
     """Say -> (ids, mask of what is taught). The text between two pictures is tokenised as a whole,
     as LLaVA does it.
 
@@ -180,7 +180,7 @@ def _stretch(tokenizer, patches, say):
     ids = []
     for text in before:
         ids += tokenizer.encode(text)
-        ids += [tokenizer.image_id] * patches
+        ids += [tokenizer.image_id] * image_tokens
     mask = [False] * len(ids)
     found, spans = tokenizer.encode_with_offsets(asked + say.taught)
     border = len(asked)
@@ -191,10 +191,10 @@ def _stretch(tokenizer, patches, say):
     return ids + found, mask + [start >= border for start, _ in spans]
 
 
-def encode(sample, tokenizer, patches, method="think", template="brief", target=None, system=None):
+def encode(sample, tokenizer, image_tokens, method="think", template="brief", target=None, system=None):
     """Sample -> (ids, target mask, images): the prompt, and `target` text with its end when given.
 
-    Every picture becomes `patches` image ids where an <image> in a question stands for it, without
+    Every picture becomes `image_tokens` image ids where an <image> in a question stands for it, without
     any in front of the first question. system: what opens the conversation, None for the template's
     own text. With a target the answers of earlier turns are targets too. Prompt ids are the
     beginning of the ids with a target. ValueError for an unknown template or method, an <image> in
@@ -212,7 +212,7 @@ def encode(sample, tokenizer, patches, method="think", template="brief", target=
     ids, mask = [], []
     for piece in pieces:
         if isinstance(piece, Say):
-            new_ids, taught = _stretch(tokenizer, patches, piece)
+            new_ids, taught = _stretch(tokenizer, image_tokens, piece)
         else:
             new_ids = _token(tokenizer, piece.token)
             taught = [piece.taught] * len(new_ids)
@@ -247,7 +247,7 @@ def prompt_text(sample, method, template):
     return text
 
 
-def encode_plain(sample, tokenizer, patches, template="brief"):
+def encode_plain(sample, tokenizer, image_tokens, template="brief"):
     """Sample -> (ids, target mask, images) of the alignment stage: pictures, then the caption as
     target; the question is discarded.
 
@@ -261,7 +261,7 @@ def encode_plain(sample, tokenizer, patches, template="brief"):
         caption = tokenizer.encode(" " + sample.caption) + [tokenizer.eos_id]
     else:
         caption = tokenizer.encode(sample.caption + "\n")
-    front = _token(tokenizer, "bos") + [tokenizer.image_id] * (patches * len(sample.images))
+    front = _token(tokenizer, "bos") + [tokenizer.image_id] * (image_tokens * len(sample.images))
     return front + caption, [False] * len(front) + [True] * len(caption), sample.images
 
 

@@ -16,9 +16,8 @@ import json
 import math
 import os
 from collections import Counter
-from string import ascii_lowercase
 
-from data.answers import TAG, alike, fault, key, verdict
+from data.answers import check_sample
 from data.sample import Sample
 from data.splits import Division
 
@@ -151,48 +150,8 @@ def parse(line, folder, name):
         source="jsonl")
     if sample.tolerance < 0:
         raise ValueError(f"field 'tolerance' must not be negative, it is {sample.tolerance:g}")
-    for field in ("question", "answer", "reasoning", "caption", "aliases", "choices"):
-        tag = TAG.search(str(getattr(sample, field)))
-        if tag:
-            raise ValueError(f"field {field!r} holds the tag {tag.group()}, which the prompt "
-                             "template sets itself")
-    check_answers(sample)
+    check_sample(sample)
     return sample, set(record) - set(FIELDS)
-
-
-def check_answers(sample):
-    """Raises ValueError unless the answer can be given, and is right where other choices are
-    wrong."""
-    for gold in (sample.answer, *sample.aliases):
-        why = fault(gold)
-        if why:
-            raise ValueError(f"the answer {gold!r} can never be right: it {why}")
-    if sample.choices:
-        check_choices(sample)
-
-
-def check_choices(sample):
-    """Raises ValueError unless the gold answer is one of the choices, or its letter, and the
-    checker takes no other choice for it."""
-    answer = sample.answer
-    golds = (answer, *sample.aliases)
-    letters = ascii_lowercase[:len(sample.choices)]
-    is_letter = len(answer) == 1 and answer.lower() in letters
-    if not set(golds) & set(sample.choices) and not is_letter:
-        raise ValueError(f"the answer {answer!r} is not among the choices {list(sample.choices)}")
-    repeated = alike(sample.choices, sample.unit)
-    if repeated:
-        names = " and ".join(map(repr, repeated[0]))
-        raise ValueError(f"the choices {names} count as the same answer")
-    gold_keys = {key(gold, sample.unit) for gold in golds}
-    meant = {choice for choice in sample.choices if key(choice, sample.unit) in gold_keys}
-    if not meant:
-        meant = {sample.choices[letters.index(answer.lower())]}
-    for choice in sample.choices:
-        right, why = verdict(sample, choice)
-        if right and choice not in meant:
-            raise ValueError(f"the choice {choice!r} counts as right beside the answer {answer!r}: "
-                             f"it is {why}")
 
 
 def load(path, val_percent=20):

@@ -156,11 +156,11 @@ class Records:
         all others; captions: None instead, for the caption alone."""
         return Pairs(self, captions)
 
-    def lengths(self, patches):
+    def lengths(self, image_tokens):
         """(n,) int64: about how many tokens each record has, to batch like with like; nothing is
         parsed.
 
-        Four bytes a token, about what English has, and `patches` for each <image>.
+        Four bytes a token, about what English has, and `image_tokens` for each <image>.
         """
         pictures = np.zeros(len(self), dtype=np.int64)
         # 1024 records at a time: read through the map, the whole file would stay in memory.
@@ -173,7 +173,7 @@ class Records:
                 file.seek(offset)
                 text = file.read(stop[-1])
                 pictures[chunk] = [text.count(IMAGE.encode(), a, b) for a, b in zip(start, stop)]
-        return (self.stop - self.start) // 4 + patches * pictures
+        return (self.stop - self.start) // 4 + image_tokens * pictures
 
 
 class Pairs:
@@ -192,14 +192,14 @@ class Pairs:
         return sample, target
 
 
-def shortened(row, limit, patches, image_id, number, name):
+def shortened(row, limit, image_tokens, image_id, number, name):
     """(ids, target mask, images) -> the same, cut after `limit` tokens, as LLaVA cuts what its
     context cannot hold.
 
     Raises BadRecord when the cut goes through or before a picture, or leaves nothing to predict.
     """
     ids, mask, images = row
-    if ids[:limit].count(image_id) != patches * len(images):
+    if ids[:limit].count(image_id) != image_tokens * len(images):
         raise BadRecord("too long", number, name, f"a picture lies beyond its first {limit} tokens")
     if not any(mask[:limit]):
         raise BadRecord("too long", number, name, f"no answer lies in its first {limit} tokens")

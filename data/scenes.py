@@ -59,7 +59,7 @@ class Split:
 
 TRAIN = Split()             # of train and val
 
-# The splits that are evaluated. A new one is an entry here.
+# The splits that are evaluated. A new one is an entry here; what Split has no field for, make_scene has to learn.
 SPLITS = {
     "id": TRAIN,
     # Out of distribution.

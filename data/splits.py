@@ -5,11 +5,13 @@ train is what trains, val is held out; any other name is a split of one's own, w
 evaluated.
 """
 import hashlib
+import os
 import re
 from dataclasses import replace
 
 import numpy as np
 
+from data.answers import check_sample
 from data.sample import bands, read_image
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
@@ -128,3 +130,20 @@ class Division:
     def counts(self):
         """The sizes of the splits as text, train and val first: "8 train, 2 val, 5 hospital_b"."""
         return ", ".join(f"{len(samples)} {split}" for split, samples in self.splits.items())
+
+
+def divide(samples_of, where, val_percent=20):
+    """A source that yields its samples one after the other -> (splits, a line on what was found).
+
+    samples_of(where): an iterator of Sample. Raises ValueError naming the row of a sample that could not be asked or
+    judged, or whose picture cannot be read or stands in another split already.
+    """
+    division = Division(val_percent)
+    for number, sample in enumerate(samples_of(os.path.expanduser(where)), 1):
+        try:
+            check_sample(sample)
+            division.put(sample, f"row {number}")
+        except ValueError as error:
+            raise ValueError(f"{where!r}, row {number}: {error}") from None
+    division.check("row")
+    return division.splits, f"{division.count} rows about {len(division.first)} pictures; {division.counts()}"

@@ -1,81 +1,145 @@
 """What --data names: samples for every purpose, and the text that a new tokenizer is trained on.
 
-    supply = Supply(cfg)            # fields data, image_root, bad_records, val_percent, seed, eval_set, the teacher's
-    supply.samples("align", 16000)  # drawn scenes; a folder's, a file's training pictures; or a LLaVA file's records
+    supply = Supply(cfg.data, cfg.teacher, cfg.run.seed)
+    supply.samples("align", 16000, "align")     # drawn scenes; pictures of a folder or file; or a LLaVA file's records
 """
+from dataclasses import dataclass
+
 from data import chat, images, jsonl, llava, scenes, teachers
 from data.answers import key
 from data.sample import Sample
 from data.splits import mixed
+from model.runs.config import check_fields, choice, number
 
-TEST_SEED = {"test": 1_000_001, "val": 2_000_002}     # the same prompts for every method and every training seed
+# Random streams by name: what is drawn for one purpose stays the same whatever else a run draws. The numbers are part
+# of every seed and never change.
+STREAMS = {"clip": 1, "align": 2, "sft": 3, "cot": 4, "continued": 5, "rl": 6, "rejection": 7, "tokenizer": 9,
+           "budget": 11}
+
+# source -> load(folder or file, val_percent) -> ({"train": samples, "val": samples, ..}, what was found). For one that
+# yields Samples row by row: functools.partial(data.splits.divide, its function).
+SOURCES = {"images": images.load, "jsonl": jsonl.load}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """pictures and questions"""
+    data: str = "scenes"                            # scenes | images:DIR | jsonl:FILE | llava:FILE
+    template: str = choice("brief", "auto", *chat.TEMPLATES)  # how turns are written: data/chat.py | by the tokenizer
+    pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
+    questions: int = number(12000, "[1, 100000000]")  # drawn for sft
+    traces: int = number(10000, "[1, 100000000]")   # teacher's chains for cot, and as many fresh ones to continue
+    rl_prompts: int = number(4800, "[1, 100000000]")  # drawn for rl
+    eval_set: str = choice(*scenes.TEST_SEED)       # prompts of the evaluation: test | val, for tuning
+    val_percent: int = number(20, "[1, 99]")        # of a folder or file without its own split
+    image_root: str = ""                            # folder that the image paths of --data=llava:FILE start from
+    bad_records: str = choice("skip", "stop")       # unusable ones of --data=llava:FILE: skipped, noted | an error
+    image_fit: str = choice("", "crop", "pad")      # how pictures become square; align crops; empty: the model's
+    max_length: int = number(0, "[0, 1000000]")     # tokens of a record in supervised stages; 0: any number
+    group_lengths: bool = False                     # of --data=llava:FILE: batches of records of like length
+
+    def __post_init__(self):
+        check_fields(self)
+        source_of(self.data)
 
 
 def source_of(data):
     """--data -> (scenes, images, jsonl or llava; the folder or file behind it, "" for scenes). Raises ValueError for
     anything else."""
     source, _, where = data.partition(":")
-    if source not in ("scenes", "images", "jsonl", "llava") or (source != "scenes") != bool(where):
-        raise ValueError(f"--data={data} must be scenes, images:DIR, jsonl:FILE or llava:FILE")
+    known = source in ("scenes", "llava", *SOURCES)
+    if not known or (source != "scenes") != bool(where):
+        named = ", ".join(f"{name}:DIR" if name == "images" else f"{name}:FILE" for name in SOURCES)
+        raise ValueError(f"--data={data} must be scenes, {named} or llava:FILE")
     return source, where
 
 
 def real_data(data, val_percent):
-    """--data -> ({"train": samples, "val": samples}, what was found); (None, "") for what has no such splits.
+    """--data -> ({"train": samples, "val": samples, ..}, what was found); (None, "") for what has no such splits.
 
     Raises ValueError for anything else than scenes, images:DIR, jsonl:FILE or llava:FILE, and for what `load` refuses.
     """
     source, where = source_of(data)
-    if source in ("scenes", "llava"):
+    if source not in SOURCES:
         return None, ""
-    splits, found = {"images": images, "jsonl": jsonl}[source].load(where, val_percent)
+    splits, found = SOURCES[source](where, val_percent)
     answers = {key(sample.answer, sample.unit): sample.answer for sample in splits["train"]}
     if len(answers) == 1:
         raise ValueError(f"--data={data}: all training answers are {answers.popitem()[1]!r}; there is nothing to tell "
                          "apart")
-    return {**splits, "val": mixed(splits["val"])}, found
+    for split, samples in splits.items():
+        if split != "train":
+            splits[split] = mixed(samples)
+    return splits, found
 
 
-def scene_teacher(cfg):
+def scene_teacher(options):
     """The teacher of drawn scenes. Scenes are drawn together with its chains: another teacher, other scenes."""
-    return teachers.SceneTeacher(cfg.slip, cfg.confuse, cfg.drop_hop)
+    return teachers.SceneTeacher(options.slip, options.confuse, options.drop_hop)
 
 
 class Supply:
     """real: splits of a folder or file of one's own, or None; records: a LLaVA file's, or empty; bad: those of them
     that could not be used."""
 
-    def __init__(self, cfg):
-        self.cfg, self.teacher = cfg, scene_teacher(cfg)
-        self.real, self.found = real_data(cfg.data, cfg.val_percent)
-        self.records, self.bad = [], llava.Bad(cfg.bad_records)
-        if cfg.data.startswith("llava:"):
-            self.records = llava.Records(cfg.data.removeprefix("llava:"), cfg.image_root)
+    def __init__(self, options, teacher_options, seed):
+        self.options = options
+        self.seed = seed
+        self.teacher = scene_teacher(teacher_options)
+        self.teach = None                               # the function of --teacher
+        if teacher_options.teacher:
+            self.teach = teachers.own_teacher(teacher_options.teacher)
+        self.real, self.found = real_data(options.data, options.val_percent)
+        self.records = []
+        self.bad = llava.Bad(options.bad_records)
+        source, where = source_of(options.data)
+        if source == "llava":
+            self.records = llava.Records(where, options.image_root)
             self.found = f"llava: {len(self.records)} records"
 
-    def samples(self, what, count=0, part=0, teacher=None):
-        """Samples of a purpose (clip, align, sft, train) or a split; scenes are drawn anew from the seed and `part`."""
+    def stream(self, name):
+        """The seed of drawn scenes and chains of one purpose."""
+        return 1000 * self.seed + STREAMS[name]
+
+    def samples(self, purpose, count, stream, teacher=None):
+        """Samples to train on, for a purpose (clip, align, sft, train); `count` scenes are drawn anew from the seed and
+        `stream`."""
         if self.records:
             return self.records
         if self.real:
-            return self.real["val" if what == "val" else "train"]
-        if what in scenes.SPLITS:
-            return scenes.load(what, count, TEST_SEED[self.cfg.eval_set], teacher)
-        return scenes.load(what, count, 1000 * self.cfg.seed + part, teacher)
+            return self.real["train"]
+        return scenes.load(purpose, count, self.stream(stream), teacher)
+
+    def tests(self, count):
+        """{split: samples} to evaluate on, never trained on; `count` scenes of each, the same for every seed. With a
+        teacher's chains where there is one."""
+        if self.real:
+            tests = {split: samples for split, samples in self.real.items() if split != "train"}
+        else:
+            seed = scenes.TEST_SEED[self.options.eval_set]
+            tests = {split: scenes.load(split, count, seed, self.teacher) for split in scenes.SPLITS}
+        if self.teach:
+            tests = {split: self.taught(samples, "rl") for split, samples in tests.items()}
+        return tests
+
+    def taught(self, samples, stream):
+        """Samples with the chains of the user's own teacher."""
+        return teachers.taught(samples, self.teach, self.stream(stream))
 
     def decoded(self, sample, pixels):
         """A LLaVA file's sample with its pictures decoded, others as they are; pixels: arguments of `collate`."""
         return self.records.decoded(sample, pixels) if self.records else sample
 
-    def pictured(self, i, sample, pixels):
+    def pictured(self, number, sample, pixels):
         """A sample that pairs one picture with a caption, decoded; BadRecord for any other."""
         if len(sample.images) != 1:
-            raise llava.BadRecord("no pair", i, sample.id, f"{len(sample.images)} pictures, one must go with a caption")
+            raise llava.BadRecord("no pair", number, sample.id,
+                                  f"{len(sample.images)} pictures, one must go with a caption")
         return self.decoded(sample, pixels)
 
     def begin(self, stage, lines):
         """A new tally for a stage, with what the log's lines already say of it."""
-        self.bad = llava.Bad(self.cfg.bad_records)
+        self.bad = llava.Bad(self.options.bad_records)
         for line in lines:
             if line["stage"] == stage and "bad_record" in line:
                 self.bad.seen[line["number"]] = line["kind"], line["name"]
@@ -91,30 +155,41 @@ class Supply:
                     log(bad_record=str(error), number=int(error.number), kind=error.kind, name=error.name)
 
     def check(self, records):
-        """Says which records could not be used. Raises ValueError when none could."""
+        """Prints which records could not be used. Raises ValueError when none could."""
         if self.bad.seen:
             print(self.bad.report(), flush=True)
         if records and len(self.bad.seen) == len(records):
-            raise ValueError(f"--data={self.cfg.data}: no record of it could be used; {self.bad.report()}")
+            raise ValueError(f"--data={self.options.data}: no record of it could be used; {self.bad.report()}")
 
     def own(self):
         """All samples of a folder or file of one's own, as a list; of a LLaVA file a part; none of drawn scenes."""
         if self.records:
-            return [Sample(id=f"{len(self.records)} records, {self.records.stop[-1]} bytes"), *self.records.first(1000)]
-        return [sample for split in (self.real or {}).values() for sample in split]
+            file = Sample(id=f"{len(self.records)} records, {self.records.stop[-1]} bytes")
+            return [file, *self.records.first(1000)]
+        if self.real:
+            return [sample for split in self.real.values() for sample in split]
+        return []
 
     def corpus(self):
         """Texts for a new tokenizer, and words that it shall not split."""
+        texts = []
         words = []
         if self.records:
-            texts = [f" {text}" for sample in self.records.first(2000) for turn in
-                     [*sample.turns, (sample.question, sample.answer)] for text in turn]
+            for sample in self.records.first(2000):
+                for turn in [*sample.turns, (sample.question, sample.answer)]:
+                    texts += turn
         elif self.real:
-            texts = [" it looks like or . it is", *(f" {text}" for s in self.real["train"] for text in
-                                                    (s.question, s.answer, s.caption, s.reasoning) if text)]
+            texts.append("it looks like or . it is")
+            for sample in self.real["train"]:
+                texts += [sample.question, sample.answer, sample.caption, sample.reasoning]
+            texts = [text for text in texts if text]
         else:
-            texts = [f" {s.question} {s.reasoning} {s.caption}"
-                     for s in self.samples("train", 1000, part=9, teacher=self.teacher)]
             words = scenes.pieces()
-        texts += [f" {prompt.replace(tag, '')}" for prompt in chat.PROMPTS.values() for tag in chat.TAGS]
-        return texts, [*chat.TAGS, *words]
+            for sample in self.samples("train", 1000, "tokenizer", self.teacher):
+                texts.append(f"{sample.question} {sample.reasoning} {sample.caption}")
+        if self.teach:
+            for sample in self.taught(self.samples("train", 1000, "tokenizer")[:1000], "tokenizer"):
+                texts += [sample.reasoning, sample.conclusion]
+        for prompt in chat.PROMPTS.values():
+            texts += [prompt.replace(tag, "") for tag in chat.TAGS]
+        return [f" {text}" for text in texts], [*chat.TAGS, *words]

@@ -20,6 +20,22 @@ import torch
 from data import scenes
 from data.chat import IMAGE, TAGS, normalise, target_text
 from data.sample import collate, to_pixels
+from model.runs.config import check_fields, number
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """who writes the chains of thought, and how wrong they are"""
+    teacher: str = ""                              # FILE.py:NAME(sample, rng) -> (reasoning, conclusion); empty: ours
+    slip: float = number(0.06, "[0, 1]")           # drawn scenes: each step goes wrong at random
+    confuse: float = number(0.65, "[0, 1]")        # drawn scenes: purple is read as blue, cyan as green
+    drop_hop: float = number(0.60, "[0, 1]")       # drawn scenes: the last hop of a walk is forgotten
+    forget_close: float = number(0.60, "[0, 1]")   # </think> is left out
+    teacher_error: float = number(0.30, "[0, 1]")  # real pictures: names a wrong candidate
+    candidates: int = number(3, "[2, 1000]")       # answers a chain on a real picture weighs
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from model.runs.config import check_fields, choice, number
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -62,6 +64,37 @@ class ClipConfig:
     def patches(self):
         """Patches of a picture, N."""
         return (self.image_size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """CLIP: weights to load, or the shape of one from nothing (OpenAI's architecture but for stem and pool)"""
+    clip: str = ""                                # open_clip's NAME/TAG or NAME:FILE, or a folder; empty: from nothing
+    image_size: int = number(48, "[1, 8192]")     # pixels
+    patch: int = number(12, "[1, 8192]")          # pixels of a patch's side
+    clip_width: int = number(128, "[1, 131072]")  # image tower
+    clip_layers: int = number(2, "[1, 1024]")     # image tower
+    clip_heads: int = number(4, "[1, 1024]")      # image tower
+    clip_stem: str = choice("mlp", "conv")        # makes shapes readable from nothing | OpenAI's
+    clip_pool: str = choice("mean", "class")      # average of patch tokens | OpenAI's class token
+    clip_act: str = choice("quick_gelu", "gelu")  # OpenAI's weights | LAION's
+    text_width: int = number(64, "[2, 131072]")   # text tower
+    text_layers: int = number(1, "[1, 1024]")     # text tower
+    text_heads: int = number(2, "[1, 1024]")      # text tower
+    text_length: int = number(40, "[2, 131072]")  # tokens of a caption
+    embed: int = number(128, "[1, 131072]")       # joint embedding of pictures and texts
+
+    def __post_init__(self):
+        check_fields(self)
+        self.config(vocab=1)        # raises where shapes do not fit together
+
+    def config(self, vocab):
+        """The ClipConfig of a CLIP from nothing with so many pieces of text."""
+        return ClipConfig(
+            image_size=self.image_size, patch=self.patch, width=self.clip_width, layers=self.clip_layers,
+            heads=self.clip_heads, embed=self.embed, text_width=self.text_width, text_layers=self.text_layers,
+            text_heads=self.text_heads, text_length=self.text_length, vocab=vocab, stem=self.clip_stem,
+            pool=self.clip_pool, act=self.clip_act)
 
 
 class QuickGELU(nn.Module):

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import rms_norm
+from model.runs.config import check_fields, number
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,32 @@ class LlamaConfig:
             raise ValueError(f"head_width {self.head_width} must be even: RoPE turns pairs")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+
+
+@dataclass(frozen=True)
+class LlmOptions:
+    """the decoder: weights to load, or the shape of one from nothing"""
+    llm: str = ""                                # a Hugging Face folder or name; empty: from nothing
+    width: int = number(128, "[2, 131072]")      # of the hidden states
+    layers: int = number(4, "[1, 1024]")         # blocks
+    heads: int = number(4, "[1, 1024]")          # query heads
+    kv_heads: int = number(4, "[1, 1024]")       # key/value heads (grouped-query attention)
+    ff: int = number(256, "[1, 1048576]")        # SwiGLU width
+    theta: float = number(10000.0, "[1, 1e12]")  # RoPE base
+    eps: float = number(1e-5, "[0, 0.1]")        # RMSNorm
+    tied: bool = True                            # the head is the embedding
+    qkv_bias: bool = False                       # on q, k, v (Qwen 2)
+    vocab: int = number(512, "[2, 1000000]")     # at most this many pieces
+
+    def __post_init__(self):
+        check_fields(self)
+        self.config(vocab=1)        # raises where shapes do not fit together
+
+    def config(self, vocab):
+        """The LlamaConfig of a decoder from nothing with so many pieces of text."""
+        return LlamaConfig(
+            vocab=vocab, width=self.width, layers=self.layers, heads=self.heads, kv_heads=self.kv_heads, ff=self.ff,
+            theta=self.theta, eps=self.eps, tied=self.tied, qkv_bias=self.qkv_bias)
 
 
 class RMSNorm(nn.Module):

@@ -7,10 +7,24 @@ B starts at zero, so that the adapted decoder starts as the decoder. An adapter 
 decoder fits but for those.
 """
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from model.runs.config import check_fields, number
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """low-rank adapters in the decoder's blocks"""
+    lora_rank: int = number(0, "[0, 10000]")        # adapters in the decoder's blocks, which then stand still; 0: none
+    lora_alpha: float = number(16.0, "(0, 1000000]")  # their output counts alpha / rank
+    lora_targets: str = "q_proj,v_proj"             # Linears that get one, or all
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class LoraLinear(nn.Linear):

@@ -221,12 +221,22 @@ def table(stage, vlm, tokens, **options):
 def announce(stage, vlm, cfg, samples):
     """Prints `table` for a stage of train.py's config: micro-batches of records of --max-length (else of a picture and
     64 tokens), or, in a stage that `samples`, of as long prompts with their groups of completions of --max-new."""
-    words, group = vlm.config.image_tokens + 64, cfg.group * samples
-    batch = cfg.rl_batch if samples else cfg.align_batch or cfg.batch if stage == "align" else cfg.batch
-    P, T = min(cfg.micro_batch or batch, batch), words if samples else cfg.max_length or words
-    sampling = dict(rows=cfg.rl_batch, cache_tokens=T + group * cfg.max_new, prefix_tokens=P * group * T)
-    print(table(stage, vlm, P * (T + group * cfg.max_new), moments=cfg.moments, master=cfg.master,
-                **(sampling if samples else {})), flush=True)
+    optim = cfg.optim
+    T = vlm.config.image_tokens + 64
+    if samples:
+        P = min(optim.micro_batch or cfg.rl.rl_batch, cfg.rl.rl_batch)
+        completion_tokens = cfg.sampling.group * cfg.sampling.max_new
+        tokens = P * (T + completion_tokens)
+        sampling = dict(rows=cfg.rl.rl_batch, cache_tokens=T + completion_tokens,
+                        prefix_tokens=P * cfg.sampling.group * T)
+    else:
+        batch = cfg.supervised.batch
+        if stage == "align" and cfg.supervised.align_batch:
+            batch = cfg.supervised.align_batch
+        P = min(optim.micro_batch or batch, batch)
+        tokens = P * (cfg.data.max_length or T)
+        sampling = {}
+    print(table(stage, vlm, tokens, pictures=P, moments=optim.moments, master=optim.master, **sampling), flush=True)
 
 
 def shortage(error, advice):

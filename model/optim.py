@@ -2,8 +2,28 @@
 clipping."""
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
+
+from model.runs.config import check_fields, choice, number
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """AdamW and its schedule, in every stage"""
+    micro_batch: int = number(48, "[0, 1000000]")   # samples, or prompts with their group, at a time; 0: all
+    warmup: float = number(0.05, "[0, 1]")          # share of the steps
+    final_lr: float = number(0.05, "[0, 1]")        # cosine ends at this share of the peak
+    weight_decay: float = number(0.0, "[0, 100]")   # AdamW
+    beta2: float = number(0.95, "[0, 1)")           # AdamW
+    grad_clip: float = number(1.0, "(0, 1000000]")  # global norm
+    module_lr: str = ""                             # rates in units of the stage's: projector:0.1,llm.norm:0; 0 freezes
+    master: bool = True                             # bfloat16 weights: AdamW keeps an fp32 copy of what trains
+    moments: str = choice("float32", "bfloat16")    # bfloat16 weights: AdamW's moments, float32 | bfloat16
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 # ---------------------------------------------------------------- seeds and learning rates

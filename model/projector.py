@@ -10,8 +10,8 @@ A projector is a class and a line of PROJECTORS; `--projector=NAME` picks it. It
     backward_flops(pictures, features_train=False)
                                     of its backward, as far as something trains
 
-A projector that only sends every patch through Linears and activations needs neither of the last
-two.
+A chain of Linears and activations that every patch goes through, with the forward that it inherits,
+needs neither of the last two. Any other, one that pools for instance, does: the Meter refuses to guess.
 
 Shapes: I pictures, N patches, Dv vision width, M tokens of a picture, D decoder width, H heads of
 width K.
@@ -77,7 +77,7 @@ class Resampler(nn.Module):
 
     @staticmethod
     def tokens(config):
-        return config.queries
+        return config.queries or max(1, config.clip.patches // 4)
 
     def forward(self, features):
         q = self.q_proj(self.q_norm(self.queries)).expand(len(features), -1, -1)    # (I, M, H K)

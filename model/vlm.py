@@ -19,6 +19,7 @@ from model.flops import trains
 from model.llama import Llama, LlamaConfig
 from model.lora import adapters, attach, merge, off
 from model.projector import PROJECTORS
+from model.runs.config import check_fields, choice, number
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class VlmConfig:
     folder_image_id: int = -200     # image_id in the checkpoint's own folder; `logits` takes both
     speaks: bool = False            # the decoder came with a language: align leaves it
     lora: tuple = ()                # the decoder's adapters: targets, rank, alpha; empty: none
-    queries: int = 16               # tokens a resampler makes of a picture
+    queries: int = 0                # tokens a resampler makes of a picture; 0: a quarter of the patches
 
     def __post_init__(self):
         if self.projector not in PROJECTORS:
             raise ValueError(f"projector {self.projector!r} must be one of {', '.join(PROJECTORS)}")
-        if self.queries < 1:
-            raise ValueError(f"queries {self.queries} must be at least 1")
+        if self.queries < 0:
+            raise ValueError(f"queries {self.queries} must be at least 0")
         if self.image_fit not in ("crop", "pad"):
             raise ValueError(f"image_fit {self.image_fit!r} must be crop or pad")
         if self.feature_layer >= 0:     # as Hugging Face counts: 0 is the input of the first block
@@ -55,6 +56,24 @@ class VlmConfig:
         """How `collate` makes this model's pixels, as its arguments."""
         return dict(image_size=self.clip.image_size, fit=self.image_fit, mean=self.clip.mean,
                     std=self.clip.std)
+
+
+@dataclass(frozen=True)
+class VlmOptions:
+    """how pictures reach the decoder"""
+    llava: str = ""                                 # a whole LLaVA to go on with, a folder or name
+    feature_layer: int = number(-2, "[-1024, -1]")  # block whose patch tokens W reads; LLaVA: second to last
+    projector: str = choice("linear", *PROJECTORS)  # LLaVA's W | LLaVA-1.5's two layers | fewer tokens
+    queries: int = number(0, "[0, 131072]")         # tokens that a resampler makes of a picture; 0: patches / 4
+    image_positions: bool = True                    # add a learned vector to each image token
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def shape(self):
+        """The fields of VlmConfig that these options decide."""
+        return dict(projector=self.projector, queries=self.queries, feature_layer=self.feature_layer,
+                    image_positions=self.image_positions)
 
 
 @dataclass

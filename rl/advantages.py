@@ -16,8 +16,10 @@ BASELINES = ("mean", "leave_one_out", "batch", "critic")
 def whiten(x, mask, scale=True, eps=1e-6):
     """x - mean, divided by the standard deviation if `scale`, both over the mask. The mean is not added back."""
     kept = x[mask]
-    off = x - kept.mean()
-    return (off / (kept.std() + eps) if scale and len(kept) > 1 else off) * mask
+    centred = x - kept.mean()
+    if scale and len(kept) > 1:
+        centred = centred / (kept.std() + eps)
+    return centred * mask
 
 
 def normalised_then_summed(rewards, weights, eps=1e-6):
@@ -25,8 +27,9 @@ def normalised_then_summed(rewards, weights, eps=1e-6):
 
     rewards (P, G, R), weights (R,) -> (P, G). A reward that is rarely earned is not drowned by one that varies more.
     """
-    total = sum(weight * group_advantage(reward, "group", eps=eps)
-                for reward, weight in zip(rewards.unbind(-1), weights.tolist()))
+    total = 0.0
+    for reward, weight in zip(rewards.unbind(-1), weights.tolist()):
+        total = total + weight * group_advantage(reward, "group", eps=eps)
     return whiten(total, torch.ones_like(total, dtype=torch.bool), eps=eps)
 
 
@@ -48,25 +51,42 @@ def advantages(experience, weights, baseline="mean", std="group", combine="sum",
 
     bootstrap: completions that were cut off go on being worth what the critic says; else they end there.
     """
-    e, nothing = experience, torch.zeros(0)
-    reward = (e.rewards * weights).sum(-1)
+    reward = (experience.rewards * weights).sum(-1)
+    no_returns = torch.zeros(0)
     if baseline in ("mean", "leave_one_out"):
-        rewards = e.rewards
-        if len(e.kl):           # of the whole completion, as RLOO has it (arXiv 2402.14740, eq. 1)
-            penalty = (e.kl * e.mask).sum(-1)
-            reward = reward - kl_coef * penalty
-            rewards, weights = torch.cat([rewards, -penalty[..., None]], -1), torch.cat([weights, weights.new_tensor([
-                float(kl_coef)])])
-        per_group = (normalised_then_summed(rewards, weights) if combine == "each"
-                     else group_advantage(reward, std, baseline))
-        return per_group[..., None].expand(e.mask.shape), nothing
-    per_token = token_rewards(reward, e.kl, e.mask, kl_coef)
+        per_completion = against_the_group(experience, reward, weights, baseline, std, combine, kl_coef)
+        return per_completion[..., None].expand(experience.mask.shape), no_returns
+    per_token = token_rewards(reward, experience.kl, experience.mask, kl_coef)
     if baseline == "batch":
         to_come = per_token.flip(-1).cumsum(-1).flip(-1)
-        return whiten(to_come, e.mask, std == "batch"), nothing
-    values, mask = e.values[..., :-1], e.mask
-    after = e.values.gather(-1, mask.sum(-1, keepdim=True))[..., 0] * ~e.ended if bootstrap else None
-    advantage, returns = (t.view(mask.shape) for t in gae(
-        per_token.flatten(0, 1).to(values.dtype), values.flatten(0, 1), mask.flatten(0, 1), gamma, lam,
-        None if after is None else after.flatten()))
-    return (whiten(advantage, mask) if std == "batch" else advantage), returns
+        return whiten(to_come, experience.mask, std == "batch"), no_returns
+    advantage, returns = by_critic(experience, per_token, gamma, lam, bootstrap)
+    if std == "batch":
+        advantage = whiten(advantage, experience.mask)
+    return advantage, returns
+
+
+def against_the_group(experience, reward, weights, baseline, std, combine, kl_coef):
+    """reward (P, G), weights (R,) -> advantage of each completion (P, G) over those of its prompt."""
+    rewards = experience.rewards
+    if len(experience.kl):          # of the whole completion, as RLOO has it (arXiv 2402.14740, eq. 1)
+        penalty = (experience.kl * experience.mask).sum(-1)
+        reward = reward - kl_coef * penalty
+        rewards = torch.cat([rewards, -penalty[..., None]], -1)
+        weights = torch.cat([weights, weights.new_tensor([float(kl_coef)])])
+    if combine == "each":
+        return normalised_then_summed(rewards, weights)
+    return group_advantage(reward, std, baseline)
+
+
+def by_critic(experience, per_token, gamma, lam, bootstrap):
+    """Rewards of tokens (P, G, C) -> (advantage, returns), (P, G, C) each, by GAE over the critic's values."""
+    mask = experience.mask
+    values = experience.values[..., :-1]
+    after = None
+    if bootstrap:
+        value_after_last = experience.values.gather(-1, mask.sum(-1, keepdim=True))[..., 0]
+        after = (value_after_last * ~experience.ended).flatten()
+    rows = per_token.flatten(0, 1).to(values.dtype)
+    advantage, returns = gae(rows, values.flatten(0, 1), mask.flatten(0, 1), gamma, lam, after)
+    return advantage.view(mask.shape), returns.view(mask.shape)

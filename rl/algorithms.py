@@ -1,77 +1,147 @@
 """What the papers' algorithms set, and which switches make no sense together.
 
-An algorithm is a line: the switches of train.py's Config that it sets otherwise than the defaults, which are those of
-`grpo_token`. None sets the policy's learning rate, epochs or mini-batches. What a stage of reinforcement learning made
-is called by its algorithm everywhere, and no two settings share a name: `label`.
+An algorithm is a value of `Algorithm`, whose defaults are those of `grpo_token`. None sets the policy's learning rate,
+epochs or mini-batches. What a stage of reinforcement learning made is called by its algorithm everywhere, and no two
+settings share a name: `label`.
 """
-from dataclasses import replace
+from dataclasses import dataclass, fields
 
+from model.runs.config import change, check_fields, choice, flag, get, need, number
 from rl.advantages import BASELINES
 from rl.learner import CRITICS
 from rl.losses import LOSSES, NORMS
+from rl.rewards import RewardOptions
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """what an algorithm sets (rl/algorithms.py has the papers)"""
+    loss: str = choice("clip", *LOSSES)             # PPO's and GRPO's clip | CISPO | SAPO
+    ratio: str = choice("token", "sequence")        # importance ratio of each token | of the sequence (GSPO)
+    clip_low: float = number(0.2, "[0, 1]")         # ratio clip below; acts from a rollout's second update on
+    clip_high: float = number(0.2, "[0, 1000000]")  # ratio clip above
+    bound: float = number(0.0, "[0, 1000000]")      # largest ratio before a negative advantage (dual clip); 0: none
+    norm: str = choice("token", *NORMS)             # what counts alike: rl/losses.py has the table
+    baseline: str = choice("mean", *BASELINES)      # group's mean | the others' (RLOO) | REINFORCE++ | PPO
+    flat: str = choice("drop", "count")             # groups of equal rewards: left out | denominators only
+    std: str = choice("group", "batch", "none")     # advantages over its deviation | the batch's | undivided
+    combine: str = choice("sum", "each")            # rewards summed, then normalised | each first (GDPO)
+    kl: str = choice("k3", "k1", "k2", "exact")     # to the starting policy: estimator | over the vocabulary
+    kl_coef: float = number(0.0, "[0, 1000000]")    # its coefficient
+    kl_in: str = choice("loss", "reward")           # where the penalty on KL goes
+    kl_target: float = number(0.0, "[0, 1000000]")  # nats a token that the coefficient adapts to; 0: it is fixed
+    ref_sync: int = number(0, "[0, 1000000000]")    # rollouts until the reference becomes the policy; 0: never
+    entropy_coef: float = number(0.0, "[0, 1000000]")  # bonus for entropy
+    top_entropy: float = number(1.0, "(0, 1]")      # share of the tokens that train, those of highest entropy
+    correct: str = choice("none", "truncate", "mask")  # weights against drift between sampling and update
+    correct_cap: float = number(2.0, "[1, 1000000]")  # largest such weight
+    correct_level: str = choice("token", "sequence")  # a weight for each token | for the whole sequence
+    refill: int = number(0, "[0, 1024]")            # dynamic sampling: most further rollouts for flat groups
+    drop_truncated: bool = False                    # completions that hit the budget do not train
+    overlong_share: float = number(0.0, "[0, 1]")   # last share of the budget where the length penalty grows to -1
+    kl_stop: float = number(0.0, "[0, 1000000]")    # nats a token from the old policy that end updates; 0: never
+    critic: str = choice("shared", *CRITICS)        # head on the policy's decoder | detached | its own decoder
+    gamma: float = number(1.0, "[0, 1]")            # discount
+    lam: float = number(0.95, "[0, 1]")             # of GAE
+    value_lr: float = number(1.0, "(0, 10000]")     # critic's learning rate, in units of the policy's
+    value_coef: float = number(0.5, "[0, 1000000]")  # of its loss
+    value_clip: float = number(0.2, "[0, 1000000]")  # of its change in a rollout; 0: none
+    return_norm: bool = False                       # critic in units of the returns seen so far
+    bootstrap: bool = False                         # completions that hit the budget keep the critic's value
+
+    def __post_init__(self):
+        check_fields(self)
+        need(not self.bound or self.bound >= 1 + self.clip_high, "bound", self.bound,
+             f"be 0 or at least 1 + --clip-high={self.clip_high}")
+        need(self.std != "group" or not self.compares_groups, "baseline", self.baseline,
+             "come with --std=batch or --std=none")
+        need(self.combine == "sum" or self.baseline == "mean", "baseline", self.baseline,
+             "be mean with --combine=each")
+        need(not self.refill or not (self.compares_groups or self.combine == "each"), "refill", self.refill,
+             "be 0 where groups of equal rewards teach something too")
+        need(not self.refill or self.flat == "drop", "flat", self.flat,
+             "be drop with --refill, which replaces flat groups")
+
+    @property
+    def compares_groups(self):
+        """Whether rewards are compared with those of other groups, so that a group of one can teach."""
+        return self.baseline in ("batch", "critic")
+
 
 ALGORITHMS = {
-    # The main job's and the defaults of Config, which a test holds equal: GRPO with each token counting alike (arXiv
-    # 2503.14476, eq. 8), without KL, over the groups that are not flat
-    "grpo_token": dict(norm="token", flat="drop", kl_coef=0.0),
+    # The main stage's: GRPO with each token counting alike (arXiv 2503.14476, eq. 8), without KL, over the groups that
+    # are not flat
+    "grpo_token": Algorithm(),
     # arXiv 2402.03300, eq. 3, 4; beta as there
-    "grpo": dict(norm="sequence", flat="count", kl_coef=0.04),
+    "grpo": Algorithm(norm="sequence", flat="count", kl_coef=0.04),
     # arXiv 2503.20783: neither length nor deviation divides
-    "dr_grpo": dict(norm="constant", std="none", flat="count"),
+    "dr_grpo": Algorithm(norm="constant", std="none", flat="count"),
     # arXiv 2503.14476: clip-higher, tokens of the step, soft penalty (there on a fifth of the budget), dynamic
     # sampling; here a group is left out when its whole reward is flat, there when its correctness is
-    "dapo": dict(clip_high=0.28, refill=3, overlong_share=0.2),
+    "dapo": Algorithm(clip_high=0.28, refill=3, overlong_share=0.2),
     # arXiv 2507.18071, eq. 5, 7; clips of section 5.1
-    "gspo": dict(ratio="sequence", norm="sequence", clip_low=3e-4, clip_high=4e-4, flat="count"),
+    "gspo": Algorithm(ratio="sequence", norm="sequence", clip_low=3e-4, clip_high=4e-4, flat="count"),
     # arXiv 2506.13585, eq. 4, 5: no lower clip; the upper one is tuned there and not told; PPO's
-    "cispo": dict(loss="cispo", clip_low=1.0, flat="count"),
+    "cispo": Algorithm(loss="cispo", clip_low=1.0, flat="count"),
     # arXiv 2511.20347, eq. 5
-    "sapo": dict(loss="sapo", norm="sequence", flat="count"),
+    "sapo": Algorithm(loss="sapo", norm="sequence", flat="count"),
     # arXiv 2602.05261: GSPO whose sequences count by their length
-    "luspo": dict(ratio="sequence", norm="sum", clip_low=3e-4, clip_high=4e-4, flat="count"),
+    "luspo": Algorithm(ratio="sequence", norm="sum", clip_low=3e-4, clip_high=4e-4, flat="count"),
     # arXiv 2402.14740, eq. 1, 9: KL in the reward; the clip matters from the second update of a rollout on
-    "rloo": dict(baseline="leave_one_out", std="none", norm="sum", kl="k1", kl_in="reward", kl_coef=0.03, flat="count"),
+    "rloo": Algorithm(baseline="leave_one_out", std="none", norm="sum", kl="k1", kl_in="reward", kl_coef=0.03,
+                      flat="count"),
     # arXiv 2501.03262, eq. 5-7
-    "reinforce++": dict(baseline="batch", std="batch", kl="k1", kl_in="reward", kl_coef=0.01),
-    # arXiv 1707.06347 as RLHF uses it (arXiv 2203.02155, section 3.5): KL in the reward, whitened advantages
-    "ppo": dict(baseline="critic", std="batch", kl="k1", kl_in="reward", kl_coef=0.01, value_lr=10.0),
+    "reinforce++": Algorithm(baseline="batch", std="batch", kl="k1", kl_in="reward", kl_coef=0.01),
+    # arXiv 1707.06347, with KL in the reward (arXiv 2203.02155, section 3.5) and whitened advantages, as RLHF's code
+    "ppo": Algorithm(baseline="critic", std="batch", kl="k1", kl_in="reward", kl_coef=0.01, value_lr=10.0),
 }
 
-# The same reward twice, once with each switch: what the format reward does, and what the gate does.
-REWARDS = {
-    "right": dict(rewards="correctness:1", gated=False),
-    "right_gated": dict(rewards="correctness:1", gated=True),
-    "format": dict(rewards="correctness:1,format:0.1", gated=False),
-    "format_gated": dict(rewards="correctness:1,format:0.1", gated=True),
+# Two rewards, each without the gate and with it: what the format reward does, and what the gate does.
+REWARD_STAGES = {
+    "right": RewardOptions(rewards="correctness:1", gated=False),
+    "right_gated": RewardOptions(rewards="correctness:1", gated=True),
+    "format": RewardOptions(rewards="correctness:1,format:0.1", gated=False),
+    "format_gated": RewardOptions(rewards="correctness:1,format:0.1", gated=True),
 }
 
+STAGES = ("rl", "rl_zero", *ALGORITHMS, *REWARD_STAGES)       # all stages of train.py that are reinforcement learning
 
-# The switches that make an algorithm what it is: another value is another setting, and shows in its name.
-SWITCHES = (
-    "loss", "ratio", "clip_low", "clip_high", "bound", "norm", "baseline", "flat", "std", "combine", "kl", "kl_coef",
-    "kl_in", "kl_target", "ref_sync", "entropy_coef", "top_entropy", "correct", "correct_cap", "correct_level",
-    "refill", "drop_truncated", "overlong_share", "kl_stop", "critic", "gamma", "lam", "value_lr", "value_coef",
-    "value_clip", "return_norm", "bootstrap")
 
-# field -> values it may have
-ALLOWED = dict(algorithm=tuple(ALGORITHMS), loss=tuple(LOSSES), ratio=("token", "sequence"), norm=NORMS,
-               baseline=BASELINES, std=("group", "batch", "none"), flat=("drop", "count"), combine=("sum", "each"),
-               kl=("k1", "k2", "k3", "exact"), kl_in=("loss", "reward"), correct=("none", "truncate", "mask"),
-               correct_level=("token", "sequence"), critic=CRITICS, reward_errors=("zero", "stop"))
+@dataclass(frozen=True)
+class RlOptions:
+    """the loop of reinforcement learning"""
+    algorithm: str = choice("grpo_token", *ALGORITHMS)  # sets the switches below; flags override it
+    rl_steps: int = number(150, "[0, 1000000000]")  # rollouts
+    rl_batch: int = number(32, "[1, 1000000]")      # prompts a rollout
+    rl_lr: float = number(5e-4, "(0, 10000]")       # peak learning rate
+    epochs: int = number(1, "[1, 10000]")           # passes over a rollout
+    mini_batches: int = number(1, "[1, 10000]")     # optimizer steps a pass, at most
+    bad_steps: int = number(3, "[1, 1000000]")      # losses or gradients in a row, not finite, that end the run
 
-VARIANTS = {**ALGORITHMS, **REWARDS}        # stages of train.py by these names
-STAGES = ("rl", "rl_zero", *VARIANTS)       # all of its stages that are reinforcement learning
+    def __post_init__(self):
+        check_fields(self)
+        need(self.rl_batch % self.mini_batches == 0, "rl_batch", self.rl_batch,
+             f"be a multiple of --mini-batches={self.mini_batches}")
 
+
+# ---------------------------------------------------------------- the setting of a stage, and its name
 
 def of_flags(given):
-    """What the algorithm among the flags given sets; other flags override it."""
-    return ALGORITHMS.get(given.get("algorithm"), {})
+    """{option: value} that the algorithm among the flags given sets; other flags override it."""
+    algorithm = ALGORITHMS.get(given.get("algorithm"))
+    return vars(algorithm) if algorithm else {}
 
 
 def of_stage(cfg, stage):
-    """The config of an RL stage: one named after a variant has its switches, but for flags that were given."""
-    changes = VARIANTS.get(stage, {})
-    return replace(cfg, **{name: value for name, value in changes.items() if name not in cfg.flags.split()})
+    """The config of a stage: one named after an algorithm or rewards has their switches, but for flags that were
+    given."""
+    switches = {}
+    if stage in ALGORITHMS:
+        switches = vars(ALGORITHMS[stage])
+    elif stage in REWARD_STAGES:
+        switches = dict(rewards=REWARD_STAGES[stage].rewards, gated=REWARD_STAGES[stage].gated)
+    given = cfg.run.flags.split()
+    return change(cfg, **{name: value for name, value in switches.items() if name not in given})
 
 
 def label(cfg, stage):
@@ -84,68 +154,69 @@ def label(cfg, stage):
     """
     if stage not in STAGES:
         return stage
-    if stage in ALGORITHMS:
-        name = algorithm = stage
+    algorithm = stage if stage in ALGORITHMS else cfg.rl.algorithm
+    default = type(cfg.rl).algorithm
+    if stage in REWARD_STAGES:
+        name = stage if algorithm == default else f"{algorithm}_{stage}"
+    elif stage == "rl_zero":
+        name = f"{algorithm}_zero"
     else:
-        algorithm = cfg.algorithm
-        front = "" if algorithm == type(cfg).algorithm else f"{algorithm}_"
-        name = {"rl": algorithm, "rl_zero": f"{algorithm}_zero"}.get(stage, f"{front}{stage}")
-    wanted = {switch: getattr(type(cfg), switch) for switch in SWITCHES}
-    wanted |= ALGORITHMS[algorithm] | REWARDS.get(stage, {})
+        name = algorithm
+    wanted = dict(vars(ALGORITHMS[algorithm]))
+    if stage in REWARD_STAGES:
+        wanted.update(rewards=REWARD_STAGES[stage].rewards, gated=REWARD_STAGES[stage].gated)
     used = of_stage(cfg, stage)
-    other = [f"{switch}={getattr(used, switch)}" for switch in wanted if getattr(used, switch) != wanted[switch]]
-    return f"{name}[{','.join(other)}]" if other else name
+    differing = [f"{switch}={get(used, switch)}" for switch in wanted if get(used, switch) != wanted[switch]]
+    return f"{name}[{','.join(differing)}]" if differing else name
 
 
 def labels(cfg, stages):
     """{stage: its label}. Raises ValueError when two of them are one setting."""
     settings = {}
     for stage in stages:
-        # What asks for tags alone is another setting; the name of the algorithm that set the switches is none.
-        used = (stage == "rl_zero", replace(of_stage(cfg, stage), algorithm="")) if stage in STAGES else stage
-        if used in settings:
-            raise ValueError(f"--stage={','.join(stages)}: {settings[used]} and {stage} are one setting, "
+        setting = stage
+        if stage in STAGES:
+            # What asks for tags alone is another setting; the name of the algorithm that set the switches is none.
+            used = of_stage(cfg, stage)
+            setting = (stage == "rl_zero", used.algorithm, used.reward)
+        if setting in settings:
+            raise ValueError(f"--stage={','.join(stages)}: {settings[setting]} and {stage} are one setting, "
                              f"{label(cfg, stage)}; name it once")
-        settings[used] = stage
+        settings[setting] = stage
     return {stage: label(cfg, stage) for stage in stages}
 
 
-def check(cfg, need):
-    """need(ok, name, expected) raises; returns notes on switches that have no effect."""
-    need(not cfg.bound or cfg.bound >= 1 + cfg.clip_high, "bound", f"be 0 or at least 1 + --clip-high={cfg.clip_high}")
-    whole = cfg.baseline in ("batch", "critic")         # rewards are compared with those of other groups
-    need(cfg.group >= 2 or whole, "group",
-         "be at least 2: a group of one has no baseline but itself (--baseline=batch and critic need none)")
-    need(cfg.std != "group" or not whole, "baseline", "come with --std=batch or --std=none")
-    need(cfg.combine == "sum" or cfg.baseline == "mean", "baseline", "be mean with --combine=each")
-    need(not cfg.refill or not (whole or cfg.combine == "each"), "refill",
-         "be 0 where groups of equal rewards teach something too")
-    need(not cfg.refill or cfg.flat == "drop", "flat", "be drop with --refill, which replaces flat groups")
+# ---------------------------------------------------------------- switches that have no effect together
+
+def idle_notes(cfg):
+    """Notes, one sentence each, on switches of a config that were moved although they have no effect there."""
+    switches = cfg.algorithm
     notes = []
 
-    def idle(names, why):
-        moved = [name for name in names if getattr(cfg, name) != getattr(type(cfg), name)]
+    def note(names, why):
+        defaults = {option.name: option.default for option in fields(Algorithm) + fields(RewardOptions)}
+        moved = [flag(name) for name in names if get(cfg, name) != defaults[name]]
         if moved:
-            said = " and ".join(f"--{name.replace('_', '-')}" for name in moved)
-            notes.append(f"{said} {'have' if len(moved) > 1 else 'has'} no effect {why}")
+            verb = "have" if len(moved) > 1 else "has"
+            notes.append(f"{' and '.join(moved)} {verb} no effect {why}")
 
-    if cfg.epochs * cfg.mini_batches == 1:
-        idle(("clip_low", "clip_high", "bound", "kl_stop", "ratio"), "with one update a rollout: every ratio is 1")
-    elif cfg.loss == "cispo":
-        idle(("bound",), "with --loss=cispo")
-    elif cfg.loss == "sapo":
-        idle(("clip_low", "clip_high", "bound"), "with --loss=sapo, which fades out instead of clipping")
-    if not cfg.kl_coef:
-        idle(("kl", "kl_in", "kl_target", "ref_sync"), "without --kl-coef")
-    elif cfg.kl == "k1" and cfg.kl_in == "loss":
+    if cfg.rl.epochs * cfg.rl.mini_batches == 1:
+        note(("clip_low", "clip_high", "bound", "kl_stop", "ratio"), "with one update a rollout: every ratio is 1")
+    elif switches.loss == "cispo":
+        note(("bound",), "with --loss=cispo")
+    elif switches.loss == "sapo":
+        note(("clip_low", "clip_high", "bound"), "with --loss=sapo, which fades out instead of clipping")
+    if not switches.kl_coef:
+        note(("kl", "kl_in", "kl_target", "ref_sync"), "without --kl-coef")
+    elif switches.kl == "k1" and switches.kl_in == "loss":
         notes.append("--kl=k1 in the loss has a gradient that is zero in expectation; --kl-in=reward is where it works")
-    if cfg.baseline != "critic":
-        idle(("critic", "gamma", "lam", "value_lr", "value_coef", "value_clip", "return_norm", "bootstrap"),
+    if switches.baseline != "critic":
+        note(("critic", "gamma", "lam", "value_lr", "value_coef", "value_clip", "return_norm", "bootstrap"),
              "without --baseline=critic")
-    if cfg.combine == "each":
-        idle(("std",), "with --combine=each, which divides each reward by its group's deviation")
-    if cfg.correct == "none":
-        idle(("correct_cap", "correct_level"), "without --correct")
-    if ".py:" not in cfg.rewards:
-        idle(("reward_timeout", "reward_errors"), "without a reward of one's own")
+    if switches.combine == "each":
+        note(("std",), "with --combine=each, which divides each reward by its group's deviation")
+    if switches.correct == "none":
+        note(("correct_cap", "correct_level"), "without --correct")
+    if ".py:" not in cfg.reward.rewards:
+        note(("reward_timeout", "reward_errors"), "without a reward of one's own")
     return notes

@@ -15,14 +15,16 @@ class Critic(nn.Module):
 
     shared: the head's gradient reaches the policy's decoder; detached: it does not; separate: a decoder of its own.
     With `normalise` the head speaks in units of the returns seen so far, and is rescaled whenever those units change,
-    so that its values stay what they were (PopArt, arXiv 1602.07714, section 2.2).
+    so that its values stay what they were (PopArt, arXiv 1602.07714, section 2.1).
     """
 
     def __init__(self, policy, kind, width, normalise=False, momentum=0.9):
         super().__init__()
         if kind not in CRITICS:
             raise ValueError(f"critic {kind!r} must be one of {', '.join(CRITICS)}")
-        self.kind, self.normalise, self.momentum = kind, normalise, momentum
+        self.kind = kind
+        self.normalise = normalise
+        self.momentum = momentum
         self.trunk = policy.twin() if kind == "separate" else None
         like = next(policy.parameters())
         exact = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
@@ -59,40 +61,56 @@ class Critic(nn.Module):
 
 
 class Learner(nn.Module):
-    """policy; reference, a frozen copy of it, or None; critic, or None; kl_coef (), of the penalty, adapted or not;
-    samples (), completions drawn so far. moves: the reference will be synced with the policy."""
+    """What a stage under way consists of, and its checkpoint holds.
+
+    policy; reference, a frozen copy of it, or None; critic, or None; kl_coef (), of the penalty, adapted or not;
+    samples (), completions drawn so far. moves: the reference will be synced with the policy.
+    """
 
     def __init__(self, policy, kl_coef=0.0, critic=None, moves=False):
         super().__init__()
-        self.policy, self.critic = policy, critic
-        # A policy with adapters is its own reference without them, unless that has to follow it.
-        own = policy.base() if kl_coef and not moves else None
-        self.reference = own or policy.twin().requires_grad_(False) if kl_coef else None
+        self.policy = policy
+        self.critic = critic
+        self.reference = make_reference(policy, moves) if kl_coef else None
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef), dtype=torch.float64))
         self.register_buffer("samples", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def after(self, step, line, cfg):
+    def after(self, step, line, switches):
         """What changes between rollouts; line: the metrics of this one.
 
         kl_coef follows the KL that was measured towards --kl-target (arXiv 1909.08593, section 2.2), in nats a token;
         the reference becomes the policy every --ref-sync rollouts (TR-DPO, arXiv 2404.09656).
         """
-        if cfg.kl_target and math.isfinite(line.get("kl_ref", math.nan)):
-            self.kl_coef.mul_(1 + 0.1 * max(-0.2, min(0.2, line["kl_ref"] / cfg.kl_target - 1)))
-        if cfg.ref_sync and self.reference is not None and (step + 1) % cfg.ref_sync == 0:
+        if switches.kl_target and math.isfinite(line.get("kl_ref", math.nan)):
+            error = line["kl_ref"] / switches.kl_target - 1
+            self.kl_coef.mul_(1 + 0.1 * max(-0.2, min(0.2, error)))
+        if switches.ref_sync and self.reference is not None and (step + 1) % switches.ref_sync == 0:
             self.reference.load_state_dict(self.policy.state_dict())
 
-    def rates(self, lr, cfg):
+    def rates(self, lr, switches):
         """What changes in a run and is logged."""
-        return ({} if self.critic is None else {"lr_critic": lr * cfg.value_lr}) | (
-            {} if self.reference is None else {"kl_coef": self.kl_coef.item()})
+        rates = {}
+        if self.critic is not None:
+            rates["lr_critic"] = lr * switches.value_lr
+        if self.reference is not None:
+            rates["kl_coef"] = self.kl_coef.item()
+        return rates
 
 
-def make_learner(policy, width, cfg):
-    """policy, of decoder width `width`, with the reference and the critic that the switches ask for."""
-    critic = Critic(policy, cfg.critic, width, cfg.return_norm) if cfg.baseline == "critic" else None
-    return Learner(policy, cfg.kl_coef, critic, bool(cfg.ref_sync))
+def make_reference(policy, moves):
+    """A frozen copy of the policy. One with adapters is its own reference without them, unless that has to follow
+    it."""
+    base = None if moves else policy.base()
+    return policy.twin().requires_grad_(False) if base is None else base
+
+
+def make_learner(policy, width, switches):
+    """policy, of decoder width `width`, with the reference and the critic that an Algorithm's switches ask for."""
+    critic = None
+    if switches.baseline == "critic":
+        critic = Critic(policy, switches.critic, width, switches.return_norm)
+    return Learner(policy, switches.kl_coef, critic, bool(switches.ref_sync))
 
 
 class Guard:
@@ -100,7 +118,12 @@ class Guard:
     stops. save(path, dict): writes a checkpoint file."""
 
     def __init__(self, folder, stage, limit, save):
-        self.folder, self.stage, self.limit, self.save, self.count, self.files = folder, stage, limit, save, 0, 0
+        self.folder = folder
+        self.stage = stage
+        self.limit = limit
+        self.save = save
+        self.count = 0          # in a row
+        self.files = 0
 
     def good(self):
         self.count = 0
@@ -109,12 +132,16 @@ class Guard:
         """Raises ValueError at the limit."""
         self.count += 1
         self.files += 1
+        while (self.folder / f"bad-{self.stage}-{self.files}.pt").exists():     # of before a resume
+            self.files += 1
         path = self.folder / f"bad-{self.stage}-{self.files}.pt"
         tensors = {name: value for name, value in vars(experience).items() if name != "batch"}
         self.save(path, dict(stage=self.stage, loss=loss, norms=norms, batch=vars(experience.batch), **tensors))
-        what = f"loss {loss:g}, gradient norm {norms['grad_norm']:g}" if norms else "advantages that are not finite"
-        said = f"{what}: the step is skipped, its batch is in {path}"
+        cause = "advantages that are not finite"
+        if norms:
+            cause = f"loss {loss:g}, gradient norm {norms['grad_norm']:g}"
+        message = f"{cause}: the step is skipped, its batch is in {path}"
         if self.count >= self.limit:
-            raise ValueError(f"{said}; {self.count} in a row, training diverged. The last checkpoint is intact; start "
-                             "again from one with a lower rate")
-        print(f"  {self.stage}: {said}", flush=True)
+            raise ValueError(f"{message}; {self.count} in a row, training diverged. The last checkpoint is intact; "
+                             "start again from one with a lower rate")
+        print(f"  {self.stage}: {message}", flush=True)

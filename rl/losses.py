@@ -20,28 +20,44 @@ from kernels import policy_loss
 
 NORMS = ("sequence", "token", "constant", "sum")
 
-# All take (logp, old_logp, ref_logp, advantage, mask, denominator) and the options of kernels/policy_loss.py, where
-# their formulas stand. A new one is a function here and a line: it need not be a kernel.
+
+def sapo(*tensors, **options):
+    """kernels' policy_loss, less its count of clipped tokens: SAPO fades out and clips none."""
+    loss, stats = policy_loss(*tensors, surrogate="sapo", **options)
+    kept = {name: value for name, value in stats.items() if name not in ("clip_low", "clip_high")}
+    return loss, kept
+
+
+# --loss=NAME. All take (logp, old_logp, ref_logp, advantage, mask, denominator) and the options of
+# kernels/policy_loss.py, where their formulas stand, `weight` (P, G, C) of each token among them, and
+# return (loss, statistics as sums over the mask). A new one is a function here and a line: it need not be
+# a kernel. Its statistics are logged; it owes "kl" where --kl-stop is to work, and where they have
+# coefficients the terms of KL (and "kl_ref") and entropy. With one update a rollout every ratio is 1, and
+# all of these have one gradient, that of REINFORCE with this advantage.
 LOSSES = {
     "clip": policy_loss,                                # PPO's, GRPO's; DAPO's with clip_high over clip_low
     "cispo": partial(policy_loss, surrogate="cispo"),
-    "sapo": partial(policy_loss, surrogate="sapo"),
+    "sapo": sapo,
 }
 
 
 def weights(mask, norm, dtype=torch.float32):
-    """mask (P, G, C) -> weight of each token, (P, G, 1), or None where all are 1."""
-    return 1 / mask.sum(-1, keepdim=True).clamp(min=1).to(dtype) if norm == "sequence" else None
+    """mask (P, G, C) -> weight of each token, (P, G, C)."""
+    if norm != "sequence":
+        return torch.ones_like(mask, dtype=dtype)
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return (1 / lengths.to(dtype)).expand(mask.shape)
 
 
 def denominator(mask, norm, budget):
-    """mask (P, G, C), budget: tokens a completion may have -> the micro-batch's part of the step's denominator, ()."""
+    """mask (P, G, C) of all prompts of an optimizer step, budget: tokens a completion may have -> denominator, ()."""
     if norm == "token":
         return mask.sum()
-    return mask.any(-1).sum() * (budget if norm == "constant" else 1)
+    completions = mask.any(-1).sum()
+    return completions * budget if norm == "constant" else completions
 
 
-def sequence_ratio(logp, old_logp, mask):
+def sequence_old_logp(logp, old_logp, mask):
     """Old log-probs (P, G, C), constants, under which every token's ratio is that of its sequence.
 
         s_i = exp(1/|o_i| sum_t (logp - old_logp))          GSPO (arXiv 2507.18071, eq. 7)
@@ -49,8 +65,9 @@ def sequence_ratio(logp, old_logp, mask):
     logp - result is log s_i in value, and its gradient is logp's own: GSPO-token (eq. 13), which with one advantage a
     sequence has GSPO's gradient.
     """
-    off = ((logp.detach() - old_logp) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, logp.detach() - off, old_logp)
+    length = mask.sum(-1, keepdim=True).clamp(min=1)
+    log_ratio = ((logp.detach() - old_logp) * mask).sum(-1, keepdim=True) / length
+    return torch.where(mask, logp.detach() - log_ratio, old_logp)
 
 
 def drift_weights(old_logp, sampled_logp, mask, kind, cap, level):
@@ -61,11 +78,14 @@ def drift_weights(old_logp, sampled_logp, mask, kind, cap, level):
     kind "truncate": min(w, cap) (truncated importance sampling, Yao et al. 2025, "Your efficient RL framework secretly
     brings you off-policy RL training"); "mask": w where 1/cap <= w <= cap, else 0.
     """
-    off = (old_logp - sampled_logp).masked_fill(~mask, 0.0)
+    log_weight = (old_logp - sampled_logp).masked_fill(~mask, 0.0)
     if level == "sequence":
-        off = off.sum(-1, keepdim=True).expand_as(off)
-    w = off.exp()
-    return w.clamp(max=cap) if kind == "truncate" else torch.where((w <= cap) & (w >= 1 / cap), w, 0.0)
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(log_weight)
+    weight = log_weight.exp()
+    if kind == "truncate":
+        return weight.clamp(max=cap)
+    trusted = (weight <= cap) & (weight >= 1 / cap)
+    return torch.where(trusted, weight, 0.0)
 
 
 def top_entropy(entropy, mask, share):
@@ -83,6 +103,9 @@ def value_loss(values, old_values, returns, mask, denominator, clip=0.0):
     error = (values - returns) ** 2
     clipped = torch.zeros_like(mask)
     if clip:
-        held = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
-        clipped, error = (held > error) & mask, torch.maximum(error, held)
-    return 0.5 * error.masked_fill(~mask, 0.0).sum() / denominator, {"value_clipped": clipped.sum()}
+        held_values = old_values + (values - old_values).clamp(-clip, clip)
+        held_error = (held_values - returns) ** 2
+        clipped = (held_error > error) & mask
+        error = torch.maximum(error, held_error)
+    loss = 0.5 * error.masked_fill(~mask, 0.0).sum() / denominator
+    return loss, {"value_clipped": clipped.sum()}

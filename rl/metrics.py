@@ -30,7 +30,7 @@ DEFINITIONS = {
     "groups": ("groups that went through the update", "groups", "count"),
     "reward_failures": (
         "calls of rewards of one's own that raised, hung, died or gave no finite number",
-        "calls", "count so far"),
+        "calls", "sum over the rollout"),
     "rollouts": (
         "batches of prompts that were sampled for the step, refills included",
         "batches", "count"),
@@ -61,7 +61,7 @@ DEFINITIONS = {
         "reward, or deviations", "mean over optimizer steps, weighted by trained tokens"),
     "drift_max": (
         "|ratio - 1| of the update's log-prob to the one at sampling time, before any step",
-        "1", "maximum over trained tokens"),
+        "1", "maximum over sampled tokens"),
     "clip_low": (
         "tokens whose ratio is under the lower clip with a negative advantage",
         "share", "mean over trained tokens"),
@@ -74,7 +74,7 @@ DEFINITIONS = {
     "ratio_min": ("the same", "1", "minimum over trained tokens"),
     "kl": (
         "KL(old policy || policy); of sequences' ratios where those are used",
-        "nats a token", "k3, mean over trained tokens"),
+        "nats a token", "k3, mean over trained tokens; after a stop, of the last mini-batch"),
     "kl_ref": (
         "KL(policy || reference)",
         "nats a token", "in the loss k3 or exact, in the reward as --kl; mean over tokens"),

@@ -7,10 +7,12 @@ import ast
 import math
 import os
 import re
+from dataclasses import dataclass
 
 import torch
 
 from data.chat import TAGS, is_right, parse, verdict
+from model.runs.config import check_fields, choice, number
 from rl.worker import Worker
 
 COSINE_WORDS = 64               # words of a completion at which the length reward has gone all its way; for you to edit
@@ -95,12 +97,188 @@ def consistency(sample, text):
     return float(bool(answer) and thought[-len(answer):] == answer)
 
 
-REWARDS = {"correctness": correctness, "format": format, "iou": iou, "length": length, "repetition": repetition,
-           "consistency": consistency}
+# A reward of your own: a function above, whose docstring's first line is what reports say of it, and
+# its name here. Or, without touching this file, --rewards=FILE.py:NAME:WEIGHT.
+REWARDS = {
+    "correctness": correctness,
+    "format": format,
+    "iou": iou,
+    "length": length,
+    "repetition": repetition,
+    "consistency": consistency,
+}
 
 
-def _of_file(spec, path, name, timeout, errors):
-    """Puts a user's reward into the table after a look at the file, which only the worker runs; -> its name."""
+@dataclass(frozen=True)
+class RewardOptions:
+    """what completions earn"""
+    rewards: str = "correctness:1,format:0.1"       # weighted: rl/rewards.py's, or FILE.py:NAME:WEIGHT
+    gated: bool = True                              # a right answer counts only in a well-formed completion
+    reward_timeout: float = number(5.0, "(0, 86400]")  # seconds that a reward of one's own may take for a completion
+    reward_errors: str = choice("zero", "stop")     # one that raises or hangs counts zero | stops the run
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def overlong(length, budget, share):
+    """Soft penalty on long completions (DAPO, arXiv 2503.14476, eq. 13): 0 up to the last `share` of the budget, from
+    there falling to -1 at its end. length: int tensor of any shape."""
+    buffer = share * budget
+    return -((length - (budget - buffer)) / buffer).clamp(0, 1)
+
+
+class Rewards:
+    """The weighted rewards of a run, made once from its options.
+
+    weights: name -> weight, in the order of the options, "overlong" last where `overlong_share` of the `budget` of
+    tokens is on. `functions`: rewards of the caller's, name -> f(sample, text), beside those of REWARDS. Functions of a
+    user's file run in a process of their own (rl/worker.py); `close` ends it, and so does a `with`.
+
+    Raises ValueError in one sentence about what is wrong with the options.
+    """
+
+    def __init__(self, options, overlong_share=0.0, budget=0, functions=()):
+        self.options = options
+        self.overlong_share = overlong_share
+        self.budget = budget
+        self.functions = REWARDS | dict(functions)
+        self.workers = {}
+        self.weights = {}
+        for entry in options.rewards.split(","):
+            self._add(entry.strip())
+        if overlong_share:
+            self.weights["overlong"] = 1.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _add(self, entry):
+        """Takes in one entry of --rewards: NAME, NAME:WEIGHT, FILE.py:NAME or FILE.py:NAME:WEIGHT."""
+        options = self.options
+        head, _, last = entry.rpartition(":")
+        path, _, name = head.rpartition(":")
+        if path.endswith(".py"):
+            weight = last
+        elif head.endswith(".py"):
+            path, name, weight = head, last, ""
+        else:
+            path = ""
+            name, _, weight = entry.partition(":")
+        if name in self.weights:
+            raise ValueError(f"--rewards={options.rewards}: {name} is given twice")
+        if path:
+            check_file(options.rewards, path, name)
+            if name in self.functions:
+                raise ValueError(f"--rewards={options.rewards}: {name!r} is the name of a built-in reward; give yours "
+                                 "another")
+            self.workers[name] = Worker(path, name, options.reward_timeout, options.reward_errors)
+            self.functions[name] = self.workers[name]
+        if name not in self.functions:
+            raise ValueError(f"--rewards={options.rewards}: {name!r} must be one of {', '.join(REWARDS)}, or "
+                             "FILE.py:NAME")
+        self.weights[name] = weight_of(options.rewards, name, weight)
+
+    @property
+    def names(self):
+        """Of the weighted rewards that read the text of a completion: all but "overlong"."""
+        return tuple(name for name in self.weights if name != "overlong")
+
+    def start(self):
+        """Starts the processes of rewards of one's own. Raises ValueError when a file cannot be loaded."""
+        for worker in self.workers.values():
+            worker.start()
+
+    def close(self):
+        for worker in self.workers.values():
+            worker.close()
+
+    @property
+    def failures(self):
+        """How often rewards of one's own raised or hung so far."""
+        return sum(worker.failed for worker in self.workers.values())
+
+    def parts(self, sample, text):
+        """{name: what the reward gives for a completion}, before gate and weight."""
+        return {name: self.functions[name](sample, text) for name in self.names}
+
+    def score(self, samples, texts, lengths):
+        """P samples, P lists of G texts, lengths (P, G) in tokens -> (parts {name: (P, G)}, rewards (P, G, R)), fp32.
+
+        parts: of every weighted reward, and of correctness and format in any case. rewards: of the weighted ones, in
+        their order; with the gate, an answer in a malformed completion earns nothing for being right.
+        """
+        parts = {}
+        for name in dict.fromkeys([*self.names, "correctness", "format"]):
+            function = self.functions[name]
+            values = []
+            for sample, group in zip(samples, texts):
+                values.append([function(sample, text) for text in group])
+            parts[name] = torch.tensor(values)
+        if self.overlong_share:
+            parts["overlong"] = overlong(lengths, self.budget, self.overlong_share)
+        rewards = []
+        for name in self.weights:
+            gated = self.options.gated and name in GATED
+            rewards.append(parts[name] * parts["format"] if gated else parts[name])
+        return parts, torch.stack(rewards, -1)
+
+    def total(self, rewards):
+        """rewards (.., R) in the order of the weights -> their weighted sum (..)."""
+        return (rewards * rewards.new_tensor(list(self.weights.values()))).sum(-1)
+
+    def why(self, sample, text):
+        """One line for people: what a completion earned by its text, and what the rewards saw in it."""
+        parsed = parse(text)
+        right, reason = verdict(sample, parsed.answer)
+        parts = self.parts(sample, text)
+        earned = 0.0
+        for name, value in parts.items():
+            gate = format(sample, text) if self.options.gated and name in GATED else 1.0
+            earned += self.weights[name] * value * gate
+        answer = repr(parsed.answer) if parsed.answer else "no answer"
+        judged = "right" if right else "wrong"
+        if reason not in ("the gold answer", "no answer"):
+            judged += f", {reason}"
+        return f"reward {earned:g}; {answer}: {judged}; {parsed.fault or 'well-formed'}"
+
+    def reason(self, name, sample, text):
+        """What one reward saw in a completion, in a few words."""
+        parsed = parse(text)
+        if name in ("correctness", "length"):
+            reason = verdict(sample, parsed.answer)[1]
+            return f"{parsed.answer!r}: {reason}" if name == "correctness" else reason
+        if name == "format":
+            return parsed.fault or "well-formed"
+        if name == "iou":
+            return f"{parsed.answer!r} against {list(sample.boxes)}"
+        if name == "overlong":
+            return "tokens near the budget"
+        if name in self.workers:
+            return ""
+        return (self.functions[name].__doc__ or "").strip().split("\n")[0]
+
+
+def weight_of(spec, name, text):
+    """Text of a weight, empty for 1 -> number."""
+    try:
+        weight = float(text or 1)
+    except ValueError:
+        raise ValueError(f"--rewards={spec}: the weight {text!r} of {name} must be a number") from None
+    if not abs(weight) <= HEAVIEST:
+        raise ValueError(f"--rewards={spec}: the weight of {name} must lie in [-{HEAVIEST}, {HEAVIEST}]")
+    return weight
+
+
+def check_file(spec, path, name):
+    """Raises ValueError when a user's file cannot hold the reward `name`. The file is read, not run: only the worker
+    does that."""
+    if name == "overlong":
+        raise ValueError(f"--rewards={spec}: 'overlong' is the soft penalty on length (--overlong-share); give yours "
+                         "another name")
     if not os.path.isfile(path):
         raise ValueError(f"--rewards={spec}: the file {path!r} does not exist")
     with open(path, encoding="utf-8") as file:
@@ -109,101 +287,24 @@ def _of_file(spec, path, name, timeout, errors):
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"--rewards={spec}: {path!r} is not Python: {error}") from None
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    bound = {alias.asname or alias.name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
-             for alias in node.names} | {target.id for node in tree.body if isinstance(node, ast.Assign)
-                                         for target in node.targets if isinstance(target, ast.Name)}
-    if not defined and name not in bound:
+    if not defined and name not in bound_names(tree):
         raise ValueError(f"--rewards={spec}: {path!r} defines no {name}(sample, text)")
-    arguments = defined[-1].args if defined else None
-    if arguments and not arguments.vararg and not len(arguments.args) - len(arguments.defaults) <= 2 <= len(
-            arguments.args):
+    if defined and not takes_two(defined[-1].args):
         raise ValueError(f"--rewards={spec}: {name} of {path!r} must take two arguments, sample and text")
-    if name == "overlong":
-        raise ValueError(f"--rewards={spec}: 'overlong' is the soft penalty on length (--overlong-share); give yours "
-                         "another name")
-    if name in REWARDS:
-        if not isinstance(REWARDS[name], Worker):
-            raise ValueError(f"--rewards={spec}: {name!r} is the name of a built-in reward; give yours another")
-        if REWARDS[name].is_for(path, timeout, errors):
-            return name                 # every stage asks for it anew; one process serves them all
-        REWARDS[name].close()
-    REWARDS[name] = Worker(path, name, timeout, errors)
-    return name
 
 
-def parse_weights(spec, timeout=5.0, errors="zero"):
-    """ "correctness:1,format:0.1,mine.py:brevity:0.2" -> {"correctness": 1.0, "format": 0.1, "brevity": 0.2}.
-
-    Raises ValueError naming what is wrong. A function of a file of one's own is called in a worker, at most `timeout`
-    seconds a completion; one that raises or hangs counts 0, or stops the run (errors "stop").
-    """
-    weights = {}
-    for entry in spec.split(","):
-        head, _, weight = entry.strip().rpartition(":")
-        path, _, name = head.rpartition(":")
-        if path.endswith(".py"):                        # FILE.py:NAME:WEIGHT
-            name = _of_file(spec, path, name, timeout, errors)
-        elif head.endswith(".py"):                      # FILE.py:NAME
-            name, weight = _of_file(spec, head, weight, timeout, errors), "1"
-        else:
-            name, _, weight = entry.strip().partition(":")
-        if name not in REWARDS:
-            raise ValueError(f"--rewards={spec}: {name!r} must be one of {', '.join(REWARDS)}, or FILE.py:NAME")
-        if name in weights:
-            raise ValueError(f"--rewards={spec}: {name} is given twice")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"--rewards={spec}: the weight {weight!r} of {name} must be a number") from None
-        if not abs(weights[name]) <= HEAVIEST:
-            raise ValueError(f"--rewards={spec}: the weight of {name} must lie in [-{HEAVIEST}, {HEAVIEST}]")
-    return weights
+def bound_names(tree):
+    """Names that a parsed file imports or assigns at its top level."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
 
 
-def weights_of(cfg):
-    """All rewards of a run and their weights: --rewards, and the soft penalty on length (rl/rollout.py) if it is on."""
-    weights = parse_weights(cfg.rewards, cfg.reward_timeout, cfg.reward_errors)
-    return weights | ({"overlong": 1.0} if cfg.overlong_share else {})
-
-
-def start(cfg):
-    """Starts the workers of rewards of one's own, so that what cannot be loaded is said first; -> the weights."""
-    weights = weights_of(cfg)
-    for name in weights:
-        if isinstance(REWARDS.get(name), Worker):
-            REWARDS[name].start()
-    return weights
-
-
-def failures():
-    """How often rewards of one's own raised or hung so far."""
-    return sum(reward.failed for reward in REWARDS.values() if isinstance(reward, Worker))
-
-
-def score(samples, texts, weights, gated):
-    """P samples, P lists of G texts -> (parts {name: (P, G)}, rewards (P, G, R)), fp32.
-
-    parts: of every reward in `weights`, and of correctness and format in any case. rewards: of those in `weights`, in
-    their order; gated: an answer in a malformed completion earns nothing for being right.
-    """
-    names = [name for name in weights if name in REWARDS]
-    parts = {name: torch.tensor([[REWARDS[name](sample, text) for text in group]
-                                 for sample, group in zip(samples, texts)])
-             for name in dict.fromkeys([*names, "correctness", "format"])}
-    return parts, torch.stack([parts[name] * parts["format"] if gated and name in GATED else parts[name]
-                               for name in names], -1)
-
-
-def total(rewards, weights):
-    """rewards (P, G, R), weights {name: weight} in the same order -> the weighted sum (P, G)."""
-    return (rewards * rewards.new_tensor(list(weights.values()))).sum(-1)
-
-
-def why(sample, text, weights, gated):
-    """One line for people: what a completion earned, and what the rewards saw in it."""
-    parsed = parse(text)
-    right, reason = verdict(sample, parsed.answer)
-    answer = repr(parsed.answer) if parsed.answer else "no answer"
-    judged = ("right" if right else "wrong") + ("" if reason in ("the gold answer", "no answer") else f", {reason}")
-    earned = total(score([sample], [[text]], weights, gated)[1], weights).item()
-    return f"reward {earned:g}; {answer}: {judged}; {parsed.fault or 'well-formed'}"
+def takes_two(arguments):
+    """Whether a parsed function can be called with two arguments."""
+    least = len(arguments.args) - len(arguments.defaults)
+    return bool(arguments.vararg) or least <= 2 <= len(arguments.args)

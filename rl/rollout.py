@@ -1,35 +1,82 @@
-"""Sampled completions become a rollout: read, reward."""
-import torch
+"""Rollouts: completions of prompts, read and rewarded. The sampler is handed in.
 
-from rl.rewards import score, total
+    batch, rollout = roll_out(Sampler(vlm, meter), tokenizer, samples, "think", cfg, rewards, generator, clock)
+"""
+from dataclasses import dataclass
+
+from data.chat import encode
+from data.sample import collate
+from model.runs.config import check_fields, need, number
 from rl.types import Rollout
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """how completions are sampled"""
+    group: int = number(8, "[1, 10000]")            # completions of each prompt
+    temperature: float = number(1.0, "[0.01, 100]")  # of sampling and of the log-probs; colder is greedy
+    top_k: int = number(0, "[0, 1000000]")          # only so many most probable tokens are sampled; 0: all
+    top_p: float = number(1.0, "(0, 1]")            # only the most probable tokens of this mass are sampled
+    max_new: int = number(32, "[1, 131072]")        # token budget, the same in training and evaluation
+    min_new: int = number(0, "[0, 131072]")         # no EOS before this many tokens
+
+    def __post_init__(self):
+        check_fields(self)
+        need(self.min_new <= self.max_new, "min_new", self.min_new, f"not exceed --max-new={self.max_new}")
+
+
+def prompts(vlm, tokenizer, samples, method, template):
+    """Samples -> Batch of prompts, on the model's device."""
+    rows = [encode(sample, tokenizer, vlm.config.image_tokens, method, template) for sample in samples]
+    return collate(rows, tokenizer.pad_id, **vlm.config.pixels).to(vlm.llm.head.device)
 
 
 def read(completions, tokenizer):
     """Completions with ids, mask (P, G, C) -> P lists of G texts."""
-    return [[tokenizer.decode(row[keep].tolist()) for row, keep in zip(ids, mask)]
-            for ids, mask in zip(completions.ids.cpu(), completions.mask.cpu())]
+    texts = []
+    for ids, mask in zip(completions.ids.cpu(), completions.mask.cpu()):
+        texts.append([tokenizer.decode(row[kept].tolist()) for row, kept in zip(ids, mask)])
+    return texts
 
 
-def overlong(length, budget, share):
-    """Soft penalty on long completions (DAPO, arXiv 2503.14476, eq. 13): 0 up to the last `share` of the budget, from
-    there falling to -1 at its end. length: int tensor of any shape."""
-    buffer = share * budget
-    return -((length - (budget - buffer)) / buffer).clamp(0, 1)
+def roll_out(sampler, tokenizer, samples, method, cfg, rewards, generator, clock):
+    """Samples cfg.sampling.group completions of each sample and rewards them -> (Batch, Rollout).
 
-
-def collect(completions, samples, tokenizer, weights, gated, budget=0, share=0.0):
-    """Sampled completions of P samples -> Rollout with texts and rewards, on the completions' device.
-
-    weights: name -> weight; where "overlong" is among them, the last, the soft penalty on length is one more reward.
+    The batch keeps its encoded pictures, so that the update need not encode them again, unless the image tower trains.
+    clock: a metrics.Clock, which gets the laps encode, prefill, decode, score.
     """
-    texts = read(completions, tokenizer)
+    vlm = sampler.vlm
+    sampling = cfg.sampling
+    batch = prompts(vlm, tokenizer, samples, method, cfg.data.template)
+    vlm.encode(batch)
+    if len(batch.features):
+        sampler.meter.encode(vlm, len(batch.pixels))
+    clock.lap("encode")
+    sampler.prefill(batch, sampling.group, sampling.max_new)
+    clock.lap("prefill")
+    completions = sampler.decode(
+        sampling.max_new, tokenizer.eos_id, temperature=sampling.temperature, top_k=sampling.top_k,
+        top_p=sampling.top_p, banned=tokenizer.banned(vlm.config.llm.vocab), generator=generator,
+        min_new=sampling.min_new, pad_id=tokenizer.pad_id)
+    clock.lap("decode")
+    rollout = read_and_reward(completions, samples, tokenizer, rewards)
+    clock.lap("score")
+    return batch, rollout
+
+
+def read_and_reward(completions, samples, tokenizer, rewards):
+    """Sampled completions of P samples -> Rollout with texts and rewards, on the completions' device."""
     device = completions.ids.device
-    parts, rewards = score(samples, texts, weights, gated)
-    if "overlong" in weights:
-        parts["overlong"] = overlong(completions.mask.sum(-1).cpu(), budget, share)
-        rewards = torch.cat([rewards, parts["overlong"][..., None]], -1)
-    ended = ((completions.ids == tokenizer.eos_id) & completions.mask).any(-1)
-    return Rollout(completions.ids, completions.mask, completions.logp, ended, texts,
-                   {name: part.to(device) for name, part in parts.items()}, rewards.to(device),
-                   total(rewards, weights).to(device))
+    texts = read(completions, tokenizer)
+    lengths = completions.mask.sum(-1).cpu()
+    parts, per_reward = rewards.score(samples, texts, lengths)
+    return Rollout(
+        ids=completions.ids,
+        mask=completions.mask,
+        logp=completions.logp,
+        ended=((completions.ids == tokenizer.eos_id) & completions.mask).any(-1),
+        samples=list(samples),
+        texts=texts,
+        parts={name: part.to(device) for name, part in parts.items()},
+        rewards=per_reward.to(device),
+        reward=rewards.total(per_reward).to(device))

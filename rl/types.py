@@ -2,6 +2,7 @@
 
 Absent means empty: a run without a reference policy has `ref_logp` of zero elements, never None.
 """
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
@@ -30,12 +31,14 @@ def stack(tensors):
     """Tensors (P_i, G, C_i, ..) or (P_i, ..) -> one, (sum P_i, ..), C filled up with zeros to the longest."""
     if tensors[0].ndim < 3:
         return torch.cat(tensors)
+    rows = sum(len(t) for t in tensors)
     longest = max(t.shape[2] for t in tensors)
-    out = tensors[0].new_zeros(sum(len(t) for t in tensors), tensors[0].shape[1], longest, *tensors[0].shape[3:])
+    out = tensors[0].new_zeros(rows, tensors[0].shape[1], longest, *tensors[0].shape[3:])
     row = 0
     for t in tensors:
-        out[row:row + len(t), :, :t.shape[2]] = t
-        row += len(t)
+        P, _, C = t.shape[:3]
+        out[row:row + P, :, :C] = t
+        row += P
     return out
 
 
@@ -44,8 +47,9 @@ class Rollout:
     """What a policy did with a batch of prompts, and what it earned.
 
     ids, mask, logp (P, G, C): tokens, True up to and including EOS, log-prob at sampling time; ended (P, G): whether
-    EOS came within the budget; texts: P lists of G; parts: name -> (P, G), each reward as its function gave it; rewards
-    (P, G, R): the same after the gate, in the order of the weights; reward (P, G): their weighted sum.
+    EOS came within the budget; samples: the P asked about; texts: P lists of G; parts: name -> (P, G), each reward as
+    its function gave it; rewards (P, G, R): the same after the gate, in the order of the weights; reward (P, G): their
+    weighted sum.
 
     Two prompts, a group of two, correctness weighted 1 and format .1. The first completion is right and well-formed,
     the second nothing, the third right but malformed, the fourth well-formed but wrong; with the gate:
@@ -58,6 +62,7 @@ class Rollout:
     mask: torch.Tensor
     logp: torch.Tensor
     ended: torch.Tensor
+    samples: list = field(default_factory=list)
     texts: list = field(default_factory=list)
     parts: dict = field(default_factory=dict)
     rewards: torch.Tensor = empty()
@@ -68,10 +73,13 @@ class Rollout:
         """Rollouts one after the other, as one."""
         if len(rollouts) == 1:
             return rollouts[0]
-        tensors = {f.name: stack([getattr(r, f.name) for r in rollouts]) for f in fields(Rollout)
-                   if f.name not in ("texts", "parts")}
-        return Rollout(**tensors, texts=[group for r in rollouts for group in r.texts],
-                       parts={name: stack([r.parts[name] for r in rollouts]) for name in rollouts[0].parts})
+        tensors = {}
+        for name in ("ids", "mask", "logp", "ended", "rewards", "reward"):
+            tensors[name] = stack([getattr(rollout, name) for rollout in rollouts])
+        samples = [sample for rollout in rollouts for sample in rollout.samples]
+        texts = [group for rollout in rollouts for group in rollout.texts]
+        parts = {name: stack([rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts}
+        return Rollout(**tensors, samples=samples, texts=texts, parts=parts)
 
 
 @dataclass
@@ -115,29 +123,39 @@ class Experience:
         return Experience(batch=self.batch.rows(index), **tensors)
 
     @staticmethod
-    def join(parts):
+    def join(experiences):
         """Experiences of several rollouts as one."""
-        if len(parts) == 1:
-            return parts[0]
-        tensors = {name: stack([getattr(part, name) for part in parts]) for name in parts[0]._tensors()}
-        return Experience(batch=Batch.join([part.batch for part in parts]), **tensors)
+        if len(experiences) == 1:
+            return experiences[0]
+        batch = Batch.join([experience.batch for experience in experiences])
+        tensors = {}
+        for name in experiences[0]._tensors():
+            tensors[name] = stack([getattr(experience, name) for experience in experiences])
+        return Experience(batch=batch, **tensors)
 
     def first(self, count):
         """Its first `count` prompts, or all."""
-        return self if len(self.ids) <= count else self.rows(torch.arange(count, device=self.ids.device))
+        if len(self.ids) <= count:
+            return self
+        return self.rows(torch.arange(count, device=self.ids.device))
 
-    def split(self, minis, micro):
-        """Of each of at most `minis` optimizer steps: the indices of its prompts, and those of the active ones in parts
-        of at most `micro` (0: all)."""
-        P, device = len(self.ids), self.ids.device
-        split = []
-        for rows in torch.arange(P, device=device).split(max(1, -(-P // minis))):
+    def split(self, mini_batches, micro_batch):
+        """[(rows, micro-batches)] of each of at most `mini_batches` optimizer steps: the indices of its prompts, and
+        those of the active ones, at most `micro_batch` (0: all) at a time."""
+        P = len(self.ids)
+        prompts_a_step = max(1, math.ceil(P / mini_batches))
+        steps = []
+        for rows in torch.arange(P, device=self.ids.device).split(prompts_a_step):
             active = rows[self.active[rows]]
-            split.append((rows, active.split(micro or len(active)) if len(active) else ()))
-        return split
+            micros = active.split(micro_batch or len(active)) if len(active) else ()
+            steps.append((rows, micros))
+        return steps
 
     def trim(self):
         """Completions cut to the longest of them: padding costs as much as tokens do."""
-        longest, C = int(self.mask.sum(-1).max()), self.mask.shape[-1]
-        return replace(self, **{name: value[:, :, :value.shape[2] - (C - longest)]
-                                for name, value in self._tensors().items() if value.ndim == 3 and name != "rewards"})
+        surplus = self.mask.shape[-1] - int(self.mask.sum(-1).max())
+        trimmed = {}
+        for name, value in self._tensors().items():
+            if value.ndim == 3 and name != "rewards":
+                trimmed[name] = value[:, :, :value.shape[2] - surplus]
+        return replace(self, **trimmed)

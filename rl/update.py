@@ -1,9 +1,15 @@
-"""The update of one rollout: score what the switches ask for, turn rewards into advantages, step.
+"""The update of one rollout: score what the algorithm reads, turn rewards into advantages, step.
 
-`cfg` has train.py's fields of the same names; `spend(name, ..)` counts the FLOPs of that name in model/flops.py.
+    experience = select_groups(batch, rollout, cfg)                             # groups that can move the policy
+    experience = score(learner, experience, cfg, meter)                         # old_logp, ref_logp, kl, values, ..
+    experience, metrics = estimate_advantages(learner, experience, rewards, cfg)
+    metrics, tokens = update(learner, experience, cfg, take_step, meter, guard)
+
+`cfg` is train.py's; `meter` (model/flops.py) counts the FLOPs beside each forward. Shapes: P prompts, G completions of
+each, C completion tokens.
 """
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,83 +19,136 @@ from rl.advantages import advantages, sampled_kl
 from rl.types import Experience
 
 
-def informative(batch, rollout, cfg, everyone=False):
-    """The Experience of the groups that can move the policy, or of `everyone`.
+def select_groups(batch, rollout, cfg, keep_all=False):
+    """The Experience of a rollout, its `active` groups marked: those that get forward passes in the update.
 
-    A group whose rewards are all equal cannot, unless its tokens' KL or entropy count, or its rewards are compared with
-    more than each other; nor can one none of whose tokens train. With --flat=count they stay, to be counted in the
-    denominators and in the deviation of the batch, but no forward is spent on them.
+    A group is active when some of its tokens train and something can teach them:
+
+        its rewards differ                          always
+        they are equal (a flat group)               with --baseline=batch or critic, or --combine=each, which compare
+                                                    rewards across groups; with a KL penalty or an entropy bonus, but
+                                                    not under --refill, which replaces flat groups
+
+    The others are dropped under --flat=drop, so that P shrinks. Under --flat=count they stay and count in denominators
+    and in the deviation of the batch, without a forward pass. keep_all: every group is active.
     """
-    trained = rollout.mask & rollout.ended[..., None] if cfg.drop_truncated else rollout.mask
-    active = trained.flatten(1).any(1)
-    alone = cfg.baseline in ("mean", "leave_one_out") and cfg.combine == "sum"
-    if alone and (cfg.refill or not cfg.kl_coef and not cfg.entropy_coef):
-        active &= ~is_flat(rollout.reward)
-    whole = Experience(batch, rollout.ids, rollout.mask, trained, rollout.ended, rollout.rewards, rollout.logp,
-                       active | everyone)
-    return whole if cfg.flat == "count" or everyone else whole.rows(active.nonzero()[:, 0])
+    switches = cfg.algorithm
+    trained = rollout.mask
+    if switches.drop_truncated:
+        trained = trained & rollout.ended[..., None]
+    active = trained.flatten(1).any(1)                                              # (P,)
+    across_groups = switches.compares_groups or switches.combine == "each"
+    has_penalty = bool(switches.kl_coef or switches.entropy_coef)
+    flat_groups_teach = across_groups or (has_penalty and not switches.refill)
+    if not flat_groups_teach:
+        active = active & ~is_flat(rollout.reward)
+    if keep_all:
+        active = torch.ones_like(active)
+    experience = Experience(
+        batch=batch, ids=rollout.ids, mask=rollout.mask, trained=trained, ended=rollout.ended, rewards=rollout.rewards,
+        sampled_logp=rollout.logp, active=active)
+    if switches.flat == "count" or keep_all:
+        return experience
+    return experience.rows(active.nonzero()[:, 0])
 
+
+# ---------------------------------------------------------------- scoring before the update
 
 @torch.no_grad()
-def scored(learner, experience, cfg, spend):
-    """With old_logp, ref_logp, entropy, kl, values, as far as they are needed.
+def score(learner, experience, cfg, meter):
+    """The experience with old_logp, ref_logp, entropy, kl and values, as far as the algorithm reads them.
 
-    In the update's own micro-batches, so that the first ratio is exactly 1. With one update a rollout and no other need
-    there is no pass: the policy's own log-prob, detached, is the old one.
+        policy      with several updates a rollout, KL in the reward, a critic, --top-entropy or --correct
+        reference   with a KL penalty; exact KL in the loss waits for the update
+        critic      where there is one
+
+    So `grpo_token` with one update a rollout needs no pass at all: its old log-probs are the update's own, detached. In
+    the update's own micro-batches, so that the first ratio is exactly 1.
     """
-    e, shape = experience, experience.mask.shape
-    in_reward = learner.reference is not None and cfg.kl_in == "reward"
-    needs_policy = (cfg.epochs * cfg.mini_batches > 1 or learner.critic is not None or in_reward
-                    or cfg.top_entropy < 1 or cfg.correct != "none")
-    needs_reference = learner.reference is not None and (in_reward or cfg.kl != "exact")
-    logp = e.sampled_logp.new_zeros(shape)
-    if needs_policy:
-        e = replace(e, old_logp=logp, entropy=torch.zeros_like(logp))
-    if needs_reference:
-        e = replace(e, ref_logp=torch.zeros_like(logp))
-    if in_reward:
-        e = replace(e, kl=torch.zeros_like(logp))
-    if learner.critic is not None:
-        e = replace(e, values=logp.new_zeros(*shape[:2], shape[2] + 1))
+    switches = cfg.algorithm
+    has_reference = learner.reference is not None
+    kl_in_reward = has_reference and switches.kl_in == "reward"
+    several_updates = cfg.rl.epochs * cfg.rl.mini_batches > 1
+    needs_policy = (several_updates or kl_in_reward or learner.critic is not None or switches.top_entropy < 1
+                    or switches.correct != "none")
+    needs_reference = has_reference and (kl_in_reward or switches.kl != "exact")
     if not (needs_policy or needs_reference):
-        return e
-    for index in (index for _, indices in e.split(cfg.mini_batches, cfg.micro_batch) for index in indices):
-        part = e.rows(index).trim()
-        C = part.mask.shape[-1]
-        if needs_policy:
-            out = learner.policy(part.batch, part.ids, cfg.temperature)
-            spend("forward", part.batch, part.ids.shape)
-            e.old_logp[index, :, :C], e.entropy[index, :, :C] = out.logp, out.entropy
-        if needs_reference and cfg.kl == "exact":
-            e.kl[index, :, :C] = exact_kl(learner, part, out, cfg, spend)
-        elif needs_reference:
-            theirs = learner.reference(part.batch, part.ids, cfg.temperature).logp
-            spend("reference", part.batch, part.ids.shape)
-            e.ref_logp[index, :, :C] = theirs
-            if in_reward:
-                e.kl[index, :, :C] = sampled_kl(out.logp, theirs, cfg.kl)
-        if learner.critic is not None:
-            e.values[index, :, :C + 1] = learner.critic(part.batch, part.ids, out.hidden)
-            if cfg.critic == "separate":
-                spend("forward", part.batch, part.ids.shape, False)
-    return e
+        return experience
+
+    # Zeros where nothing is written below: in groups that are not active, and behind a micro-batch's longest row.
+    P, G, C = experience.mask.shape
+    filled = {}
+    if needs_policy:
+        filled["old_logp"] = experience.sampled_logp.new_zeros(P, G, C)
+        filled["entropy"] = experience.sampled_logp.new_zeros(P, G, C)
+    if needs_reference:
+        filled["ref_logp"] = experience.sampled_logp.new_zeros(P, G, C)
+    if kl_in_reward:
+        filled["kl"] = experience.sampled_logp.new_zeros(P, G, C)
+    if learner.critic is not None:
+        filled["values"] = experience.sampled_logp.new_zeros(P, G, C + 1)
+    experience = replace(experience, **filled)
+
+    for _, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch):
+        for index in indices:
+            score_micro_batch(learner, experience, index, filled, cfg, meter)
+    return experience
 
 
-def exact_kl(learner, part, out, cfg, spend):
+def score_micro_batch(learner, experience, index, filled, cfg, meter):
+    """Writes the scores of the prompts `index` into the tensors `filled` of the experience, by name."""
+    switches = cfg.algorithm
+    temperature = cfg.sampling.temperature
+    micro = experience.rows(index).trim()
+    shape = micro.ids.shape
+    length = shape[2]
+    if "old_logp" in filled:
+        out = learner.policy(micro.batch, micro.ids, temperature)
+        meter.forward(learner.policy, micro.batch, shape)
+        experience.old_logp[index, :, :length] = out.logp
+        experience.entropy[index, :, :length] = out.entropy
+    if "ref_logp" in filled and switches.kl == "exact":         # in the reward: the policy was scored, too
+        experience.kl[index, :, :length] = exact_kl(learner, micro, out, temperature, meter)
+    elif "ref_logp" in filled:
+        ref_logp = learner.reference(micro.batch, micro.ids, temperature).logp
+        meter.reference(learner.policy, micro.batch, shape)
+        experience.ref_logp[index, :, :length] = ref_logp
+        if "kl" in filled:
+            experience.kl[index, :, :length] = sampled_kl(out.logp, ref_logp, switches.kl)
+    if "values" in filled:
+        experience.values[index, :, :length + 1] = learner.critic(micro.batch, micro.ids, out.hidden)
+        if learner.critic.trunk is not None:
+            meter.forward(learner.critic.trunk, micro.batch, shape, with_head=False)
+
+
+def exact_kl(learner, micro, out, temperature, meter):
     """KL(policy || reference) (P, G, C) over the whole vocabulary; differentiable in the policy."""
+    shape = micro.ids.shape
     with torch.no_grad():
-        theirs = learner.reference.states(part.batch, part.ids)
-    spend("reference", part.batch, part.ids.shape, False)
-    spend("exact_kl", part.ids.shape, out.logp.requires_grad)
-    return learner.policy.kl(out.hidden, theirs, learner.reference, cfg.temperature)
+        ref_hidden = learner.reference.states(micro.batch, micro.ids)
+    meter.reference(learner.policy, micro.batch, shape, with_head=False)
+    meter.exact_kl(learner.policy, shape, backward=out.logp.requires_grad)
+    return learner.policy.kl(out.hidden, ref_hidden, learner.reference, temperature)
 
 
-def estimated(learner, experience, weights, cfg):
-    """With advantage and returns; -> (experience, metrics of them). weights: name of a reward -> weight."""
-    in_reward = cfg.kl_coef and cfg.kl_in == "reward"
-    weights = experience.rewards.new_tensor(list(weights.values()))
-    advantage, returns = advantages(experience, weights, cfg.baseline, cfg.std, cfg.combine,
-                                    learner.kl_coef.item() if in_reward else 0.0, cfg.gamma, cfg.lam, cfg.bootstrap)
+def drift(old_logp, experience):
+    """Largest |ratio - 1| between log-probs (P, G, C) of the policy as it was and those at sampling time."""
+    scored_tokens = experience.mask & experience.active[:, None, None]
+    ratio = (old_logp - experience.sampled_logp).exp()
+    return (ratio - 1).abs().masked_fill(~scored_tokens, 0.0).max()
+
+
+# ---------------------------------------------------------------- advantages
+
+def estimate_advantages(learner, experience, rewards, cfg):
+    """-> (the experience with advantage and returns, metrics of them). rewards: a Rewards."""
+    switches = cfg.algorithm
+    kl_in_reward = learner.reference is not None and switches.kl_in == "reward"
+    weights = experience.rewards.new_tensor(list(rewards.weights.values()))
+    advantage, returns = advantages(
+        experience, weights, baseline=switches.baseline, std=switches.std, combine=switches.combine,
+        kl_coef=learner.kl_coef.item() if kl_in_reward else 0.0, gamma=switches.gamma, lam=switches.lam,
+        bootstrap=switches.bootstrap)
     mask = experience.mask & experience.active[:, None, None]
     found = metrics.of_advantages(advantage, mask)
     if len(experience.kl):
@@ -99,112 +158,164 @@ def estimated(learner, experience, weights, cfg):
     return replace(experience, advantage=advantage, returns=returns), found
 
 
-def token_weights(experience, cfg):
-    """What multiplies each token's terms, those of KL and entropy too: normalisation, correction of drift, high
-    entropy; (P, G, C), (P, G, 1) or None."""
+# ---------------------------------------------------------------- the loss of a micro-batch
+
+def token_weights(experience, switches):
+    """What multiplies each token's terms (P, G, C), those of KL and entropy too: normalisation, correction of drift,
+    choice of tokens by entropy."""
     e = experience
-    weight = losses.weights(e.trained, cfg.norm, e.sampled_logp.dtype)
-    if cfg.correct != "none":
-        correction = losses.drift_weights(e.old_logp, e.sampled_logp, e.mask, cfg.correct, cfg.correct_cap,
-                                          cfg.correct_level)
-        weight = correction if weight is None else weight * correction
-    if cfg.top_entropy < 1:
-        chosen = losses.top_entropy(e.entropy, e.trained & e.active[:, None, None], cfg.top_entropy)
-        chosen = chosen.to(e.entropy.dtype)
-        weight = chosen if weight is None else weight * chosen
+    weight = losses.weights(e.trained, switches.norm, e.sampled_logp.dtype)
+    if switches.correct != "none":
+        weight = weight * losses.drift_weights(e.old_logp, e.sampled_logp, e.mask, switches.correct,
+                                               switches.correct_cap, switches.correct_level)
+    if switches.top_entropy < 1:
+        candidates = e.trained & e.active[:, None, None]
+        weight = weight * losses.top_entropy(e.entropy, candidates, switches.top_entropy).to(e.entropy.dtype)
     return weight
 
 
-def drift(old_logp, part):
-    """Largest |ratio - 1| between log-probs (P, G, C) of the policy as it was and those at sampling time."""
-    known = part.mask & part.active[:, None, None]              # the rest was not scored
-    return ((old_logp - part.sampled_logp).exp() - 1).abs().masked_fill(~known, 0.0).max()
+def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
+    """Forward of one micro-batch -> (loss, statistics as sums over its trained tokens).
 
+    micro: Experience of P prompts; token_weight (P, G, C); denominator (): that of the whole optimizer step; tokens ():
+    trained tokens of the whole step.
+    """
+    switches = cfg.algorithm
+    temperature = cfg.sampling.temperature
+    shape = micro.ids.shape
+    out = learner.policy(micro.batch, micro.ids, temperature)
+    meter.update(learner.policy, micro.batch, shape)
+    stats = {}
+    if len(micro.old_logp):
+        old_logp = micro.old_logp
+    else:               # no old log-probs were stored: this is the only update, by the policy that sampled
+        old_logp = out.logp.detach()
+        stats["drift_max"] = drift(old_logp, micro)
+    if switches.ratio == "sequence":
+        old_logp = losses.sequence_old_logp(out.logp, old_logp, micro.trained)
 
-def loss_of(learner, part, weight, denominator, tokens, cfg, spend):
-    """Forward of one micro-batch -> (loss, statistics as sums over its trained tokens)."""
-    out = learner.policy(part.batch, part.ids, cfg.temperature)
-    spend("update", part.batch, part.ids.shape)
-    old = part.old_logp if len(part.old_logp) else out.logp.detach()
-    stats_of_drift = {} if len(part.old_logp) else {"drift_max": drift(old, part)}
-    if cfg.ratio == "sequence":
-        old = losses.sequence_ratio(out.logp, old, part.trained)
-    in_loss = learner.reference is not None and cfg.kl_in == "loss"
-    kl_coef = learner.kl_coef.item() if in_loss else 0.0
-    sampled = in_loss and cfg.kl != "exact"
-    loss, stats = losses.LOSSES[cfg.loss](
-        out.logp, old, part.ref_logp if sampled else None, part.advantage, part.trained, denominator,
-        clip_low=cfg.clip_low, clip_high=cfg.clip_high, bound=cfg.bound or None, kl=cfg.kl if sampled else "k3",
-        kl_coef=kl_coef if sampled else 0.0, entropy=out.entropy if cfg.entropy_coef else None,
-        entropy_coef=cfg.entropy_coef, weight=weight)
-    if in_loss and not sampled:
-        kl = exact_kl(learner, part, out, cfg, spend).masked_fill(~part.trained, 0.0)
-        loss = loss + kl_coef * (kl if weight is None else kl * weight).sum() / denominator
-        stats["kl_ref"] = kl.detach().sum()
-    if cfg.loss == "sapo":
-        del stats["clip_low"], stats["clip_high"]               # it has none
-    ratio = (out.logp.detach() - old).masked_fill(~part.trained, 0.0).exp()
-    stats |= stats_of_drift | {"entropy": (out.entropy.detach() * part.trained).sum(), "loss": loss.detach() * tokens,
-                               "ratio_max": ratio.max(), "ratio_min": ratio.min()}
+    # The KL penalty: an estimate from ref_logp inside the policy loss, or exact and added here.
+    kl_in_loss = learner.reference is not None and switches.kl_in == "loss"
+    kl_coef = learner.kl_coef.item() if kl_in_loss else 0.0
+    penalty = {}
+    if kl_in_loss and switches.kl != "exact":
+        penalty = dict(kl=switches.kl, kl_coef=kl_coef)
+    loss, policy_stats = losses.LOSSES[switches.loss](
+        out.logp, old_logp, micro.ref_logp if penalty else None, micro.advantage, micro.trained, denominator,
+        clip_low=switches.clip_low, clip_high=switches.clip_high, bound=switches.bound or None,
+        entropy=out.entropy if switches.entropy_coef else None, entropy_coef=switches.entropy_coef,
+        weight=token_weight, **penalty)
+    if kl_in_loss and switches.kl == "exact":
+        kl = exact_kl(learner, micro, out, temperature, meter).masked_fill(~micro.trained, 0.0)
+        loss = loss + kl_coef * (kl * token_weight).sum() / denominator
+        policy_stats["kl_ref"] = kl.detach().sum()
+
+    ratio = (out.logp.detach() - old_logp).masked_fill(~micro.trained, 0.0).exp()
+    stats |= policy_stats
+    stats["entropy"] = (out.entropy.detach() * micro.trained).sum()
+    stats["loss"] = loss.detach() * tokens              # as a sum: what is logged is divided by tokens again
+    stats["ratio_max"] = ratio.max()
+    stats["ratio_min"] = ratio.min()
     if learner.critic is not None:
-        values = learner.critic(part.batch, part.ids, out.hidden)[..., :-1]
-        if cfg.critic == "separate":
-            spend("update", part.batch, part.ids.shape, False)
-        # In the critic's own units, so that the gradient that reaches a shared decoder does not grow with the reward.
-        units = (x / learner.critic.scale for x in (values, part.values[..., :-1], part.returns))
-        error, clipped = losses.value_loss(*units, part.trained, tokens, cfg.value_clip)
-        loss = loss + cfg.value_coef * error
-        stats |= clipped | {"value_loss": error.detach() * tokens}
+        value_loss, value_stats = critic_loss(learner.critic, micro, out.hidden, tokens, switches, meter)
+        loss = loss + switches.value_coef * value_loss
+        stats |= value_stats
     return loss, stats
 
 
-def update(learner, experience, cfg, take_step, spend, guard):
-    """epochs x mini_batches optimizer steps on the scored experience; -> metrics of the update.
+def critic_loss(critic, micro, hidden, tokens, switches, meter):
+    """-> (loss of the critic, statistics as sums over the trained tokens); hidden (P, G, C + 1, D) of the policy."""
+    values = critic(micro.batch, micro.ids, hidden)[..., :-1]
+    if critic.trunk is not None:
+        meter.update(critic.trunk, micro.batch, micro.ids.shape, with_head=False)
+    # In the critic's own units, so that the gradient that reaches a shared decoder does not grow with the reward.
+    loss, stats = losses.value_loss(
+        values / critic.scale, micro.values[..., :-1] / critic.scale, micro.returns / critic.scale, micro.trained,
+        tokens, switches.value_clip)
+    return loss, stats | {"value_loss": loss.detach() * tokens}
+
+
+# ---------------------------------------------------------------- the optimizer steps
+
+@dataclass
+class MiniBatch:
+    """What one optimizer step trains on: micro-batches, each with its token weights (P, G, C), the denominator () of
+    their loss, and their number of trained tokens ()."""
+    micros: list
+    denominator: torch.Tensor
+    tokens: torch.Tensor
+
+
+def make_mini_batches(experience, cfg):
+    """Experience -> list of MiniBatch; one without active groups has no micro-batches."""
+    token_weight = token_weights(experience, cfg.algorithm)
+    minis = []
+    for rows, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch):
+        micros = []
+        tokens = torch.zeros((), dtype=torch.long, device=rows.device)
+        for index in indices:
+            micro = experience.rows(index).trim()
+            micros.append((micro, token_weight[index, :, :micro.mask.shape[-1]]))
+            tokens = tokens + micro.trained.sum()
+        # Over all rows, those that are only counted too.
+        denominator = losses.denominator(experience.trained[rows], cfg.algorithm.norm, cfg.sampling.max_new)
+        minis.append(MiniBatch(micros, denominator, tokens))
+    return minis
+
+
+def update(learner, experience, cfg, take_step, meter, guard):
+    """epochs x mini_batches optimizer steps on the scored experience -> (metrics, completion tokens that passed).
 
     take_step() -> {name: gradient norm}, having stepped unless a norm is not finite; take_step(drop=True) only clears
     the gradient. What is not finite is shown to the guard and left out. The update ends early when the KL of a
-    mini-batch from the old policy exceeds cfg.kl_stop.
+    mini-batch from the old policy exceeds --kl-stop. Every epoch takes the same mini-batches in the same order, where
+    PPO's code and TRL shuffle.
     """
-    sums, total, norms, first, stopped, passed = {}, 0, [], {}, False, 0
-    if not all(torch.isfinite(x[experience.mask]).all() for x in (experience.advantage, experience.returns) if len(x)):
-        guard.bad(experience, math.nan, {})
-        return {"updates": 0, "stopped": 0.0}
+    for estimate in (experience.advantage, experience.returns):
+        if len(estimate) and not torch.isfinite(estimate[experience.mask]).all():
+            guard.bad(experience, math.nan, {})
+            return {"updates": 0, "stopped": 0.0}, 0
     if learner.critic is not None:
         learner.critic.see(experience.returns[experience.mask])
-    weight = token_weights(experience, cfg)
-    minis = []
-    for rows, indices in experience.split(cfg.mini_batches, cfg.micro_batch):
-        trained = experience.trained[rows]
-        parts = [(experience.rows(index).trim(), None if weight is None else weight[index]) for index in indices]
-        minis.append((losses.denominator(trained, cfg.norm, cfg.max_new), parts))
-    for denominator, parts in minis * cfg.epochs:
-        tokens, here = sum(part.trained.sum() for part, _ in parts), {}
-        if not parts:
+
+    sums = {}               # of the steps that were taken
+    all_tokens = 0
+    norms = []
+    first_stats = {}        # of the first mini-batch, before any step
+    stopped = False
+    passed = 0              # completion tokens that went through the update
+    for mini in make_mini_batches(experience, cfg) * cfg.rl.epochs:
+        if not mini.micros:
             continue
-        for part, some in parts:
-            some = some if some is None else some[..., :part.mask.shape[-1]]
-            loss, stats = loss_of(learner, part, some, denominator, tokens, cfg, spend)
+        stats = {}
+        for micro, token_weight in mini.micros:
+            loss, micro_stats = loss_of(learner, micro, token_weight, mini.denominator, mini.tokens, cfg, meter)
             loss.backward()
-            metrics.add(here, stats)
-            passed += int(part.mask.sum())
-        first = first or here
-        stopped = bool(cfg.kl_stop and (here["kl"] / tokens).item() > cfg.kl_stop)
-        if stopped:
+            metrics.add(stats, micro_stats)
+            passed += int(micro.mask.sum())
+        first_stats = first_stats or stats
+        if cfg.algorithm.kl_stop and (stats["kl"] / mini.tokens).item() > cfg.algorithm.kl_stop:
+            stopped = True
             take_step(drop=True)
             break
-        finite = math.isfinite(here["loss"].item())
+        finite = math.isfinite(stats["loss"].item())
         norm = take_step(drop=not finite)
         if not finite or not all(map(math.isfinite, norm.values())):
-            guard.bad(Experience.join([part for part, _ in parts]), here["loss"].item() / tokens.item(), norm)
+            whole = Experience.join([micro for micro, _ in mini.micros])
+            guard.bad(whole, stats["loss"].item() / mini.tokens.item(), norm)
             continue
         guard.good()
-        metrics.add(sums, here)
-        total = total + tokens
+        metrics.add(sums, stats)
+        all_tokens = all_tokens + mini.tokens
         norms.append(norm)
-    found = metrics.means(sums, total) if norms else {}
+
+    found = metrics.means(sums, all_tokens) if norms else {}
     if stopped:
-        found["kl"] = (here["kl"] / tokens).item()
-    found |= {name: sum(norm[name] for norm in norms) / len(norms) for name in (norms[0] if norms else ())}
-    before = drift(experience.old_logp, experience) if len(experience.old_logp) else first.get("drift_max")
-    return found | ({} if before is None else {"drift_max": before.item()}) | {
-        "updates": len(norms), "stopped": float(stopped), "passed": passed}
+        found["kl"] = (stats["kl"] / mini.tokens).item()
+    for name in norms[0] if norms else ():
+        found[name] = sum(norm[name] for norm in norms) / len(norms)
+    if len(experience.old_logp):
+        found["drift_max"] = drift(experience.old_logp, experience).item()
+    elif "drift_max" in first_stats:
+        found["drift_max"] = first_stats["drift_max"].item()
+    return found | {"updates": len(norms), "stopped": float(stopped)}, passed

@@ -66,12 +66,10 @@ class Worker:
         if not answer["error"]:
             return answer["value"]
         self.failed += 1
-        self._fail(answer["error"], f"{about}; it counts 0", lost="number" not in answer)
+        if self.errors == "zero":
+            about += "; it counts 0"
+        self._fail(answer["error"], about, lost="number" not in answer)
         return 0.0
-
-    def is_for(self, path, timeout, errors):
-        """Whether another of these arguments would do the same."""
-        return (self.path, self.timeout, self.errors) == (os.path.abspath(path), timeout, errors)
 
     def start(self):
         """Starts the process unless it runs. Raises ValueError if the file cannot be loaded."""

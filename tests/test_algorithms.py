@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from data.sample import Batch
-from model.runs.config import from_command_line
+from model.runs.config import change, from_command_line, options
 from model.vlm import Output
-from rl.algorithms import ALGORITHMS, STAGES, SWITCHES, labels, of_flags, of_stage
+from rl.algorithms import ALGORITHMS, STAGES, labels, of_flags, of_stage
 from rl.learner import Guard, make_learner
+from rl.rewards import RewardOptions, Rewards
 from rl.types import Experience, Rollout
-from rl.update import estimated, informative, update
+from rl.update import estimate_advantages, select_groups, update
 from tiny import difference
 from train import COMPARISONS, PRESETS, Config
 
@@ -90,22 +91,45 @@ def problem(seed=0, spread=0.4, flat=None):
 
 
 def config(name="", **switches):
-    return replace(Config(), **{**dict(max_new=BUDGET, epochs=1, mini_batches=1, micro_batch=0), **ALGORITHMS.get(
-        name, {}), **switches})
+    """The config of an algorithm, of the default one for a name that is none, with some options changed."""
+    of_algorithm = vars(ALGORITHMS[name]) if name in ALGORITHMS else {}
+    common = dict(max_new=BUDGET, rl_batch=6, epochs=1, mini_batches=1, micro_batch=0)
+    return change(Config(), **{**common, **of_algorithm, **switches})
 
 
-WEIGHTS = {"correctness": 1.0, "format": 0.5}
+REWARDS = Rewards(RewardOptions(rewards="correctness:1,format:0.5"))
+
+
+class Recorder:
+    """In the place of a Meter, which counts the FLOPs of a vision-language model: the names of what was counted."""
+
+    def __init__(self):
+        self.names = []
+
+    def forward(self, *args, **options):
+        self.names.append("forward")
+
+    def reference(self, *args, **options):
+        self.names.append("reference")
+
+    def update(self, *args, **options):
+        self.names.append("update")
+
+    def exact_kl(self, *args, **options):
+        self.names.append("exact_kl")
 
 
 def run_update(policy, experience, cfg):
-    """The gradients of policy and critic that the update hands to its one optimizer step, and the metrics."""
-    learner = make_learner(policy, D, cfg)
+    """-> (the gradients of policy and critic at each optimizer step, metrics, with the tokens that passed, the
+    experience with its advantages, the learner)."""
+    switches = cfg.algorithm
+    learner = make_learner(policy, D, switches)
     if learner.critic is not None:
         with torch.no_grad():
             learner.critic.head.weight.copy_(torch.tensor([[0.3, -0.2, 0.1]]))
-    if cfg.kl_coef and cfg.kl_in == "reward":
+    if switches.kl_coef and switches.kl_in == "reward":
         experience = replace(experience, kl=torch.where(MASK, experience.old_logp - experience.ref_logp, 5.0))
-    elif not cfg.kl_coef:
+    elif not switches.kl_coef:
         experience = replace(experience, ref_logp=torch.zeros(0))
     if learner.critic is None:
         experience = replace(experience, values=torch.zeros(0))
@@ -116,9 +140,9 @@ def run_update(policy, experience, cfg):
         learner.zero_grad(set_to_none=True)
         return {"grad_norm": 1.0}
 
-    experience, found = estimated(learner, experience, WEIGHTS, cfg)
-    found |= update(learner, experience, cfg, take_step, lambda *_: None, Guard(None, "rl", 3, None))
-    return taken, found, experience, learner
+    experience, found = estimate_advantages(learner, experience, REWARDS, cfg)
+    of_steps, passed = update(learner, experience, cfg, take_step, Recorder(), Guard(None, "rl", 3, None))
+    return taken, found | of_steps | {"passed": passed}, experience, learner
 
 
 # ---------------------------------------------------------------- the papers, in loops
@@ -129,7 +153,7 @@ class Paper:
     def __init__(self, policy, experience, cfg, without=None):
         e = experience
         out = policy(e.batch, e.ids, 1.0)
-        self.cfg, self.groups = cfg, [[(p, g) for g in range(G)] for p in range(P)]
+        self.cfg, self.groups = cfg.algorithm, [[(p, g) for g in range(G)] for p in range(P)]
         self.all = [i for group in self.groups for i in group if i[0] != without]
         self.n = {i: int(LENGTH[i]) for i in self.all}
         self.logp, self.old, self.ref = ({i: list(x[i]) for i in self.all} for x in (out.logp, e.old_logp, e.ref_logp))
@@ -267,16 +291,16 @@ def test_an_algorithm_equals_its_paper_in_value_and_gradient(name, seed):
 def test_flat_groups_count_as_the_paper_counts_them(name, minis):
     policy, experience = problem(flat=1)
     cfg = config(name, **(dict(clip_low=0.05, clip_high=0.08) if name in ("gspo", "luspo") else {}))
-    rollout = Rollout(experience.ids, experience.mask, experience.sampled_logp, experience.ended, [], {},
+    rollout = Rollout(experience.ids, experience.mask, experience.sampled_logp, experience.ended, [], [], {},
                       experience.rewards, (experience.rewards * torch.tensor([1.0, 0.5])).sum(-1))
-    found = informative(experience.batch, rollout, cfg)
+    found = select_groups(experience.batch, rollout, cfg)
     kept = found.batch.ids[:, 0]
     drops = name in ("grpo_token", "dapo")
     assert kept.tolist() == ([0, 2] if drops else [0, 1, 2])
-    assert found.active.tolist() == ([True, True] if drops else [True, bool(cfg.kl_coef), True])
+    assert found.active.tolist() == ([True, True] if drops else [True, bool(cfg.algorithm.kl_coef), True])
     rest = {field: getattr(experience, field)[kept] for field in ("old_logp", "ref_logp", "entropy", "values")}
     rest["old_logp"] = torch.where(found.active[:, None, None], rest["old_logp"], 0.0)       # as where none was scored
-    taken, metrics, *_ = run_update(policy, replace(found, **rest), replace(cfg, mini_batches=minis))
+    taken, metrics, *_ = run_update(policy, replace(found, **rest), change(cfg, mini_batches=minis))
     off = (rest["old_logp"] - found.sampled_logp).exp() - 1
     drift = off[found.mask & found.active[:, None, None]].abs().max().item()
     assert metrics["drift_max"] == pytest.approx(drift, rel=1e-12)
@@ -284,7 +308,7 @@ def test_flat_groups_count_as_the_paper_counts_them(name, minis):
         paper = PAPERS[name](Paper(policy, experience, cfg, without=1 if drops else None))
         assert difference(taken[0]["policy.logits"], torch.autograd.grad(paper, policy.logits)[0]) < 1e-12
     else:           # a mini-batch of nothing but flat groups is no step
-        assert len(taken) == (2 if drops or not cfg.kl_coef else 3)
+        assert len(taken) == (2 if drops or not cfg.algorithm.kl_coef else 3)
 
 
 def test_every_algorithm_has_a_paper():
@@ -292,8 +316,8 @@ def test_every_algorithm_has_a_paper():
 
 
 def test_the_defaults_are_those_of_the_default_algorithm():
-    assert replace(Config(), **ALGORITHMS[Config().algorithm]) == Config()
-    assert {switch for switches in ALGORITHMS.values() for switch in switches} <= {*SWITCHES}
+    assert ALGORITHMS[Config().rl.algorithm] == Config().algorithm
+    assert all(vars(switches).keys() <= options(Config).keys() for switches in ALGORITHMS.values())
 
 
 # ---------------------------------------------------------------- what results are called
@@ -333,7 +357,7 @@ def test_no_two_settings_of_a_comparison_share_a_label(compare, more):
     for stage in set(cfg.stages()) & set(STAGES):
         used = of_stage(cfg, stage)
         asks_only = stage == "rl_zero"
-        settings.setdefault(found[stage], set()).add((asks_only, replace(used, algorithm="")))
+        settings.setdefault(found[stage], set()).add((asks_only, change(used, algorithm="grpo_token")))
     assert all(len(of) == 1 for of in settings.values())
 
 
@@ -408,8 +432,8 @@ def test_mini_batches_and_epochs_take_the_rows_in_order_each_over_its_own_denomi
     for step, gradient in enumerate(taken):
         row = torch.tensor([step % 3])
         part = done.rows(row)
-        alone = update(make_learner(policy, D, cfg), part, config(), lambda drop=False: taken.append(
-            policy.logits.grad.clone()) or policy.zero_grad() or {"grad_norm": 1.0}, lambda *_: None, Guard(
+        alone, _ = update(make_learner(policy, D, cfg.algorithm), part, config(), lambda drop=False: taken.append(
+            policy.logits.grad.clone()) or policy.zero_grad() or {"grad_norm": 1.0}, Recorder(), Guard(
                 None, "rl", 3, None))
         assert alone["updates"] == 1
         assert difference(taken.pop(), gradient["policy.logits"]) < 1e-12
@@ -427,8 +451,8 @@ TRL = {"grpo": dict(loss_type="grpo"), "dr_grpo": dict(loss_type="dr_grpo"), "da
 def test_trl_computes_the_same_loss_on_the_same_tensors(name):
     trainer = pytest.importorskip("trl").GRPOTrainer
     policy, experience = problem()
-    switches = dict(bound=1.5) if name == "bound" else {}
-    cfg = config(name, **switches)
+    cfg = config(name, **(dict(bound=1.5) if name == "bound" else {}))
+    switches = cfg.algorithm
     (taken,), found, done, _ = run_update(policy, experience, cfg)
     out = policy(experience.batch, experience.ids, 1.0)
 
@@ -439,10 +463,10 @@ def test_trl_computes_the_same_loss_on_the_same_tensors(name):
 
     stub = SimpleNamespace(
         **{**dict(importance_sampling_level="token"), **TRL[name]}, aux_loss_enabled=False, top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None, beta=cfg.kl_coef, epsilon_low=cfg.clip_low,
-        epsilon_high=cfg.clip_high + (name == "cispo"), use_vllm=False, vllm_importance_sampling_correction=False,
+        off_policy_mask_threshold=None, beta=switches.kl_coef, epsilon_low=switches.clip_low,
+        epsilon_high=switches.clip_high + (name == "cispo"), use_vllm=False, vllm_importance_sampling_correction=False,
         max_completion_length=BUDGET, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
-        args=SimpleNamespace(delta=cfg.bound or None, use_bias_correction_kl=False, sapo_temperature_pos=1.0,
+        args=SimpleNamespace(delta=switches.bound or None, use_bias_correction_kl=False, sapo_temperature_pos=1.0,
                              sapo_temperature_neg=1.05, steps_per_generation=1),
         accelerator=Same(), model=SimpleNamespace(training=True), _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *_, **__: (out.logp.flatten(0, 1), out.entropy.flatten(0, 1), None))

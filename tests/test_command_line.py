@@ -26,9 +26,9 @@ import train
 from draw_folder import draw_folder
 from model import memory
 from model.runs import checkpoint
-from model.runs.config import check_ranges, comments, from_command_line, inside, to_command_line
+from model.runs.config import change, comments, flag, from_command_line, inside, options, to_command_line
 from model.runs.folder import RunFolder
-from rl.report import page
+from rl.report import curves
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--sft-steps=0", "--cot-steps=1",
@@ -40,7 +40,7 @@ SMALL = ["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--
 def no_curves():
     """They take longer than everything else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "curves", lambda *_: b"none")
+        patch.setattr(curves, "curves", lambda *_: b"none")
         yield
 
 
@@ -62,8 +62,7 @@ def refuse(tmp_path, monkeypatch):
     """refuse(*argv) -> the sentence; fails when a model was trained or anything but an empty run folder was left."""
     def no_work(*args):
         raise AssertionError("training began")
-    monkeypatch.setattr(train, "fit", no_work)
-    monkeypatch.setattr(train, "reinforce", no_work)
+    monkeypatch.setattr(train.Run, "steps", no_work)
     monkeypatch.chdir(tmp_path)             # --out is left empty by some
 
     def call(*argv, out="run"):
@@ -110,7 +109,7 @@ def run(finished, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     ("--grop=8", r"unknown option --grop; did you mean --group\?"),
     ("--rl_stepz=8", r"unknown option --rl-stepz; did you mean --rl-steps\?"),
-    ("--qqqqq", r"unknown option --qqqqq; --help lists them all"),
+    ("--qqqqq", r"unknown option --qqqqq; --help lists all options"),
     ("8", r"'8' is not an option; options look like --name=value"),
     ("-g=8", r"'-g=8' is not an option"),
     ("--out", r"--out: expected one argument"),
@@ -139,8 +138,11 @@ def run(finished, tmp_path):
     ("--theta=0", r"--theta=0.0 must lie in \[1, 1e12\]"),
     ("--vocab=300", r"--vocab=300 is too small: .* need at least 3\d\d"),
     ("--stage=fly", r"--stage=fly: 'fly' must be one of clip, align, sft, cot, rl"),
+    ("--seeds=2 --bench=step", "--seeds=2 must be left out beside --explain and --bench"),
+    ("--stage=cot,grpo --group=1", "--group=1 must be at least 2: a group of one has no baseline but itself"),
+    ("--teacher=mine.py:teach --data=llava:x.json", "--teacher=mine.py:teach must be left out with --data=llava:FILE"),
     ("--stage=", r"--stage=: '' must be one of clip"),
-    ("--compare=some", r"--compare=some must be one of none, basic, all"),
+    ("--compare=some", r"--compare=some must be one of basic, none, all"),
     ("--loss=ppp", r"--loss=ppp must be one of .*cispo"),
     ("--algorithm=gpro", "must be one of grpo_token, grpo, dr_grpo"),
     ("--bound=1.1", "--bound=1.1 must be 0 or at least 1 [+] --clip-high=0.2"),
@@ -153,8 +155,8 @@ def run(finished, tmp_path):
     ("--combine=each --baseline=batch --std=none", "must be mean with --combine=each"), ("--top-entropy=0", r"\(0, 1"),
     ("--refill=1 --baseline=critic --std=none", "--refill=1 must be 0 where"), ("--kl-coef=-1", r"must lie in \[0, "),
     ("--projector=x", r"--projector=x must be one of linear, mlp2x_gelu"),
-    ("--clip-stem=x", r"clip stem 'x' must be one of conv, mlp"),
-    ("--template=x", r"--template=x must be one of auto, brief, vicuna_v1, llama_2, chatml"),
+    ("--clip-stem=x", r"--clip-stem=x must be one of mlp, conv"),
+    ("--template=x", r"--template=x must be one of brief, auto, vicuna_v1, llama_2, chatml"),
     ("--preset=huge", r"--preset=huge must be one of embedded, llava, llava-v1-7b, "),
     ("--dtype=int8", r"--dtype=int8 must be one of float32, bfloat16, float64"),
     ("--device=tpu", r"--device=tpu is not available here"),
@@ -182,10 +184,8 @@ def test_a_wrong_flag_is_one_sentence_before_any_work(refuse, flags, said):
 
 # ---------------------------------------------------------------- ranges of numbers
 
-NUMBERS = [(config, field.name, interval) for config, ranges in ((train.Config, train.RANGES),
-                                                                  (evaluation.Config, evaluation.RANGES))
-           for field in dataclasses.fields(config) if field.type in (int, float)
-           for interval, names in ranges.items() if field.name in names.split()]
+NUMBERS = [(config, name, field) for config in (train.Config, evaluation.Config)
+           for name, (_, field) in options(config).items() if field.type in (int, float)]
 
 
 def bounds(interval):
@@ -193,12 +193,11 @@ def bounds(interval):
     return least, most
 
 
-@pytest.mark.parametrize("config", [train.Config, evaluation.Config])
-def test_every_number_has_one_range_and_its_default_lies_inside(config):
-    fields = [field for field in dataclasses.fields(config) if field.type in (int, float)]
-    assert sorted(name for of, name, _ in NUMBERS if of is config) == sorted(field.name for field in fields)
-    for of, name, interval in NUMBERS:
-        assert inside(of.__dataclass_fields__[name].default, interval), name
+def test_every_number_has_a_range_and_its_default_lies_inside():
+    for _, name, field in NUMBERS:
+        assert inside(field.default, field.metadata["interval"]), name
+    assert all("interval" not in field.metadata for config in (train.Config, evaluation.Config)
+               for _, field in options(config).values() if field.type in (bool, str))
 
 
 def numbers(kind, least, most):
@@ -211,26 +210,27 @@ def numbers(kind, least, most):
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(data=st.data(), number=st.sampled_from(NUMBERS))
 def test_a_number_outside_its_range_is_one_sentence_that_names_it(data, number):
-    config, name, interval = number
-    kind, (least, most) = config.__dataclass_fields__[name].type, bounds(interval)
+    config, name, field = number
+    kind, interval = field.type, field.metadata["interval"]
+    least, most = bounds(interval)
     far = 10 ** 400 if kind is int else math.inf
     outside = st.one_of(numbers(kind, -1e30, least), numbers(kind, most, 1e30), st.sampled_from([far, -far]))
     value = data.draw(outside.filter(lambda drawn: not inside(drawn, interval)))
     with pytest.raises(ValueError) as caught:
-        check_ranges(config(**{name: value}), train.RANGES if config is train.Config else evaluation.RANGES, {})
-    assert str(caught.value) == f"--{name.replace('_', '-')}={value} must lie in {interval}"
+        change(config(), **{name: value})
+    assert str(caught.value) == f"{flag(name)}={value} must lie in {interval}"
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_numbers_inside_their_ranges_never_end_in_anything_but_a_sentence(data):
     values = {}
-    for config, name, interval in NUMBERS:
+    for config, name, field in NUMBERS:
+        interval = field.metadata["interval"]
         if config is train.Config and data.draw(st.integers(0, 9)) == 0:
-            kind = config.__dataclass_fields__[name].type
-            values[name] = data.draw(numbers(kind, *bounds(interval)).filter(lambda x: inside(x, interval)))
+            values[name] = data.draw(numbers(field.type, *bounds(interval)).filter(lambda x: inside(x, interval)))
     try:
-        train.Config(**values).check()
+        change(train.Config(), **values).check()
     except ValueError as error:
         assert str(error).isprintable() and len(str(error)) < 400
 
@@ -255,36 +255,36 @@ def test_help_lists_every_field_with_its_comment_and_its_default(capsys):
         train.main(["--help"])
     assert caught.value.code == 0
     said, comment = " ".join(capsys.readouterr().out.split()), comments(train.Config)
-    for field in dataclasses.fields(train.Config):
-        assert f"--{field.name.replace('_', '-')} " in said, field.name
-        assert f"{' '.join(comment[field.name].split())} [{field.default}]" in said, field.name
+    for name, (_, field) in options(train.Config).items():
+        assert f"{flag(name)} " in said, name
+        assert f"{' '.join(comment[name].split())} [{field.default}]" in said, name
 
 
 @pytest.mark.parametrize("cls", [train.Config, evaluation.Config])
 def test_every_field_has_a_comment(cls):
     found = comments(cls)
-    assert [field.name for field in dataclasses.fields(cls) if not found.get(field.name)] == []
+    assert [name for name in options(cls) if not found.get(name)] == []
 
 
 @pytest.mark.parametrize("text, value", [("True", True), ("False", False), ("true", True), ("false", False),
                                          ("1", True), ("0", False), ("yes", True), ("no", False)])
 def test_true_and_false_parse_as_such(text, value):
-    assert parse(f"--tied={text}").tied is value and parse("--gated", text).gated is value
+    assert parse(f"--tied={text}").llm.tied is value and parse("--gated", text).reward.gated is value
 
 
 def test_a_flag_of_yes_or_no_alone_means_yes():
-    assert parse("--resume").resume is True and parse("--resume", "--seed=3").seed == 3
+    assert parse("--resume").run.resume is True and parse("--resume", "--seed=3").run.seed == 3
 
 
 def test_numbers_parse_with_dashes_underscores_equals_signs_and_spaces():
     config = parse("--rl-lr=1e-3", "--rl_steps", "7", "--feature-layer", "-1")
-    assert (config.rl_lr, config.rl_steps, config.feature_layer) == (1e-3, 7, -1)
+    assert (config.rl.rl_lr, config.rl.rl_steps, config.vlm.feature_layer) == (1e-3, 7, -1)
 
 
 def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     config = parse("--preset=tiny", "--width=64")
-    assert (config.preset, config.width, config.layers) == ("tiny", 64, train.PRESETS["tiny"]["layers"])
-    assert parse("--data=images:x").preset == "images" and parse().preset == "embedded"
+    assert (config.run.preset, config.llm.width, config.llm.layers) == ("tiny", 64, train.PRESETS["tiny"]["layers"])
+    assert parse("--data=images:x").run.preset == "images" and parse().run.preset == "embedded"
 
 
 def test_a_config_written_as_flags_reads_back_the_same():
@@ -316,7 +316,8 @@ def test_resume_without_a_run_is_one_sentence(refuse):
 def test_resume_with_another_config_names_the_field_and_both_values(run):
     before = files(run)
     said = complaint(*SMALL, "--stage=clip,align,cot", f"--out={run}", "--resume", "--cot-lr=0.5")
-    assert said == f"--cot-lr=0.5 must be {train.Config.cot_lr}, as in the run in {run} that --resume goes on with"
+    assert said == (f"--cot-lr=0.5 must be {train.Config().supervised.cot_lr}, as in the run in {run} that --resume "
+                    "goes on with")
     assert files(run) == before
 
 
@@ -371,8 +372,8 @@ def test_of_ten_processes_in_one_run_folder_one_works_and_nine_are_refused(tmp_p
     flags = [*SMALL, "--threads=1", "--clip-steps=300", "--stage=clip,align,cot"]
     for out, argv in ((whole, [*flags, f"--out={whole}"]), (shared, [*flags, f"--out={shared}"])):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "align", None)             # neither gets further than its first stage
-            patch.setitem(train.STAGES, "align", (None, *train.STAGES["align"][1:]))
+            # Neither gets further than its first stage.
+            patch.setitem(train.STAGES, "align", dataclasses.replace(train.STAGES["align"], train=None))
             with pytest.raises(TypeError):
                 train.main(argv)
     (shared / "clip.pt").unlink()
@@ -722,3 +723,29 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
         RunFolder(tmp_path).log(stage="clip", step=0)
     assert str(caught.value) == (f"cannot write '{tmp_path / 'log.jsonl'}': Is a directory; what was saved before is "
                                  "intact; --resume goes on from there")
+
+
+def test_a_group_of_one_is_for_algorithms_that_compare_groups():
+    for stage in ("ppo", "reinforce++"):
+        parse("--stage=cot," + stage, "--group=1").check()
+
+
+def test_explaining_goes_on_with_no_run():
+    with pytest.raises(ValueError, match="--explain=2 must be left out beside --resume"):
+        change(train.Config(), resume=True, explain=2)
+
+
+def test_a_clip_alone_takes_any_projector_and_decoder(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(["--preset=tiny", "--stage=align", f"--init={finished / 'clip.pt'}", "--patch=24", "--align-steps=1",
+                "--projector=mlp2x_gelu", "--width=64", f"--out={out}"])
+    assert checkpoint.load(out / "align.pt")["vlm_config"]["projector"] == "mlp2x_gelu"
+    assert "decides the model's shape: projector" not in capsys.readouterr().out
+
+
+def test_a_teacher_that_fails_on_a_test_prompt_is_found_before_training(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def teach(sample, rng):\n    assert 'walk' not in sample.id\n"
+                                      "    return 'a', 'b'\n")
+    monkeypatch.setattr(train.Run, "steps", lambda *_: pytest.fail("training began"))
+    said = complaint("--preset=tiny", f"--teacher={tmp_path / 'mine.py'}:teach", f"--out={tmp_path / 'run'}")
+    assert "teacher, sample 'walk" in said and not (tmp_path / "run").exists()

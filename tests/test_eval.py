@@ -7,7 +7,8 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from rl.report import page
+from model.runs import checkpoint
+from rl.report import curves
 
 
 def test_the_commonest_answer_is_judged_by_the_checker_on_the_whole_split():
@@ -16,7 +17,7 @@ def test_the_commonest_answer_is_judged_by_the_checker_on_the_whole_split():
     samples = [evaluation.Sample(question="?", answer=gold, tolerance=tolerance) for gold, tolerance in golds]
     assert evaluation.commonest_answer(samples) == ("1", 0.6)
     assert "always answering '1', the commonest answer of val, is right with 0.600\n" == (
-        evaluation.without_looking("val", samples, drawn=False))
+        evaluation.without_looking("val", samples))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def run(tmp_path_factory):
     """A run of clip, align and cot, a step each."""
     out = tmp_path_factory.mktemp("eval") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "curves", lambda *_: b"none")
+        patch.setattr(curves, "curves", lambda *_: b"none")
         train.main(["--preset=tiny", "--patch=24", "--clip-steps=1", "--align-steps=1", "--sft-steps=0",
                     "--cot-steps=1", "--pictures=8", "--traces=8", "--clip-batch=4", "--batch=4", "--eval-greedy=3",
                     "--eval-sampled=2", "--stage=clip,align,cot", f"--out={out}"])
@@ -49,14 +50,30 @@ def test_eval_gives_the_numbers_of_the_run_itself(run, capsys):
 def test_eval_asks_the_prompts_that_the_run_asked(run, monkeypatch):
     asked, evaluate = {}, evaluation.evaluate
 
-    def spy(vlm, tokenizer, samples, settings):
+    def spy(vlm, tokenizer, samples, *options):
         asked[samples[0].split] = [evaluation.chat.normalise(sample.answer) for sample in samples[:3]]
-        return evaluate(vlm, tokenizer, samples, settings)
+        return evaluate(vlm, tokenizer, samples, *options)
 
     monkeypatch.setattr(evaluation, "evaluate", spy)
     evaluation.main([f"--checkpoint={run / 'cot.pt'}", "--eval-greedy=3", "--eval-sampled=2", "--eval-samples=2"])
     scores = json.loads((run / "scores.json").read_text())["cot"]
     assert asked == {split: of["greedy"]["gold"] for split, of in scores.items()}
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_and_goes_on(run, tmp_path, capsys):
+    state = checkpoint.load(run / "cot.pt")
+    newer = ("teacher", "queries", "top_k", "top_p", "eval_temperature", "eval_top_k", "eval_top_p", "flags")
+    old = {name: value for name, value in state["config"].items() if name not in newer}
+    del state["vlm_config"]["queries"]
+    checkpoint.save(tmp_path / "old.pt", dict(state, config=old | dict(an_option_that_is_gone=1)))
+    few = ["--eval-greedy=3", "--eval-sampled=2", "--eval-samples=2"]
+    evaluation.main([f"--checkpoint={run / 'cot.pt'}", *few])
+    wanted = capsys.readouterr().out
+    evaluation.main([f"--checkpoint={tmp_path / 'old.pt'}", *few])
+    assert capsys.readouterr().out == wanted
+    train.main(["--preset=tiny", "--stage=rl", "--rl-steps=1", f"--init={tmp_path / 'old.pt'}", *few,
+                f"--out={tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "rl.pt").exists()
 
 
 def test_the_first_validation_pictures_are_of_every_class(tmp_path):
@@ -70,7 +87,7 @@ def test_the_first_validation_pictures_are_of_every_class(tmp_path):
 
 
 def test_the_sets_test_and_val_hold_other_prompts():
-    one, two = (evaluation.scenes.load("id", 50, evaluation.TEST_SEED[name]) for name in ("test", "val"))
+    one, two = (evaluation.scenes.load("id", 50, evaluation.scenes.TEST_SEED[name]) for name in ("test", "val"))
     assert not {sample.images[0].tobytes() for sample in one} & {sample.images[0].tobytes() for sample in two}
 
 
@@ -81,10 +98,10 @@ def test_ask_answers_about_a_picture_and_without_one(run, tmp_path, capsys):
     evaluation.main([f"--checkpoint={run / 'cot.pt'}", "--ask=what is at b2 ?", f"--image={tmp_path / 'a.png'}"])
     assert capsys.readouterr().out == seen and seen.strip() and "Accuracy" not in seen
     vlm, tokenizer, state = evaluation.load_vlm(run / "cot.pt")
-    settings = evaluation.SimpleNamespace(method="think", template="brief", max_new=16, eval_batch=8)
+    prompting = evaluation.Prompting(method="think", template="brief", max_new=16)
     pictures = (np.asarray(Image.new("RGB", (50, 60), "red")),)
     texts, _ = evaluation.complete(vlm, tokenizer, [evaluation.Sample(images=pictures, question="what is at b2 ?")],
-                                   settings)
+                                   prompting, rows=8)
     assert seen == texts[0][0] + "\n"
     evaluation.main([f"--checkpoint={run / 'cot.pt'}", "--ask=what is at b2 ?", "--max-new=3"])
     assert capsys.readouterr().out.strip()

@@ -18,9 +18,10 @@ from data import chat
 from data.sample import Sample
 from llava_folder import train_tokenizer, write_models, write_records
 from model.hub import pretrained
-from model.runs import checkpoint
 from model.hub.export import export_hf
 from model.lora import adapters
+from model.runs import checkpoint
+from model.runs.config import change
 from model.vlm import VLM, VlmConfig
 from rl.report.log import mean_log
 
@@ -140,7 +141,7 @@ def test_weights_of_a_decoder_that_cannot_be_loaded_are_named_before_clip_is_tra
     weights = load_file(tmp_path / "llm/model.safetensors")
     weights.pop("model.norm.weight")
     save_file(weights, tmp_path / "llm/model.safetensors", {"format": "pt"})
-    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(train.Run, "steps", lambda *_: pytest.fail("training began"))
     with pytest.raises(ValueError, match="1 missing .norm.weight."):
         train.main([f"--llm={tmp_path / 'llm'}", f"--data=llava:{folder / 'records.json'}", "--stage=clip,align",
                     f"--image-root={folder / 'pictures'}", f"--out={tmp_path / 'run'}"])
@@ -207,9 +208,9 @@ def test_from_nothing_the_records_train_every_part(folder, tmp_path):
 def test_a_model_of_a_billion_parameters_loads_in_little_more_than_its_weights_and_answers(tmp_path):
     torch.manual_seed(0)
     tok = train.tokenizer.Tokenizer(train_tokenizer())
-    cfg = train.Config(**train.PRESETS["tinyllama-clip-b"])
+    cfg = change(train.Config(), **train.PRESETS["tinyllama-clip-b"])
     with torch.device("meta"):
-        vlm = VLM(VlmConfig(cfg.clip_config(99), cfg.llm_config(-(-len(tok) // 64) * 64), cfg.projector))
+        vlm = VLM(VlmConfig(cfg.clip.config(99), cfg.llm.config(-(-len(tok) // 64) * 64), cfg.vlm.projector))
     vlm.to(torch.bfloat16).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in vlm.parameters():
@@ -336,8 +337,8 @@ def test_align_has_no_adapters_and_each_stage_begins_with_new_ones(folder, tmp_p
 
 def test_a_folder_is_loaded_in_the_dtype_that_was_asked_for(folder):
     for dtype, wanted in (("", torch.float32), ("bfloat16", torch.bfloat16)):
-        cfg = evaluation.Config(llava=str(folder[0] / "hf"), dtype=dtype)
-        assert {p.dtype for p in evaluation.load_any(cfg)[0].parameters()} == {wanted}
+        options = evaluation.EvalOptions(llava=str(folder[0] / "hf"), dtype=dtype)
+        assert {p.dtype for p in evaluation.load_any(options)[0].parameters()} == {wanted}
 
 
 def test_what_nothing_can_check_is_not_evaluated(folder):
@@ -357,7 +358,7 @@ def test_a_pretrained_model_goes_from_sft_to_rl_and_has_no_teacher(folder, tmp_p
     train.main([*mine, f"--out={tmp_path / 'run'}", "--sft-steps=1", "--rl-steps=1", "--rl-batch=2", "--group=2",
                 "--max-new=24", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1"])
     said = capsys.readouterr().out
-    assert said.index("planned: weights") < said.index("config (*")       # before a weight is loaded
+    assert said.index("planned: weights") < said.index("config, what differs")       # before a weight is loaded
     sft, rl = (checkpoint.load(tmp_path / "run" / f"{stage}.pt") for stage in ("sft", "rl"))
     assert rl["method"] == "asked" and rl["config"]["template"] == "vicuna_v1"
     start = pretrained.load_llava(folder / "hf")[0].llm.norm.weight     # RL went on from sft, not from the folder

@@ -1,7 +1,5 @@
 """Every published recipe builds at full size, on the meta device, with the published names, shapes
 and counts."""
-from dataclasses import replace
-
 import open_clip
 import pytest
 import torch
@@ -10,8 +8,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import train
 from model import lora, memory
-from model.hub import names, pretrained
 from model.clip import Clip
+from model.hub import names, pretrained
+from model.runs.config import change
 from model.runs.presets import RECIPES
 from model.vlm import VLM, VlmConfig
 
@@ -29,14 +28,13 @@ TOWERS = {"ViT-L-14-quickgelu/openai": (303_966_208, 296),
 
 
 def config(name):
-    return replace(train.Config(), **train.PRESETS[name])
+    return change(train.Config(), **train.PRESETS[name])
 
 
 def built(name):
     cfg = config(name)
     with torch.device("meta"):
-        return VLM(VlmConfig(cfg.clip_config(49408), cfg.llm_config(cfg.vocab), cfg.projector,
-                             cfg.feature_layer, cfg.image_positions))
+        return VLM(VlmConfig(cfg.clip.config(49408), cfg.llm.config(cfg.llm.vocab), **cfg.vlm.shape()))
 
 
 def count(module):
@@ -53,20 +51,20 @@ def shapes(module):
 def test_a_recipes_parts_have_the_published_counts(name):
     cfg = config(name)
     vlm = built(name)
-    assert count(vlm.llm) == DECODERS[cfg.llm]
+    assert count(vlm.llm) == DECODERS[cfg.llm.llm]
     with torch.device("meta"):
-        whole = Clip(cfg.clip_config(49408))
-    assert count(whole.visual) == TOWERS[cfg.clip]
-    assert len(vlm.visual.transformer.resblocks) == cfg.clip_layers - 1
+        whole = Clip(cfg.clip.config(49408))
+    assert count(whole.visual) == TOWERS[cfg.clip.clip]
+    assert len(vlm.visual.transformer.resblocks) == cfg.clip.clip_layers - 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipes_tower_is_the_one_that_open_clip_builds_under_that_name(name):
-    cfg = config(name)
+    options = config(name).clip
     with torch.device("meta"):
-        theirs = open_clip.create_model(cfg.clip.partition("/")[0], pretrained=None, device="meta")
-        ours = Clip(pretrained._open_clip_shape(cfg.clip))
-        planned = Clip(cfg.clip_config(49408))
+        theirs = open_clip.create_model(options.clip.partition("/")[0], pretrained=None, device="meta")
+        ours = Clip(pretrained._open_clip_shape(options.clip))
+        planned = Clip(options.config(49408))
     wanted = shapes(theirs)
     wanted.pop("attn_mask", None)       # a buffer that some versions of open_clip save
     assert shapes(ours) == wanted
@@ -78,13 +76,15 @@ def test_a_recipes_tower_is_the_one_that_open_clip_builds_under_that_name(name):
 def test_a_recipes_names_and_shapes_are_transformers_own(name):
     cfg = config(name)
     vlm = built(name)
-    text = dict(vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.ff,
-                num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
-                num_key_value_heads=cfg.kv_heads, tie_word_embeddings=cfg.tied)
-    vision = CLIPVisionConfig(hidden_size=cfg.clip_width, intermediate_size=4 * cfg.clip_width,
-                              num_hidden_layers=cfg.clip_layers, num_attention_heads=cfg.clip_heads,
-                              image_size=cfg.image_size, patch_size=cfg.patch)
-    family = Qwen2Config if cfg.qkv_bias else LlamaConfig
+    llm = cfg.llm
+    clip = cfg.clip
+    text = dict(vocab_size=llm.vocab, hidden_size=llm.width, intermediate_size=llm.ff,
+                num_hidden_layers=llm.layers, num_attention_heads=llm.heads,
+                num_key_value_heads=llm.kv_heads, tie_word_embeddings=llm.tied)
+    vision = CLIPVisionConfig(hidden_size=clip.clip_width, intermediate_size=4 * clip.clip_width,
+                              num_hidden_layers=clip.clip_layers, num_attention_heads=clip.clip_heads,
+                              image_size=clip.image_size, patch_size=clip.patch)
+    family = Qwen2Config if llm.qkv_bias else LlamaConfig
     with torch.device("meta"):
         hf = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision,
                                                        text_config=family(**text)))
@@ -96,13 +96,13 @@ def test_a_recipes_names_and_shapes_are_transformers_own(name):
         our_key, _ = found
         rows = theirs[our_key][0] if our_key in theirs else 0       # q, k and v are stacked here
         theirs[our_key] = (rows + shape[0], *shape[1:])
-    if cfg.tied:
+    if llm.tied:
         del theirs["llm.lm_head.weight"]
     ours = shapes(vlm)
-    if cfg.projector == "linear":       # which transformers has not
+    if cfg.vlm.projector == "linear":       # which transformers has not
         theirs = {key: shape for key, shape in theirs.items() if not key.startswith("projector.")}
-        assert ours.pop("projector.weight") == (cfg.width, cfg.clip_width)
-        assert ours.pop("projector.bias") == (cfg.width,)
+        assert ours.pop("projector.weight") == (llm.width, clip.clip_width)
+        assert ours.pop("projector.bias") == (llm.width,)
     assert ours == theirs
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from model import projector
+from model.flops import Meter
 from model.projector import PROJECTORS
 from model.vlm import VLM, VlmConfig
 from test_flops import counted, only
@@ -19,8 +20,8 @@ def resampler(queries=4):
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_a_projector_makes_as_many_tokens_as_it_says(name):
     vlm = make_vlm(torch.float32, projector=name, queries=4)
-    wanted = {"linear": PATCHES, "mlp2x_gelu": PATCHES, "resampler": 4}[name]
-    assert vlm.config.image_tokens == wanted
+    wanted = vlm.config.image_tokens
+    assert wanted == {"linear": PATCHES, "mlp2x_gelu": PATCHES, "resampler": 4}.get(name, wanted)
     assert vlm.projector(FEATURES).shape == (3, wanted, 24)
     assert vlm.image_position.shape == (wanted, 24)
 
@@ -28,8 +29,13 @@ def test_a_projector_makes_as_many_tokens_as_it_says(name):
 def test_a_projector_that_is_not_in_the_table_is_refused():
     with pytest.raises(ValueError, match="'mlp3x' must be one of linear, mlp2x_gelu, resampler"):
         VlmConfig(projector="mlp3x")
-    with pytest.raises(ValueError, match="queries 0 must be at least 1"):
-        VlmConfig(projector="resampler", queries=0)
+    with pytest.raises(ValueError, match="queries -1 must be at least 0"):
+        VlmConfig(projector="resampler", queries=-1)
+
+
+def test_a_resampler_makes_a_quarter_of_the_patches_unless_told_otherwise():
+    assert VlmConfig(projector="resampler").image_tokens == VlmConfig().clip.patches // 4
+    assert VlmConfig(projector="resampler", queries=3).image_tokens == 3
 
 
 @pytest.mark.parametrize("name, plain", [
@@ -59,6 +65,12 @@ class Pooled(nn.Linear):
     def forward(self, features):
         return super().forward(features.unflatten(1, (-1, 3)).mean(2))
 
+    def flops(self, pictures):
+        return 2 * 3 * pictures * self.weight.numel()
+
+    def backward_flops(self, pictures, features_train=False):
+        return 2 * 3 * pictures * self.weight.numel() * self.weight.requires_grad
+
 
 def test_a_class_and_a_line_of_the_table_make_a_projector(monkeypatch):
     monkeypatch.setitem(PROJECTORS, "pooled", Pooled)
@@ -66,6 +78,9 @@ def test_a_class_and_a_line_of_the_table_make_a_projector(monkeypatch):
     rows = prompts(image_tokens=3)
     grads = gradients(vlm, vlm(to_batch(rows)).logp.sum())
     assert grads["projector.weight"].abs().max() > 0 and grads["image_position"].shape == (3, 24)
+    meter = Meter()
+    meter.update(vlm, to_batch(rows))               # which refuses a module that does not state its cost
+    assert meter.total > 0
     again = VLM.from_config(vlm.config_dict(), vlm.state_dict())
     assert torch.equal(again(to_batch(rows)).logp, vlm(to_batch(rows)).logp)
 

@@ -15,7 +15,8 @@ from data import images, sample
 from data.supply import Supply
 from draw_folder import CLASSES, draw_folder
 from model.runs import checkpoint
-from rl.report import page
+from model.runs.config import change
+from rl.report import curves
 
 ROOT = Path(train.__file__).parent
 TINY = ["--preset=tiny", "--image-size=24", "--patch=12", "--vocab=400", "--clip-steps=2", "--align-steps=2",
@@ -45,7 +46,7 @@ class Witness:
         patch.setattr(sample, "to_array", my_to_array)
         patch.setattr(evaluation, "compare", my_compare)
         patch.setattr(train.Run, "start", my_start)
-        patch.setattr(page, "curves", lambda *_: b"none")        # takes longer than a short run
+        patch.setattr(curves, "curves", lambda *_: b"none")        # takes longer than a short run
 
 
 def paths(samples):
@@ -116,7 +117,7 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
     draw_folder(tmp_path / "pictures", per_class=10, seed=1)
     train.main([*TINY, f"--data=images:{tmp_path / 'pictures'}", "--max-new=24", "--compare=all", f"--out={out}"])
     splits, _ = images.load(tmp_path / "pictures")
-    for stage in train.Config(compare="all").stages():
+    for stage in change(train.Config(), compare="all").stages():
         assert (out / f"{stage}.pt").exists() and witness.read[stage] <= paths(splits["train"])
     assert len(witness.read["clip"]) == 16 and witness.read["evaluation"] <= paths(splits["val"])
     assert {r["method"] for r in rows(out)} == {"cot", "grpo_token", "cot_continued", "filtered", "rejection",

@@ -176,7 +176,7 @@ def test_empty_completions_and_half_surrogates_are_shown(tmp_path):
 def test_the_picture_is_inside_the_file(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
-    for source in (picture, str(tmp_path / "a.png")):
+    for source in (picture, str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
         [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', page(images=(source,)))
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), picture)
     assert "<img" not in page(images=()) and page(images=(picture, picture)).count("<img") == 2

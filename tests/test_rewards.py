@@ -13,11 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hostile
+import train
 from data import chat, scenes
 from data.sample import Sample
+from model.runs.config import change
 from rl import rewards, worker
-from rl.rewards import boxes_of, consistency, correctness, format, iou, length, parse_weights, repetition
-from rl.worker import Worker
+from rl.rewards import RewardOptions, Rewards, boxes_of, consistency, correctness, format, iou, length, repetition
 
 
 def gold(answer, **fields):
@@ -227,7 +228,7 @@ def test_gold_answers_of_drawn_scenes_are_right_and_their_neighbours_wrong():
 
 UNITS = ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "a", " ", "<think></think>",
          "99**98**97 ", "1,", "(", "a) ", "\n", ".", "3 ", "<think>a</think><answer>b</answer>", "1e"]
-FUNCTIONS = [function for function in rewards.REWARDS.values() if not isinstance(function, Worker)]
+FUNCTIONS = [*rewards.REWARDS.values()]
 ODD = gold("two", choices=("one", "two"), question="(A) one (B) two", boxes=((0, 0, 1, 1),), unit="cm", tolerance=0.5)
 
 
@@ -251,6 +252,9 @@ PIECES = st.sampled_from([*chat.TAGS, "two", " ", "3", ".", "\n", "b", "B)", "1e
 TEXTS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=14).map("".join))
 
 
+CORRECTNESS = Rewards(RewardOptions(rewards="correctness:1"))
+
+
 @settings(max_examples=400, deadline=None)
 @given(TEXTS)
 @example("<think></think><answer>1e999</answer>")
@@ -259,7 +263,7 @@ def test_no_text_makes_a_reward_raise_or_leave_its_range(text):
                             ("repetition", -1, 0), ("consistency", 0, 1)):
         value = rewards.REWARDS[name](ODD, text)
         assert isinstance(value, float) and low <= value <= high
-    assert isinstance(rewards.why(ODD, text, {"correctness": 1.0}, True), str)
+    assert isinstance(CORRECTNESS.why(ODD, text), str)
 
 
 @settings(max_examples=400, deadline=None)
@@ -346,21 +350,32 @@ def brevity(sample, text):
 def mine(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(MINE)
-    yield path
-    for name in [name for name, reward in rewards.REWARDS.items() if isinstance(reward, Worker)]:
-        rewards.REWARDS.pop(name).close()
+    return path
 
 
-def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mine, capfd, monkeypatch):
+@pytest.fixture
+def load():
+    """load("FILE.py:NAME", timeout=1.0) -> Rewards of it; their processes end with the test."""
+    loaded = []
+
+    def call(spec, timeout=5.0, errors="zero"):
+        loaded.append(Rewards(RewardOptions(rewards=spec, gated=False, reward_timeout=timeout, reward_errors=errors)))
+        return loaded[-1]
+    yield call
+    for one in loaded:
+        one.close()
+
+
+def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mine, load, capfd, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    weights = parse_weights(f"correctness:1,{mine}:brevity:0.5", timeout=1.0)
-    assert weights == {"correctness": 1.0, "brevity": 0.5}
-    reward = rewards.REWARDS["brevity"]
+    both = load(f"correctness:1,{mine}:brevity:0.5", timeout=1.0)
+    assert both.weights == {"correctness": 1.0, "brevity": 0.5}
+    reward = both.workers["brevity"]
     assert reward(gold("two"), "abc") == 0.25
     first = reward.process.pid
     texts = ["raise", "raise", "nan", "more than fp32 holds", "exit", ""]
     assert [reward(gold("two", id="s7"), text) for text in texts] == [0, 0, 0, 0, 0, 1]
-    assert reward.failed == rewards.failures() == 5 and reward.process.pid == first
+    assert reward.failed == both.failures == 5 and reward.process.pid == first
     began = time.time()
     assert reward(gold("two"), "hang") == 0 and time.time() - began < 10
     assert reward(gold("two"), "") == 1 and reward.process.pid != first         # another one took over
@@ -371,24 +386,27 @@ def test_a_reward_of_ones_own_is_called_in_a_worker_and_survives_what_it_does(mi
         assert reason in said
     assert reward(gold("two"), "die") == 0 and reward(gold("two"), "") == 1
     assert "its process died" in capfd.readouterr().out
-    parts, earned = rewards.score([gold("two")], [[FORMED, "nan"]], weights, gated=False)
+    parts, _ = both.score([gold("two")], [[FORMED, "nan"]], torch.ones(1, 2).long())
     assert parts["brevity"].tolist() == [[pytest.approx(1 / (1 + len(FORMED))), 0]]
 
 
-def test_one_process_serves_all_who_ask_for_the_same_reward(mine):
-    parse_weights(f"{mine}:brevity")
-    reward = rewards.REWARDS["brevity"]
-    reward.start()
-    parse_weights(f"correctness:1,{mine}:brevity:0.5")
-    assert rewards.REWARDS["brevity"] is reward
-    parse_weights(f"{mine}:brevity", timeout=2.0)
-    assert rewards.REWARDS["brevity"] is not reward and reward.process is None
+def test_one_process_serves_all_stages_of_a_run_with_the_same_rewards_and_ends_with_it(mine, tmp_path):
+    cfg = change(train.Config(), rewards=f"correctness:1,{mine}:brevity:0.5", device="cpu")
+    with train.Run(cfg, tmp_path) as run:
+        first = run.rewards(cfg)
+        first.start()
+        process = first.workers["brevity"].process
+        again = run.rewards(change(cfg, kl_coef=0.1, rl_lr=1.0))
+        again.start()
+        assert again is first and process.poll() is None and first.workers["brevity"].process is process
+        assert run.rewards(change(cfg, reward_timeout=2.0)) is not first
+    assert first.workers["brevity"].process is None and process.wait(10) is not None
 
 
-def test_it_sees_pictures_as_arrays_and_paths(mine):
-    parse_weights(f"{mine}:brevity")
+def test_it_sees_pictures_as_arrays_and_paths(mine, load):
+    reward = load(f"{mine}:brevity").workers["brevity"]
     picture = torch.arange(24, dtype=torch.uint8).view(2, 4, 3).numpy()
-    assert rewards.REWARDS["brevity"](gold("two", images=(picture, "a.png")), "picture") == 5 + 5
+    assert reward(gold("two", images=(picture, "a.png")), "picture") == 5 + 5
 
 
 @pytest.mark.parametrize("line", [
@@ -400,9 +418,9 @@ def test_what_has_another_form_than_an_answer_is_none(line):
     assert worker._answer(b'{"number": 1, "value": 1.0, "error": ""}')["value"] == 1
 
 
-def test_one_that_hangs_again_and_again_is_given_up(mine):
-    parse_weights(f"{mine}:brevity", timeout=1.0)        # on a busy machine an innocent call takes some tenths
-    reward = rewards.REWARDS["brevity"]
+def test_one_that_hangs_again_and_again_is_given_up(mine, load):
+    # On a busy machine an innocent call takes some tenths.
+    reward = load(f"{mine}:brevity", timeout=1.0).workers["brevity"]
     assert reward(gold("two"), "hang") == reward(gold("two"), "hang") == 0 and reward(gold("two"), "") == 1
     with pytest.raises(ValueError, match="no answer within 1 s; .*3 times in a row"):
         for _ in range(3):
@@ -417,17 +435,16 @@ def test_one_that_hangs_again_and_again_is_given_up(mine):
                                     "class F(float): pass\ndef f(sample, text): return F(True + 2)",
                                     "from __future__ import annotations\nimport dataclasses\n"
                                     "@dataclasses.dataclass\nclass A:\n    x: int\ndef f(*args):\n    return A(3).x"])
-def test_any_callable_of_two_arguments_will_do(source, tmp_path, mine):
+def test_any_callable_of_two_arguments_will_do(source, tmp_path, load):
     (tmp_path / "three.py").write_text("def f(sample, text): return 3")
     (tmp_path / "x.py").write_text(source)
-    parse_weights(f"{tmp_path}/x.py:f")
-    assert rewards.REWARDS["f"](gold("two", id=torch.tensor(3).numpy()), "") == 3
+    assert load(f"{tmp_path}/x.py:f").workers["f"](gold("two", id=torch.tensor(3).numpy()), "") == 3
 
 
-def test_one_that_fails_can_stop_the_run_instead(mine):
-    parse_weights(f"{mine}:brevity:1", timeout=1.0, errors="stop")
+def test_one_that_fails_can_stop_the_run_instead(mine, load):
+    reward = load(f"{mine}:brevity:1", timeout=1.0, errors="stop").workers["brevity"]
     with pytest.raises(ValueError, match="reward brevity of .*mine.py: RuntimeError: no; sample 'why', text 'raise'"):
-        rewards.REWARDS["brevity"](gold("two", question="why"), "raise")
+        reward(gold("two", question="why"), "raise")
 
 
 @pytest.mark.parametrize("text, spec, said", [
@@ -440,18 +457,19 @@ def test_one_that_fails_can_stop_the_run_instead(mine):
     ("def overlong(a, b): pass", "x.py:overlong:1", "'overlong' is the soft penalty on length"),
     ("def f(a, b): 0", "x.py:f:x", "must be a number"),
     ("def f(a, b): 0", "x.py:f:1,{folder}/x.py:f:2", "f is given twice")])
-def test_a_reward_file_that_cannot_be_used_is_named_before_it_runs(text, spec, said, tmp_path, mine):
+def test_a_reward_file_that_cannot_be_used_is_named_before_it_runs(text, spec, said, tmp_path, load):
     if text:
         (tmp_path / "x.py").write_text(text)
     with pytest.raises(ValueError, match=said):
-        parse_weights(f"{tmp_path}/{spec.format(folder=tmp_path)}")
+        load(f"{tmp_path}/{spec.format(folder=tmp_path)}")
 
 
-def test_a_file_that_fails_on_import_is_one_sentence(tmp_path, mine):
+def test_a_file_that_fails_on_import_is_one_sentence(tmp_path, load):
     (tmp_path / "x.py").write_text("import nowhere\ndef f(a, b): return 1")
-    parse_weights(f"{tmp_path}/x.py:f")
-    with pytest.raises(ValueError, match="reward f of .* cannot be loaded: ModuleNotFoundError"):
-        rewards.REWARDS["f"](gold("two"), "")
+    own = load(f"{tmp_path}/x.py:f")
+    for call in (lambda: own.workers["f"](gold("two"), ""), own.start):
+        with pytest.raises(ValueError, match="reward f of .* cannot be loaded: ModuleNotFoundError"):
+            call()
 
 
 # ---------------------------------------------------------------- one that harms its own process
@@ -459,26 +477,26 @@ def test_a_file_that_fails_on_import_is_one_sentence(tmp_path, mine):
 HOSTILE = Path(__file__).with_name("hostile.py")
 
 
-def judged(harms, timeout):
+def judged(load, harms, timeout):
     """Rewards of one completion for each of `harms` ("": none) by hostile.py, each of which is worth its number.
 
-    -> (values that came, values that should have come, the worker).
+    -> (values that came, values that should have come, the Rewards).
     """
-    parse_weights(f"{HOSTILE}:hostile", timeout=timeout)
+    own = load(f"{HOSTILE}:hostile", timeout)
     texts = [f"{harm} {number}" for number, harm in enumerate(harms, 1)]
-    parts, _ = rewards.score([gold("two")], [texts], {"hostile": 1.0}, gated=False)
+    parts, _ = own.score([gold("two")], [texts], torch.ones(1, len(texts)).long())
     bad = {harm.__name__ for harm in [*hostile.FAILING, *hostile.FATAL, hostile.hang]}
     wanted = [0.0 if harm in bad else float(number) for number, harm in enumerate(harms, 1)]
-    return parts["hostile"][0].tolist(), wanted, rewards.REWARDS["hostile"]
+    return parts["hostile"][0].tolist(), wanted, own
 
 
-def test_whatever_a_call_does_to_its_process_every_other_value_is_its_own(mine, capfd):
+def test_whatever_a_call_does_to_its_process_every_other_value_is_its_own(load, capfd):
     mild = [*hostile.HARMLESS, *hostile.FAILING]
     harms = [name for harm in mild for name in ("", harm.__name__, harm.__name__, "")]
     harms += [name for harm in hostile.FATAL for name in (harm.__name__, "")]       # each costs a start
-    values, wanted, reward = judged(harms, timeout=10.0)
+    values, wanted, own = judged(load, harms, timeout=10.0)
     assert values == wanted
-    assert reward.failed == rewards.failures() == 2 * len(hostile.FAILING) + len(hostile.FATAL)
+    assert own.workers["hostile"].failed == own.failures == 2 * len(hostile.FAILING) + len(hostile.FATAL)
     said = capfd.readouterr().out
     assert "no answer" not in said and "ValueError: \\ud800; " in said
     assert said.count("its process died") == said.count("it wrote into the pipe of its answers") == 1
@@ -486,7 +504,7 @@ def test_whatever_a_call_does_to_its_process_every_other_value_is_its_own(mine, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_soak_among_hundreds_of_random_misdeeds_every_value_is_exact(seed, mine):
+def test_soak_among_hundreds_of_random_misdeeds_every_value_is_exact(seed, load):
     names = ["", *hostile.HARM]
     weights = [{"": 20, "hang": 0.2}.get(name, 1) for name in names]
     fatal = {harm.__name__ for harm in [*hostile.FATAL, hostile.hang]}
@@ -494,22 +512,21 @@ def test_soak_among_hundreds_of_random_misdeeds_every_value_is_exact(seed, mine)
     for harm in random.Random(seed).choices(names, weights, k=300):
         third = len(harms) > 1 and {harm, *harms[-2:]} <= fatal         # would end the run
         harms.append("" if third else harm)
-    values, wanted, reward = judged(harms, timeout=5.0)
-    assert values == wanted and reward.failed == wanted.count(0.0) > 80
+    values, wanted, own = judged(load, harms, timeout=5.0)
+    assert values == wanted and own.failures == wanted.count(0.0) > 80
 
 
 @pytest.mark.parametrize("harm, reason", [("kill", "its process died"),
                                           ("write_a_line", "it wrote into the pipe of its answers")])
-def test_one_whose_process_is_lost_again_and_again_is_given_up(harm, reason, mine):
-    values, _, reward = judged([harm, harm, "", harm, harm], timeout=10.0)
+def test_one_whose_process_is_lost_again_and_again_is_given_up(harm, reason, load):
+    values, _, own = judged(load, [harm, harm, "", harm, harm], timeout=10.0)
     assert values == [0, 0, 3, 0, 0]
     with pytest.raises(ValueError, match=f"reward hostile of .*{reason}; .*; its process was lost 3 times in a row"):
-        reward(gold("two"), f"{harm} 1")
+        own.workers["hostile"](gold("two"), f"{harm} 1")
 
 
-def test_one_that_dies_between_calls_is_asked_anew_until_it_has_died_three_times(mine, capfd):
-    parse_weights(f"{HOSTILE}:dies_between_calls", timeout=10.0)
-    reward = rewards.REWARDS["dies_between_calls"]
+def test_one_that_dies_between_calls_is_asked_anew_until_it_has_died_three_times(load, capfd):
+    reward = load(f"{HOSTILE}:dies_between_calls", timeout=10.0).workers["dies_between_calls"]
     for _ in range(3):
         assert reward(gold("two"), "") == 1
         reward.process.wait(10)
@@ -518,9 +535,8 @@ def test_one_that_dies_between_calls_is_asked_anew_until_it_has_died_three_times
         reward(gold("two"), "")
 
 
-def test_what_is_written_between_calls_fails_none_and_fills_no_memory(mine, capfd):
-    parse_weights(f"{HOSTILE}:writes_between_calls", timeout=10.0)
-    reward = rewards.REWARDS["writes_between_calls"]
+def test_what_is_written_between_calls_fails_none_and_fills_no_memory(load, capfd):
+    reward = load(f"{HOSTILE}:writes_between_calls", timeout=10.0).workers["writes_between_calls"]
     assert reward(gold("two"), "") == 1
     time.sleep(0.5)
     assert reward.answers.qsize() <= 2          # the line, and that the process died of the closed pipe
@@ -528,24 +544,22 @@ def test_what_is_written_between_calls_fails_none_and_fills_no_memory(mine, capf
     assert "it wrote into the pipe of its answers between two calls; before sample" in capfd.readouterr().out
 
 
-def test_a_death_can_stop_the_run_instead(mine):
-    parse_weights(f"{HOSTILE}:hostile", timeout=10.0, errors="stop")
+def test_a_death_can_stop_the_run_instead(load):
+    reward = load(f"{HOSTILE}:hostile", timeout=10.0, errors="stop").workers["hostile"]
     with pytest.raises(ValueError, match="reward hostile of .*: its process died; sample 'why', text 'kill 1'"):
-        rewards.REWARDS["hostile"](gold("two", question="why"), "kill 1")
+        reward(gold("two", question="why"), "kill 1")
 
 
-def test_one_that_reads_no_more_is_given_up_however_large_the_picture(mine):
-    parse_weights(f"{HOSTILE}:reads_no_more", timeout=1.0)
-    reward = rewards.REWARDS["reads_no_more"]
+def test_one_that_reads_no_more_is_given_up_however_large_the_picture(load):
+    reward = load(f"{HOSTILE}:reads_no_more", timeout=1.0).workers["reads_no_more"]
     large = gold("two", images=(torch.zeros(600, 600, 3, dtype=torch.uint8).numpy(),))    # more than a pipe holds
     assert reward(gold("two"), "") == 1
     time.sleep(0.5)
     assert reward(large, "") == 0 and reward(large, "") == 1 and reward.failed == 1
 
 
-def test_what_a_reward_left_running_ends_with_the_run(mine):
-    parse_weights(f"{HOSTILE}:runs_on", timeout=10.0)
-    reward = rewards.REWARDS["runs_on"]
+def test_what_a_reward_left_running_ends_with_the_run(load):
+    reward = load(f"{HOSTILE}:runs_on", timeout=10.0).workers["runs_on"]
     assert reward(gold("two"), "") == 1
     reward.requests.put(b"")            # its pipe is closed, as when the run has ended
     reward.process.wait(10)

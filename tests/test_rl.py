@@ -11,10 +11,10 @@ import train
 from data.sample import Sample
 from kernels import group_advantage, policy_loss
 from model.vlm import Output
-from rl import metrics, rewards
-from rl.report import page
-from rl.rewards import parse_weights, score, total, why
-from rl.rollout import collect
+from rl import metrics
+from rl.report import curves
+from rl.rewards import RewardOptions, Rewards
+from rl.rollout import read_and_reward
 from rl.types import Policy, Rollout
 from tiny import difference
 
@@ -158,17 +158,23 @@ def gold(answer):
 FORMED = "<think> a1 b2</think><answer> two</answer>"
 SAMPLES = [gold("two"), gold("one")]
 TEXTS = [[FORMED, "<answer>two</answer>"], ["<think></think><answer>two</answer>", ""]]
+LENGTHS = torch.ones(2, 2).long()
+
+
+def rewards_of(spec, gated):
+    return Rewards(RewardOptions(rewards=spec, gated=gated))
 
 
 def test_rewards_are_the_weighted_sum_of_their_parts():
-    weights = parse_weights("correctness:1,format:0.1")
-    parts, rewards = score(SAMPLES, TEXTS, weights, gated=False)
-    assert total(rewards, weights).tolist() == [[pytest.approx(1.1), 1.0], [pytest.approx(0.1), 0.0]]
+    ungated, gated = (rewards_of("correctness:1,format:0.1", gate) for gate in (False, True))
+    parts, earned = ungated.score(SAMPLES, TEXTS, LENGTHS)
+    assert ungated.total(earned).tolist() == [[pytest.approx(1.1), 1.0], [pytest.approx(0.1), 0.0]]
     assert parts["correctness"].tolist() == [[1, 1], [0, 0]] and parts["format"].tolist() == [[1, 0], [1, 0]]
-    same, gated = score(SAMPLES, TEXTS, weights, gated=True)
-    assert total(gated, weights).tolist() == [[pytest.approx(1.1), 0.0], [pytest.approx(0.1), 0.0]]
+    same, earned = gated.score(SAMPLES, TEXTS, LENGTHS)
+    assert gated.total(earned).tolist() == [[pytest.approx(1.1), 0.0], [pytest.approx(0.1), 0.0]]
     assert same["correctness"].tolist() == [[1, 1], [0, 0]]         # what is logged does not depend on the gate
-    assert score(SAMPLES, TEXTS, dict(correctness=1.0), gated=True)[1][..., 0].tolist() == [[1, 0], [0, 0]]
+    _, earned = rewards_of("correctness:1", True).score(SAMPLES, TEXTS, LENGTHS)
+    assert earned[..., 0].tolist() == [[1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("spec, names", [("correct:1", "'correct'"), ("", "''"), ("format:x", "'x'"),
@@ -176,17 +182,17 @@ def test_rewards_are_the_weighted_sum_of_their_parts():
                                          ("format:1,", "''")])
 def test_a_reward_that_cannot_be_read_is_named(spec, names):
     with pytest.raises(ValueError, match=f"--rewards={spec}.*{names}"):
-        parse_weights(spec)
+        rewards_of(spec, True)
 
 
 def test_why_says_what_each_reward_saw():
-    weights = {"correctness": 1.0, "format": 0.5}
-    assert why(gold("two"), FORMED, weights, True) == "reward 1.5; 'two': right; well-formed"
+    ungated, gated = (rewards_of("correctness:1,format:0.5", gate) for gate in (False, True))
+    assert gated.why(gold("two"), FORMED) == "reward 1.5; 'two': right; well-formed"
     bare = "<answer>two</answer>"
-    assert why(gold("two"), bare, weights, True) == "reward 0; 'two': right; no single <think>..</think>"     # gated
-    assert why(gold("two"), bare, weights, False).startswith("reward 1; ")
-    assert why(gold("one"), bare, weights, True).startswith("reward 0; 'two': wrong, expected 'one'; ")
-    assert why(gold("one"), "", weights, True).startswith("reward 0; no answer: wrong")
+    assert gated.why(gold("two"), bare) == "reward 0; 'two': right; no single <think>..</think>"
+    assert ungated.why(gold("two"), bare).startswith("reward 1; ")
+    assert gated.why(gold("one"), bare).startswith("reward 0; 'two': wrong, expected 'one'; ")
+    assert gated.why(gold("one"), "").startswith("reward 0; no answer: wrong")
 
 
 class Letters:
@@ -203,7 +209,7 @@ def test_a_rollout_reads_only_what_its_mask_holds():
     mask[0, 0, -1] = False
     done = Output(torch.zeros(0), torch.zeros(0), torch.zeros(0))
     done.ids, done.mask = ids, mask
-    rollout = collect(done, [gold("b")], Letters(), dict(correctness=1.0, format=0.5), gated=False)
+    rollout = read_and_reward(done, [gold("b")], Letters(), rewards_of("correctness:1,format:0.5", False))
     assert rollout.texts == [[text, text + "x"]] and rollout.reward.tolist() == [[1, 1]]
 
 
@@ -212,7 +218,7 @@ def test_metrics_of_a_rollout_by_hand():
     ids = torch.tensor([[[5, EOS, EOS], [5, 6, 7]], [[EOS, 0, 0], [5, 6, EOS]]])
     parts = dict(correctness=torch.tensor([[1.0, 0.0], [0.0, 0.0]]), format=torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     texts = [["wait , wait", "Again: checkered"], ["", "no"]]
-    rollout = Rollout(ids, mask, torch.zeros(0), ((ids == EOS) & mask).any(-1), texts, parts, torch.zeros(0),
+    rollout = Rollout(ids, mask, torch.zeros(0), ((ids == EOS) & mask).any(-1), [], texts, parts, torch.zeros(0),
                       torch.tensor([[1.1, 0.1], [0.0, 0.0]]))
     line = metrics.of_rollout(rollout)
     of_rewards = {"reward/correctness": 0.25, "reward_std/correctness": 0.5, "reward/format": 0.5,
@@ -237,13 +243,11 @@ def test_a_reward_may_have_the_name_of_a_metric_and_changes_none(tmp_path, monke
     run = ["--preset=tiny", "--stage=clip,align,rl_zero", "--clip-steps=1", "--align-steps=1", "--rl-steps=1",
            "--eval-greedy=1", "--eval-sampled=1"]
     own = ",".join(f"{tmp_path / 'mine.py'}:{name}:0" for name in NAMES)
-    monkeypatch.setattr(page, "curves", lambda *_: b"")
+    monkeypatch.setattr(curves, "curves", lambda *_: b"")
     lines = []
     for folder, more in (("plain", ""), ("own", f",{own}")):
         train.main([*run, f"--rewards=length:1,repetition:1{more}", f"--out={tmp_path / folder}"])
         lines.append(json.loads((tmp_path / folder / "log.jsonl").read_text().splitlines()[-1]))
-    for name in NAMES:
-        rewards.REWARDS.pop(name).close()
     plain, with_own = lines
     for number, name in enumerate(NAMES):
         assert with_own.pop(f"reward/{name}") == number / 64 and with_own.pop(f"reward_std/{name}") == 0

@@ -15,10 +15,11 @@ from PIL import Image
 
 import eval as evaluation
 import train as train_script
-from data import chat, scenes, teachers
+from data import chat, scenes, supply, teachers
 from data.sample import Sample
 from data.tokenizer import from_saved, train
 from model.runs import checkpoint
+from model.runs.config import change
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 PATCHES = 5
@@ -108,12 +109,11 @@ def test_bytes_that_are_no_model_are_called_so_and_not_by_lines_of_another_sourc
 
 def test_a_run_and_an_evaluation_name_the_file_whose_tokenizer_is_damaged(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    cfg = SimpleNamespace(init="", llava="", llm="", template="brief")
-    run = SimpleNamespace(cfg=cfg, folder=tmp_path, device="cpu")
+    run = SimpleNamespace(cfg=train_script.Config(), folder=tmp_path, device="cpu")
     with pytest.raises(ValueError, match=r"^the tokenizer '.*tokenizer\.model' cannot be used: "):
         train_script.Run.prepare_tokenizer(run)
     monkeypatch.setattr(checkpoint, "load", lambda *_: dict(tokenizer=b"no model", vlm={}, vlm_config={}))
-    run.cfg.init = "a.pt"
+    run.cfg = change(run.cfg, init="a.pt")
     with pytest.raises(ValueError, match=r"^the tokenizer in checkpoint 'a\.pt' cannot be used: "):
         train_script.Run.prepare_tokenizer(run)
     monkeypatch.setattr(evaluation.VLM, "from_config", lambda *_: torch.nn.Identity())
@@ -218,7 +218,7 @@ def example(begins):
     """The Python of data/README.md whose first line begins so, run: the names after it."""
     readme = Path(chat.__file__).with_name("README.md").read_text()
     [code] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if code.startswith(begins)]
-    names = {**vars(chat), "TEMPLATES": dict(chat.TEMPLATES), "SYSTEM": dict(chat.SYSTEM)}
+    names = {**vars(supply), **vars(chat), "TEMPLATES": dict(chat.TEMPLATES), "SYSTEM": dict(chat.SYSTEM)}
     exec(code, names)
     return SimpleNamespace(**names)
 
@@ -232,9 +232,13 @@ def test_the_source_in_the_readme_reads_pictures_from_bytes(monkeypatch):
     parquet = SimpleNamespace(read_table=lambda where: SimpleNamespace(to_pylist=lambda: rows))
     monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    splits, report = example("# data/parquet.py").load("any", 50)
+    load = example("# data/supply.py").SOURCES["parquet"]
+    splits, report = load("any", 50)
     assert {sample.answer for samples in splits.values() for sample in samples} == {f"{n}" for n in range(30)}
-    assert report == f"parquet: 30 rows; {len(splits['train'])} train, {len(splits['val'])} val"
+    assert report == f"30 rows about 30 pictures; {len(splits['train'])} train, {len(splits['val'])} val"
+    rows[3]["answer"] = "<answer>"
+    with pytest.raises(ValueError, match="'any', row 4: field 'answer' holds the tag <answer>"):
+        load("any", 50)
 
 
 def test_the_template_in_the_readme_is_one(tok, monkeypatch):

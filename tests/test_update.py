@@ -12,16 +12,17 @@ import torch
 import train
 from data.sample import Batch
 from kernels import gae, policy_loss
-from model.runs import checkpoint
 from model.optim import make_optimizer, stepper
+from model.runs import checkpoint
+from model.runs.config import change
 from rl import losses, metrics
 from rl.advantages import advantages, normalised_then_summed, sampled_kl, token_rewards, whiten
-from rl.explain import preflight
+from rl.explain import preflight_text
 from rl.learner import Critic, Guard, Learner, make_learner
-from rl.rollout import overlong
+from rl.rewards import RewardOptions, Rewards, overlong
 from rl.types import Experience, Rollout
-from rl.update import estimated, informative, scored, update
-from test_algorithms import C, D, G, LENGTH, WEIGHTS, Table, batch_of, config, problem, run_update
+from rl.update import estimate_advantages, score, select_groups, update
+from test_algorithms import C, D, G, LENGTH, REWARDS, Recorder, Table, batch_of, config, problem, run_update
 from tiny import difference, make_vlm, prompts, random_completions, to_batch
 
 
@@ -34,16 +35,16 @@ def double(values):
 def test_weights_and_denominators_by_hand():
     mask = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]]]).bool()       # one does not train
     assert losses.weights(mask, "sequence")[..., 0].tolist() == [[pytest.approx(1 / 3), 1], [0.5, 1]]
-    assert all(losses.weights(mask, norm) is None for norm in ("token", "constant", "sum"))
+    assert all((losses.weights(mask, norm) == 1).all() for norm in ("token", "constant", "sum"))
     assert [losses.denominator(mask, norm, 10).item() for norm in losses.NORMS] == [3, 6, 30, 3]
 
 
 def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens_and_exactly_one_on_policy():
     logp, old = double([[[-1.0, -2.0, 50.0]]]), double([[[-1.3, -1.0, -7.0]]])
     mask = torch.tensor([[[True, True, False]]])
-    ratio = (logp - losses.sequence_ratio(logp, old, mask)).exp()
+    ratio = (logp - losses.sequence_old_logp(logp, old, mask)).exp()
     assert ratio[0, 0, :2].tolist() == pytest.approx([math.exp((0.3 - 1.0) / 2)] * 2)
-    assert torch.equal(losses.sequence_ratio(logp, logp, mask), logp)
+    assert torch.equal(losses.sequence_old_logp(logp, logp, mask), logp)
 
 
 def test_weights_against_drift_by_hand():
@@ -169,8 +170,8 @@ def rollout_of(rewards, ended=None, lengths=None):
     shape = reward.shape
     mask = torch.arange(3) < (torch.full(shape, 3) if lengths is None else torch.tensor(lengths))[..., None]
     return Rollout(torch.zeros(*shape, 3).long(), mask, torch.zeros(*shape, 3),
-                   torch.ones(shape).bool() if ended is None else torch.tensor(ended), [["a"] * shape[1]] * shape[0],
-                   {"format": reward, "correctness": reward}, reward[..., None], reward)
+                   torch.ones(shape).bool() if ended is None else torch.tensor(ended), [],
+                   [["a"] * shape[1]] * shape[0], {"format": reward, "correctness": reward}, reward[..., None], reward)
 
 
 @pytest.mark.parametrize("switches, kept", [
@@ -182,13 +183,13 @@ def rollout_of(rewards, ended=None, lengths=None):
 def test_groups_that_cannot_move_the_policy_are_left_out(switches, kept):
     rollout = rollout_of([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], [[True, False], [True, True], [False, False]])
     batch = batch_of(3)
-    found = informative(batch, rollout, config(**switches))
+    found = select_groups(batch, rollout, config(**switches))
     assert found.batch.ids[:, 0].tolist() == kept
     assert found.trained.any(-1).tolist() == ([[True, False]] + [[True, True]] * (len(kept) - 1)
                                               if "drop_truncated" in switches else [[True, True]] * len(kept))
-    assert len(informative(batch, rollout, config(), everyone=True).ids) == 3
+    assert len(select_groups(batch, rollout, config(), keep_all=True).ids) == 3
     if "refill" not in switches:
-        counted = informative(batch, rollout, config(flat="count", **switches))
+        counted = select_groups(batch, rollout, config(flat="count", **switches))
         assert counted.batch.ids[:, 0].tolist() == [0, 1, 2] and counted.active.nonzero()[:, 0].tolist() == kept
         assert [[part.tolist() for part in parts] for _, parts in counted.split(1, 1)] == [[[row] for row in kept]]
 
@@ -240,7 +241,7 @@ def setting(**switches):
     vlm, ids = make_vlm(), random_completions(len(rows), 2, 4)
     mask = torch.arange(4) < torch.randint(1, 5, (len(rows), 2, 1), generator=torch.Generator().manual_seed(1))
     cfg = config(micro_batch=2, mini_batches=2, **switches)
-    learner = make_learner(vlm, vlm.config.llm.width, cfg)
+    learner = make_learner(vlm, vlm.config.llm.width, cfg.algorithm)
     if learner.reference is not None:
         with torch.no_grad():
             for p in learner.reference.llm.parameters():
@@ -248,8 +249,8 @@ def setting(**switches):
     e = Experience(vlm.encode(to_batch(rows)), ids, mask, mask, torch.ones(len(rows), 2).bool(),
                    torch.rand(len(rows), 2, 2, generator=torch.Generator().manual_seed(3)).double(),
                    torch.zeros(mask.shape).double(), torch.ones(len(rows)).bool())
-    spent = []
-    return learner, scored(learner, e, cfg, lambda *args: spent.append(args)), cfg, spent
+    meter = Recorder()
+    return learner, score(learner, e, cfg, meter), cfg, meter.names
 
 
 def exact(learner, e, temperature=1.0):
@@ -264,18 +265,18 @@ def exact(learner, e, temperature=1.0):
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3", "exact"])
 def test_kl_in_the_reward_is_that_of_policy_and_reference(kl):
-    learner, e, cfg, spent = setting(kl=kl, kl_in="reward", kl_coef=0.1, baseline="batch", std="batch")
+    learner, e, cfg, counted = setting(kl=kl, kl_in="reward", kl_coef=0.1, baseline="batch", std="batch")
     with torch.no_grad():
         mine, theirs = (vlm(e.batch, e.ids).logp for vlm in (learner.policy, learner.reference))
         wanted = exact(learner, e) if kl == "exact" else sampled_kl(mine, theirs, kl)
     assert difference(e.old_logp[e.mask], mine[e.mask]) < 1e-10 and difference(e.kl[e.mask], wanted[e.mask]) < 1e-10
     assert e.kl[e.mask].abs().max() > 1e-3
-    assert [args[0] for args in spent].count("exact_kl") == (3 if kl == "exact" else 0)
+    assert counted.count("exact_kl") == (3 if kl == "exact" else 0)
 
 
 def test_exact_kl_in_the_loss_adds_its_mean_and_its_gradient():
     learner, e, cfg, _ = setting(kl="exact", kl_coef=0.3)
-    e, _ = estimated(learner, e, {"a": 1.0, "b": 1.0}, cfg)
+    e, _ = estimate_advantages(learner, e, REWARDS, cfg)
     taken = []
 
     def take_step(drop=False):
@@ -284,9 +285,10 @@ def test_exact_kl_in_the_loss_adds_its_mean_and_its_gradient():
         return {"grad_norm": 1.0}
 
     def step(kl_coef):
-        one = replace(cfg, mini_batches=1)
+        one = change(cfg, mini_batches=1)
         learner.kl_coef.fill_(kl_coef)
-        return update(learner, e, one, take_step, lambda *_: None, Guard(None, "rl", 1, None))
+        found, _ = update(learner, e, one, take_step, Recorder(), Guard(None, "rl", 1, None))
+        return found
 
     with_kl, without = step(0.3), step(0.0)
     kl = (exact(learner, e) * e.mask).sum() / e.mask.sum()
@@ -303,16 +305,16 @@ def test_exact_kl_in_the_loss_adds_its_mean_and_its_gradient():
 def test_nothing_is_scored_when_no_switch_asks_for_it():
     learner, e, cfg, _ = setting()
     assert e.old_logp.numel() and not e.ref_logp.numel() and not e.values.numel()
-    spent = []
-    assert scored(learner, replace(e, old_logp=torch.zeros(0)), config(), spent.append).old_logp.numel() == 0
-    assert not spent
+    meter = Recorder()
+    assert score(learner, replace(e, old_logp=torch.zeros(0)), config(), meter).old_logp.numel() == 0
+    assert not meter.names
 
 
 def test_nano_aha_scoring_by_the_reference_overwrites_nothing():
     learner, e, cfg, _ = setting(kl="k3", kl_coef=0.1)
     tensors = [*vars(e.batch).values(), *e._tensors().values()]
     before = [tensor.clone() for tensor in tensors]
-    scored(learner, e, cfg, lambda *_: None)
+    score(learner, e, cfg, Recorder())
     assert all(map(torch.equal, tensors, before))
 
 
@@ -337,10 +339,10 @@ def test_a_critic_whose_units_change_says_the_same_and_learns_in_the_new_ones():
 def test_the_update_shows_its_returns_to_the_critic_and_steps_it_at_its_own_rate():
     policy, e = problem()
     cfg = config("ppo", return_norm=True, value_lr=7.0)
-    learner = make_learner(policy, D, cfg)
-    optimizer = make_optimizer(learner, 0.95, 0.0, learner.critic, cfg.value_lr)
-    e, _ = estimated(learner, replace(e, ref_logp=torch.zeros(0)), WEIGHTS, cfg)
-    update(learner, e, cfg, stepper(optimizer, 1e-3, 1.0), lambda *_: None, Guard(None, "rl", 1, None))
+    learner = make_learner(policy, D, cfg.algorithm)
+    optimizer = make_optimizer(learner, 0.95, 0.0, learner.critic, cfg.algorithm.value_lr)
+    e, _ = estimate_advantages(learner, replace(e, ref_logp=torch.zeros(0)), REWARDS, cfg)
+    update(learner, e, cfg, stepper(optimizer, 1e-3, 1.0), Recorder(), Guard(None, "rl", 1, None))
     assert learner.critic.mean.item() == pytest.approx(e.returns[e.mask].mean().item())
     # Adam's first step is the learning rate, whatever the gradient.
     assert learner.critic.head.weight.abs().max().item() == pytest.approx(7e-3, rel=1e-4)
@@ -352,12 +354,12 @@ def test_the_gradient_that_reaches_a_shared_decoder_does_not_grow_with_the_rewar
     for size in (1.0, 100.0):
         policy, e = problem()
         cfg = config("ppo", return_norm=True, value_clip=0.0, kl_coef=0.0, std="none", value_coef=1e6)
-        learner = make_learner(policy, D, cfg)
+        learner = make_learner(policy, D, cfg.algorithm)
         with torch.no_grad():
             learner.critic.head.weight.copy_(torch.tensor([[0.3, -0.2, 0.1]]))
         learner.critic.momentum = 0.0
         e = replace(e, rewards=size * e.rewards, values=size * e.values, ref_logp=torch.zeros(0))
-        e, _ = estimated(learner, e, WEIGHTS, cfg)
+        e, _ = estimate_advantages(learner, e, REWARDS, cfg)
         learner.critic.see(e.returns[e.mask])           # the head speaks in the new units ..
         with torch.no_grad():
             learner.critic.head.weight.copy_(torch.tensor([[0.3, -0.2, 0.1]]))      # .. and says the same in them
@@ -365,7 +367,7 @@ def test_the_gradient_that_reaches_a_shared_decoder_does_not_grow_with_the_rewar
         learner.zero_grad(set_to_none=True)
         taken = []
         update(learner, e, cfg, lambda drop=False: taken.append(policy.hidden.grad.clone()) or {"grad_norm": 1.0},
-               lambda *_: None, Guard(None, "rl", 1, None))
+               Recorder(), Guard(None, "rl", 1, None))
         gradients.append(taken[0])
     assert difference(gradients[1], gradients[0]) < 1e-6 and gradients[0].abs().max() > 1
 
@@ -405,9 +407,9 @@ def test_ppo_on_two_states_reaches_the_known_values_and_the_better_action(critic
     cfg = config("ppo", kl_coef=0.0, critic=critic, epochs=2, mini_batches=1, value_lr=20.0, value_clip=0.0,
                  value_coef=1.0)
     policy, generator = Toy(), torch.Generator().manual_seed(0)
-    learner = make_learner(policy, 3, cfg)
-    optimizer = make_optimizer(learner, 0.95, 0.0, learner.critic, cfg.value_lr)
-    pays = double([[0.0, 1.0], [0.5, 0.0]])
+    learner = make_learner(policy, 3, cfg.algorithm)
+    optimizer = make_optimizer(learner, 0.95, 0.0, learner.critic, cfg.algorithm.value_lr)
+    pay, pays = Rewards(RewardOptions(rewards="correctness:1")), double([[0.0, 1.0], [0.5, 0.0]])
     found = {}
     for _ in range(150):
         with torch.no_grad():
@@ -418,9 +420,9 @@ def test_ppo_on_two_states_reaches_the_known_values_and_the_better_action(critic
         mask = torch.ones_like(ids).bool()
         e = Experience(batch_of(1), ids, mask, mask, torch.ones(1, 64).bool(), pays[first, second][None, :, None],
                        policy(None, ids, 1.0).logp.detach(), torch.ones(1).bool())
-        e = scored(learner, e, cfg, lambda *_: None)
-        e, found = estimated(learner, e, {"pay": 1.0}, cfg)
-        update(learner, e, cfg, stepper(optimizer, 0.02, 10.0), lambda *_: None, Guard(None, "rl", 1, None))
+        e = score(learner, e, cfg, Recorder())
+        e, found = estimate_advantages(learner, e, pay, cfg)
+        update(learner, e, cfg, stepper(optimizer, 0.02, 10.0), Recorder(), Guard(None, "rl", 1, None))
     with torch.no_grad():
         p = policy.logits[:, 0].softmax(-1)
         ids = torch.tensor([[[0, 1], [1, 0]]])
@@ -434,16 +436,16 @@ def test_ppo_on_two_states_reaches_the_known_values_and_the_better_action(critic
 
 def test_the_coefficient_follows_the_kl_and_the_reference_the_policy():
     policy = Table()
-    learner, cfg = Learner(policy, 0.1), config(kl_coef=0.1, kl_target=0.05, ref_sync=3)
+    learner, switches = Learner(policy, 0.1), config(kl_coef=0.1, kl_target=0.05, ref_sync=3).algorithm
     with torch.no_grad():
         policy.logits.add_(1.0)
     for step, kl in enumerate((0.06, 0.5)):
-        learner.after(step, {"kl_ref": kl}, cfg)
+        learner.after(step, {"kl_ref": kl}, switches)
     assert learner.kl_coef.item() == pytest.approx(0.1 * 1.02 * 1.02)          # both errors are held at .2
-    learner.after(3, {"kl_ref": 0.0475}, cfg)
+    learner.after(3, {"kl_ref": 0.0475}, switches)
     assert learner.kl_coef.item() == pytest.approx(0.1 * 1.02 * 1.02 * 0.995)
     assert not torch.equal(learner.reference.logits, policy.logits)
-    learner.after(5, {}, cfg)
+    learner.after(5, {}, switches)
     assert torch.equal(learner.reference.logits, policy.logits)
     assert not any(p.requires_grad for p in learner.reference.parameters())
 
@@ -467,17 +469,18 @@ class Saved(dict):
 @pytest.mark.parametrize("where", ["advantage", "loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_saved_and_ends_the_run_in_the_end(where, tmp_path):
     policy, e = problem()
-    learner, cfg, files = make_learner(policy, D, config()), config(epochs=2), Saved()
+    learner, cfg, files = make_learner(policy, D, config().algorithm), config(epochs=2), Saved()
     optimizer = make_optimizer(learner, 0.95, 0.0)
     guard = Guard(tmp_path, "rl", 4, files)
-    e, _ = estimated(learner, replace(e, values=torch.zeros(0), ref_logp=torch.zeros(0)), WEIGHTS, cfg)
+    e, _ = estimate_advantages(learner, replace(e, values=torch.zeros(0), ref_logp=torch.zeros(0)), REWARDS, cfg)
     bad = {"advantage": replace(e, advantage=e.advantage * float("nan")), "gradient": e,
            "loss": replace(e, old_logp=e.old_logp - 1e4)}[where]         # a ratio of exp(1e4)
     hook = policy.logits.register_hook(lambda g: g * float("inf")) if where == "gradient" else None
     before, each = policy.logits.detach().clone(), 1 if where == "advantage" else 2       # one a rollout, or a step
 
     def go(part):
-        return update(learner, part, cfg, stepper(optimizer, 0.1, 1.0), lambda *_: None, guard)
+        found, _ = update(learner, part, cfg, stepper(optimizer, 0.1, 1.0), Recorder(), guard)
+        return found
 
     assert go(bad)["updates"] == 0 and torch.equal(policy.logits, before) and policy.logits.grad is None
     assert list(files) == ["bad-rl-1.pt", "bad-rl-2.pt"][:each] and guard.count == each
@@ -495,9 +498,9 @@ def test_a_step_that_is_not_finite_is_skipped_saved_and_ends_the_run_in_the_end(
 def test_a_return_that_is_not_finite_does_not_reach_the_critics_units():
     policy, e = problem()
     cfg, saved = config("ppo", return_norm=True), Saved()
-    learner = make_learner(policy, D, cfg)
-    e, _ = estimated(learner, replace(e, rewards=e.rewards * float("inf"), kl=torch.zeros(0)), WEIGHTS, cfg)
-    update(learner, e, cfg, None, lambda *_: None, Guard(Path("."), "rl", 3, saved))
+    learner = make_learner(policy, D, cfg.algorithm)
+    e, _ = estimate_advantages(learner, replace(e, rewards=e.rewards * float("inf"), kl=torch.zeros(0)), REWARDS, cfg)
+    update(learner, e, cfg, None, Recorder(), Guard(Path("."), "rl", 3, saved))
     assert len(saved) == 1 and learner.critic.mean == 0 and learner.critic.scale == 1
 
 
@@ -511,10 +514,11 @@ def test_the_saved_batch_of_a_bad_step_can_be_opened(tmp_path):
 # ---------------------------------------------------------------- what is said
 
 def test_the_preflight_warns_of_what_cannot_be_learned():
-    costs = dict(tokens_per_second=100.0, seconds_decode=1.0, seconds_update=3.0)
+    costs = dict(tokens_per_second=100.0, seconds_encode=0.125, seconds_prefill=0.25, seconds_decode=0.5,
+                 seconds_score=0.125, seconds_update=3.0)
 
     def said(rewards, active=0.5, refill=0, **fields):
-        return preflight(rollout_of(rewards, **fields), active, costs, 30, refill)
+        return preflight_text(rollout_of(rewards, **fields), active, costs, 30, refill)
 
     fine = said([[1.0, 0.0], [0.0, 0.0]])
     assert "warning" not in fine and "pass@2 0.500" in fine and "flat groups 0.50" in fine

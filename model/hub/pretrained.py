@@ -600,15 +600,14 @@ def planned(cfg):
     open is the config's own. Returns None where they name nothing."""
     if not cfg.pretrained:
         return None
-    if cfg.llava:
-        return _planned_llava(cfg.llava, cfg.clip)
-    tower = _tower_config(cfg.clip) if cfg.clip else cfg.clip_config(1)
-    llm = cfg.llm_config(cfg.vocab)
-    if cfg.llm:
-        folder = resolve(cfg.llm, "--llm")
+    if cfg.vlm.llava:
+        return _planned_llava(cfg.vlm.llava, cfg.clip.clip)
+    tower = _tower_config(cfg.clip.clip) if cfg.clip.clip else cfg.clip.config(1)
+    llm = cfg.llm.config(cfg.llm.vocab)
+    if cfg.llm.llm:
+        folder = resolve(cfg.llm.llm, "--llm")
         llm = llama_config(read_json(folder / "config.json"), f"decoder folder {str(folder)!r}")
-    return VlmConfig(tower, llm, cfg.projector, cfg.feature_layer, cfg.image_positions,
-                     speaks=bool(cfg.llm))
+    return VlmConfig(tower, llm, **cfg.vlm.shape(), speaks=bool(cfg.llm.llm))
 
 
 def _planned_llava(path, clip):
@@ -634,8 +633,8 @@ def _planned_llava(path, clip):
 def check_weights(cfg):
     """Raises ValueError when the decoder of --llm cannot be loaded, by the names and shapes of its
     tensors: stage clip may train for hours before that decoder is asked for."""
-    if cfg.llm:
-        load_llm(cfg.llm, getattr(torch, cfg.dtype), "meta")
+    if cfg.llm.llm:
+        load_llm(cfg.llm.llm, getattr(torch, cfg.machine.dtype), "meta")
 
 
 def fields(made):
@@ -656,13 +655,13 @@ def assemble(cfg, made, state, vocab, dtype, device):
     Its tower is that of --clip, else of the CLIP in a checkpoint's `state`; its decoder that of
     --llm, else a new one of `vocab` rows.
     """
-    if cfg.clip:
-        clip = load_clip(cfg.clip, dtype, device)
+    if cfg.clip.clip:
+        clip = load_clip(cfg.clip.clip, dtype, device)
     else:
         clip = Clip.from_config(state["clip_config"], state["clip"])
-    if cfg.llm:
-        llm, _ = load_llm(cfg.llm, dtype, device)
+    if cfg.llm.llm:
+        llm, _ = load_llm(cfg.llm.llm, dtype, device)
     else:
-        llm = Llama(cfg.llm_config(vocab))
+        llm = Llama(cfg.llm.config(vocab))
     config = replace(made, clip=clip.config, llm=llm.config)
     return VLM.from_parts(config, clip.visual, llm)

@@ -1,7 +1,24 @@
 """The one place where device and dtype are decided."""
+from dataclasses import dataclass
+
 import torch
 
+from model.runs.config import check_fields, choice, number
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """the machine"""
+    device: str = "auto"                            # auto: CUDA when present | cpu | cuda:N
+    dtype: str = choice("float32", "bfloat16", "float64")  # of weights and activations
+    compile: bool = False                           # torch.compile the decoder's blocks: a minute, then faster steps
+    checkpointing: bool = False                     # a block's activations are computed again in the backward
+    threads: int = number(0, "[0, 1024]")           # CPU threads; 0: torch's choice. Another number rounds differently
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def pick_device(name="auto"):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from model.runs import checkpoint
+from model.runs.config import flag
 
 try:
     import fcntl
@@ -37,17 +38,18 @@ def read_config(folder):
 
 
 def resumed(given):
-    """Flags given -> with --resume the config of the run it means, else None."""
+    """Flags given -> with --resume the config of the run that it means, else None."""
     if not given.get("resume"):
         return None
-    folder = choose(given.get("out", ""), "", True)
+    folder = choose(given.get("out", ""), "", resume=True)
     given["out"] = str(folder)
     return read_config(folder)
 
 
 def digest(samples):
     """Tells whether a folder or file of one's own still holds the same samples in the same order."""
-    return hashlib.sha256(json.dumps([(s.id, s.split, s.question, s.answer) for s in samples]).encode()).hexdigest()
+    rows = [(sample.id, sample.split, sample.question, sample.answer) for sample in samples]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def choose(out, name, resume):
@@ -59,16 +61,10 @@ def choose(out, name, resume):
         folder = Path(out)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out={out} must be a folder, it is a file")
+    elif resume:
+        folder = newest_unfinished(Path("out"))
     else:
-        root = Path("out")
-        found = sorted((path for path in root.glob("*/config.json") if not (path.parent / "results.json").exists()),
-                       key=lambda path: path.stat().st_mtime)
-        if resume and not found:
-            raise ValueError(f"--resume found no unfinished run under {root}/; name its folder with --out=DIR")
-        number = 1
-        while (root / f"{name}-{number}").exists():
-            number += 1
-        folder = found[-1].parent if resume else root / f"{name}-{number}"
+        folder = next_free(Path("out"), name)
     exists = (folder / "config.json").exists()
     if not resume and (exists or any(folder.glob("*.pt"))):     # a stage would take a stray clip.pt for its own
         raise ValueError(f"--out={folder} already holds a run; add --resume to go on with it or choose another folder")
@@ -77,12 +73,31 @@ def choose(out, name, resume):
     return folder
 
 
+def newest_unfinished(root):
+    """The run folder under `root` that was begun last of those without results."""
+    configs = [path for path in root.glob("*/config.json") if not (path.parent / "results.json").exists()]
+    if not configs:
+        raise ValueError(f"--resume found no unfinished run under {root}/; name its folder with --out=DIR")
+    return max(configs, key=lambda path: path.stat().st_mtime).parent
+
+
+def next_free(root, name):
+    """root/name-N with the smallest N that does not exist yet."""
+    number = 1
+    while (root / f"{name}-{number}").exists():
+        number += 1
+    return root / f"{name}-{number}"
+
+
 class RunFolder:
     """Use it in a `with`, or call `release`: what holds a folder keeps other processes out of it."""
 
     def __init__(self, folder, device="cpu"):
-        self.folder, self.device, self.progress, self.board = Path(folder), device, None, None
-        self.lock = None
+        self.folder = Path(folder)
+        self.device = device
+        self.progress = None        # state of the stage under way, in a resumed run
+        self.board = None           # TensorBoard's writer
+        self.lock = None            # the open lock file
 
     def __enter__(self):
         return self
@@ -130,32 +145,41 @@ class RunFolder:
             raise ValueError(f"--out={self.folder} already holds a run; choose another folder")
         write_json(self.folder / "config.json", config | {"data_digest": digest(samples)})
 
-    def reopen(self, config, free, stages, samples=()):
-        """Checks that the run was started with this config (but for the fields `free`) on these samples, and takes up
-        its state. Raises ValueError when it was not, when another process works on it, or when its log has lost lines
-        that its checkpoints count on."""
+    def reopen(self, config, defaults, free, stages, samples=()):
+        """Checks that the run was started with this config (but for the options `free`) on these samples, and takes up
+        its state.
+
+        defaults: {option: value}, for options that the version which began the run did not have. Raises ValueError when
+        the config or the samples are others, when another process works on the run, or when its log has lost lines that
+        its checkpoints count on.
+        """
         self.hold()
-        before = read_config(self.folder)
+        before = defaults | read_config(self.folder)
         for name, value in config.items():
-            if name not in free and before.get(name) != value:
-                raise ValueError(f"--{name.replace('_', '-')}={value} must be {before.get(name)}, as in the run in "
-                                 f"{self.folder} that --resume goes on with")
+            if name not in free and before[name] != value:
+                raise ValueError(f"{flag(name)}={value} must be {before[name]}, as in the run in {self.folder} that "
+                                 "--resume goes on with")
         if before.get("data_digest") != digest(samples):
             raise ValueError(f"--data={config['data']} must hold what it held when the run in {self.folder} began; "
                              "put it back as it was, or start a new run")
+        self._take_up(stages)
+
+    def _take_up(self, stages):
+        """The state of the stage under way; cuts off log lines that were written after the last checkpoint."""
         done = [stage for stage in stages if self.path(stage).exists()]
-        known = checkpoint.load(self.path(done[-1]))["log_bytes"] if done else 0
-        if (self.folder / "progress.pt").exists():
-            self.progress = checkpoint.load(self.folder / "progress.pt", self.device)
+        log_bytes = checkpoint.load(self.path(done[-1]))["log_bytes"] if done else 0
+        path = self.folder / "progress.pt"
+        if path.exists():
+            self.progress = checkpoint.load(path, self.device)
             if self.progress["stage"] in done:
                 self.progress = None        # killed between finishing a stage and removing its progress
             else:
-                known = self.progress["log_bytes"]
-        if self.log_bytes() < known:
-            raise ValueError(f"{str(self.log_path)!r} has {self.log_bytes()} bytes and must have at least {known}, as "
-                             "when the run's last checkpoint was written; put it back, or start a new run")
+                log_bytes = self.progress["log_bytes"]
+        if self.log_bytes() < log_bytes:
+            raise ValueError(f"{str(self.log_path)!r} has {self.log_bytes()} bytes and must have at least {log_bytes}, "
+                             "as when the run's last checkpoint was written; put it back, or start a new run")
         if self.log_path.exists():
-            os.truncate(self.log_path, known)
+            os.truncate(self.log_path, log_bytes)
 
     def check_origins(self, stages, origins, budgets, init):
         """Raises ValueError unless every one of `stages` will find what it starts from.
@@ -168,20 +192,14 @@ class RunFolder:
         state = checkpoint.load(init) if init else {"stage": None}
         for stage in stages:
             if stage == stages[0] and init:
-                if not origins[stage]:
-                    raise ValueError(f"--init={init} has no effect on --stage={stage}, which starts from nothing")
-                wanted = ("vlm", "clip") if origins[stage] == ("clip",) else ("vlm",)
-                if "tokenizer" not in state or not any(name in state for name in wanted):
-                    lacks = ["" if "tokenizer" in state else "tokenizer or ",
-                             "CLIP" if "clip" in wanted else "vision-language"]
-                    raise ValueError(f"--init={init} cannot start --stage={stage}: it is the checkpoint of stage "
-                                     f"{state['stage']!r} and holds no {''.join(lacks)} model")
-            elif origins[stage] and not {*ready, state["stage"]} & set(origins[stage]):
+                check_init(init, state, stage, origins[stage])
+            elif origins[stage] and not {*ready, state["stage"]} & {*origins[stage]}:
                 raise ValueError(f"--stage={','.join(stages)}: {stage} starts from {' or '.join(origins[stage])}; put "
                                  "that before it, or name its checkpoint with --init=")
-            if missing := [other for other in budgets[stage] if other not in ready]:
-                raise ValueError(f"--stage={','.join(stages)}: {stage} is given the FLOPs that {missing[0]} took; put "
-                                 f"{missing[0]} before it")
+            for other in budgets[stage]:
+                if other not in ready:
+                    raise ValueError(f"--stage={','.join(stages)}: {stage} is given the FLOPs that {other} took; put "
+                                     f"{other} before it")
             ready.add(stage)
 
     def spent(self, stages):
@@ -197,9 +215,9 @@ class RunFolder:
 
     def log(self, **line):
         """A line of log.jsonl; its numbers go to the board as well, if there is one."""
-        if self.board:
+        if self.board and "step" in line:
             for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "step" and "step" in line:
+                if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(f"{line['stage']}/{name}", value, line["step"])
         try:
             with open(self.log_path, "a") as file:
@@ -221,11 +239,12 @@ class RunFolder:
         checkpoint.save(self.path(stage), dict(state, stage=stage, log_bytes=self.log_bytes()))
         (self.folder / "progress.pt").unlink(missing_ok=True)
 
-    def save_progress(self, stage, step, module, optimizer, generator, flops):
+    def save_progress(self, stage, step, module, optimizer, meter, generator):
+        """Writes the stage under way, of which `step` steps are done; what is frozen is left out."""
         frozen = self._frozen(module)
+        weights = {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
         checkpoint.save(self.folder / "progress.pt", dict(
-            stage=stage, step=step, module={n: t for n, t in module.state_dict().items() if n not in frozen},
-            optimizer=optimizer.state_dict(), flops=flops,
+            stage=stage, step=step, module=weights, optimizer=optimizer.state_dict(), flops=meter.total,
             generator=generator.get_state() if generator else None, log_bytes=self.log_bytes()))
 
     @staticmethod
@@ -233,15 +252,33 @@ class RunFolder:
         """Names of what stands still in a stage, and is had again from where the stage started; a reference may not."""
         return {name for name, p in module.named_parameters() if not p.requires_grad and "reference." not in name}
 
-    def take_progress(self, stage, module, optimizer, generator):
-        """Puts an interrupted stage back to its last checkpoint; -> (step to go on with, FLOPs so far), or None."""
-        state, self.progress = self.progress, None
+    def take_progress(self, stage, module, optimizer, meter, generator):
+        """Puts an interrupted stage back to its last checkpoint -> the step to go on with, 0 of a new one."""
+        state = self.progress
+        self.progress = None
         if not state or state["stage"] != stage:
-            return None
+            return 0
         missing, odd = module.load_state_dict(state["module"], strict=False)
         if odd or {*missing} - self._frozen(module):
             raise ValueError(f"{self.folder / 'progress.pt'} is of another model; remove it to begin {stage} anew")
         optimizer.load_state_dict(state["optimizer"])
         if generator:
             generator.set_state(state["generator"].cpu())
-        return state["step"], state["flops"]
+        meter.total = state["flops"]
+        return state["step"]
+
+
+def check_init(init, state, stage, origins):
+    """Raises ValueError unless `stage`, which starts from the stages `origins`, can start from the checkpoint `init`,
+    whose content is `state`."""
+    if not origins:
+        raise ValueError(f"--init={init} has no effect on --stage={stage}, which starts from nothing")
+    clip_will_do = origins == ("clip",)
+    has_model = "vlm" in state or clip_will_do and "clip" in state
+    if "tokenizer" in state and has_model:
+        return
+    lacks = "CLIP" if clip_will_do else "vision-language"
+    if "tokenizer" not in state:
+        lacks = f"tokenizer or {lacks}"
+    raise ValueError(f"--init={init} cannot start --stage={stage}: it is the checkpoint of stage {state['stage']!r} "
+                     f"and holds no {lacks} model")

@@ -11,7 +11,6 @@ import re
 from html import escape
 
 from data.sample import read_image
-from rl.report.curves import curves    # noqa: F401: `page.curves`
 
 # The page runs nothing and fetches nothing, whatever a completion says: its texts are escaped, and the
 # browser is told so as well.
