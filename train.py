@@ -317,6 +317,12 @@ class Run(RunFolder):
         """The model where and as the config wants it in this stage, with what does not train frozen."""
         return prepare.prepare(vlm, self.cfg, stage == "align").to(self.device, self.dtype)
 
+    def optimizer(self, module, module_lr, critic=None, critic_lr=1.0):
+        """AdamW as the options have it, over what trains in `module`."""
+        optim = self.cfg.optim
+        return make_optimizer(module, optim.beta2, optim.weight_decay, critic, critic_lr, module_lr, optim.moments,
+                              optim.master)
+
     def steps(self, stage, schedule, module, optimizer, meter, generator=None):
         """Yields (step, learning rate) from where an interrupted stage stopped; draws the bar, saves on the way."""
         cfg = self.cfg
@@ -352,8 +358,7 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
     image_tokens = vlm.config.image_tokens
     if not run.plan:
         memory.announce(name, vlm, cfg, False)
-    optimizer = make_optimizer(vlm, cfg.optim.beta2, cfg.optim.weight_decay, None, 1.0, cfg.optim.module_lr,
-                               cfg.optim.moments, cfg.optim.master)
+    optimizer = run.optimizer(vlm, cfg.optim.module_lr)
     lengths = None
     if cfg.data.group_lengths and run.records and name == "sft":
         lengths = run.records.lengths(image_tokens)
@@ -407,8 +412,7 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, meter):
     switches = cfg.algorithm
     label = algorithms.label(run.cfg, name)
     learner = make_learner(vlm, vlm.config.llm.width, switches)
-    optimizer = make_optimizer(learner, cfg.optim.beta2, cfg.optim.weight_decay, learner.critic, switches.value_lr,
-                               cfg.optim.module_lr, cfg.optim.moments, cfg.optim.master)
+    optimizer = run.optimizer(learner, cfg.optim.module_lr, learner.critic, switches.value_lr)
     generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "sampling"))
     guard = Guard(run.folder, name, cfg.rl.bad_steps, checkpoint.save)
     sampler = Sampler(vlm, meter)
@@ -510,8 +514,7 @@ def clip(run, name, cfg, origin):
     samples = run.samples("clip", cfg.data.pictures, "clip")
     pixels = dict(image_size=config.image_size, fit="crop", mean=config.mean)
     schedule = Schedule(cfg.supervised.clip_steps, cfg.supervised.clip_batch, cfg.supervised.clip_lr)
-    optimizer = make_optimizer(model, cfg.optim.beta2, cfg.optim.weight_decay, None, 1.0, "", cfg.optim.moments,
-                               cfg.optim.master)
+    optimizer = run.optimizer(model, module_lr="")
     meter = Meter()                 # stays at 0: this stage is no arm of a comparison at equal FLOPs
 
     def decoded(number, sample):

@@ -8,6 +8,7 @@ from model import memory
 from model.hub.export import PROJECTOR_ACT, export_folder
 from model.optim import freeze
 from model.runs.config import change, need
+from model.runs.device import pick_dtype
 from model.vlm import VLM
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -101,5 +102,5 @@ def plan(config, cfg, stages):
     for stage in stages:
         with torch.device("meta"):
             vlm = VLM(config)
-        vlm = prepare(vlm, cfg, stage == "align").to(getattr(torch, cfg.machine.dtype))
+        vlm = prepare(vlm, cfg, stage == "align").to(pick_dtype(cfg.machine.dtype))
         memory.announce(stage, vlm, cfg, stage not in ("align", "sft", "cot"))

@@ -40,10 +40,21 @@ RECIPES = {
     "qwen2.5-0.5b-clip-l": CLIP_L | QWEN_05B | LLAVA_15,
 }
 
+
+def preset_of(given):
+    """The preset for flags that name none."""
+    data = given.get("data", "scenes")
+    if given.get("bench"):
+        return "bench"
+    if {"clip", "llm", "llava"} & {*given}:
+        return "llava"
+    if given.get("init") and data.startswith("llava:"):
+        return "llava"
+    return "embedded" if data == "scenes" else "images"
+
+
 PRESETS = {
-    "": lambda given: ("bench" if given.get("bench") else "llava" if {"clip", "llm", "llava"} & {*given}
-                       or given.get("init") and given.get("data", "").startswith("llava:")
-                       else "embedded" if given.get("data", "scenes") == "scenes" else "images"),
+    "": preset_of,
     "embedded": {},
     # LLaVA-1.5's training of whatever parts are named; a part that is not is a small one, from nothing
     "llava": LLAVA_15 | dict(template="auto", image_positions=False, dtype="float32", checkpointing=False),
