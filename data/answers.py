@@ -172,7 +172,7 @@ def is_right(sample, answer):
 def check_sample(sample):
     """Raises ValueError unless a sample can be asked, taught and judged: no text of it holds a
     tag, its answer can be given, and is right where other choices are wrong."""
-    for field in ("question", "answer", "reasoning", "caption", "aliases", "choices"):
+    for field in ("question", "answer", "reasoning", "summary", "caption", "aliases", "choices"):
         tag = TAG.search(str(getattr(sample, field)))
         if tag:
             raise ValueError(f"field {field!r} holds the tag {tag.group()}, which the prompt "

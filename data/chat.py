@@ -3,13 +3,30 @@
 Training, evaluation and data generation all come through here, so that what a model is taught,
 asked and judged by is the same text.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # What counts as right belongs to the parser.
-from data.answers import is_right, normalise, verdict       # noqa: F401
+from data.answers import is_right, key, normalise, verdict       # noqa: F401
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# A form of a chain of thought: the tags that a completion consists of, in order; the last holds the answer.
+FORMS = {
+    "think": ("think", "answer"),                                   # DeepSeek-R1's (arXiv 2501.12948)
+    "llava_cot": ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION"),     # LLaVA-CoT's (arXiv 2411.10440)
+}
+
+
+def _tags(form):
+    tags = []
+    for name in FORMS[form]:
+        tags += [f"<{name}>", f"</{name}>"]
+    return tuple(tags)
+
+
+TAGS = _tags("think")
+STAGE_TAGS = _tags("llava_cot")
+ALL_TAGS = TAGS + STAGE_TAGS
+SECTIONS = tuple(name.lower() for name in FORMS["llava_cot"])       # as the fields of a Sample are called
 IMAGE = "<image>"
 
 # What a method appends to the question.
@@ -18,6 +35,7 @@ PROMPTS = {
     "think": " think .",        # chain of thought, taught by examples
     # The tags are only asked for.
     "asked": " think inside <think> </think> then answer inside <answer> </answer> .",
+    "llava_cot": " stages .",   # LLaVA-CoT's four sections, taught by examples
 }
 
 
@@ -136,6 +154,31 @@ def target_text(answer, reasoning=None, close_think=True):
     return f"{thought}<answer> {answer}</answer>"
 
 
+def staged_text(summary, caption, reasoning, conclusion, close_reasoning=True, between=""):
+    """The text that a model is taught in LLaVA-CoT's form; between: what stands between two sections, a blank line in
+    LLaVA-CoT's own data.
+
+    >>> staged_text("walk left", "a1 red circle", "a1 b1", "two")[:49]
+    '<SUMMARY> walk left</SUMMARY><CAPTION> a1 red cir'
+    """
+    sections = []
+    for name, text in zip(FORMS["llava_cot"], (summary, caption, reasoning, conclusion)):
+        section = f"<{name}> {text}"
+        if name != "REASONING" or close_reasoning:
+            section += f"</{name}>"
+        sections.append(section)
+    return between.join(sections)
+
+
+def as_words(text):
+    """A text in which <image> no longer stands for a picture, such as a model's own or a client's.
+
+    >>> as_words("an <<image>>")
+    'an << image>>'
+    """
+    return text.replace(IMAGE, "< image>")
+
+
 def _turns(sample, method, template, target):
     """All turns as (question, answer or None), with a placeholder for every picture where it
     stands.
@@ -214,7 +257,7 @@ def encode(sample, tokenizer, image_tokens, method="think", template="brief", ta
         if isinstance(piece, Say):
             new_ids, taught = _stretch(tokenizer, image_tokens, piece)
         else:
-            new_ids = _token(tokenizer, piece.token)
+            new_ids = token_ids(tokenizer, piece.token)
             taught = [piece.taught] * len(new_ids)
         ids += new_ids
         if target is None:
@@ -223,7 +266,7 @@ def encode(sample, tokenizer, image_tokens, method="think", template="brief", ta
     return ids, mask, sample.images
 
 
-def _token(tokenizer, name):
+def token_ids(tokenizer, name):
     """"bos", "eos" or the name of a special token -> [its id], [] for the BOS of a tokenizer
     without."""
     if name == "eos":
@@ -261,7 +304,7 @@ def encode_plain(sample, tokenizer, image_tokens, template="brief"):
         caption = tokenizer.encode(" " + sample.caption) + [tokenizer.eos_id]
     else:
         caption = tokenizer.encode(sample.caption + "\n")
-    front = _token(tokenizer, "bos") + [tokenizer.image_id] * (image_tokens * len(sample.images))
+    front = token_ids(tokenizer, "bos") + [tokenizer.image_id] * (image_tokens * len(sample.images))
     return front + caption, [False] * len(front) + [True] * len(caption), sample.images
 
 
@@ -292,8 +335,9 @@ def _cut_note(lengths, limit, problem):
 @dataclass(frozen=True)
 class Parsed:
     answer: str         # the text inside the single answer tag, "" without one
-    think: str          # the text inside the single think tag, "" without one
+    think: str          # the text inside the single think tag, or REASONING, "" without one
     fault: str          # why it is not well-formed, "" if it is
+    sections: dict = field(default_factory=dict, repr=False)    # name -> text of each single section without tags in it
 
     @property
     def well_formed(self):
@@ -309,35 +353,87 @@ def _between(text, opening, closing):
     return text[start:stop] if start <= stop else None
 
 
-def parse(text):
-    """Completion -> Parsed, in linear time.
+def _holds_tag(text):
+    return any(tag in text for tag in ALL_TAGS)
 
-    Well-formed is exactly one <think>..</think> followed by exactly one <answer>..</answer>, and
-    only white space elsewhere. The answer counts when there is exactly one answer tag, wherever the
-    rest went wrong, unless that tag stands inside the thought.
+
+def form_of(text):
+    """The form that a completion's tags belong to: a name of FORMS, "think" without any tag, "" for tags of both."""
+    staged = any(tag in text for tag in STAGE_TAGS)
+    thinks = any(tag in text for tag in TAGS)
+    if staged and thinks:
+        return ""
+    return "llava_cot" if staged else "think"
+
+
+def parse(text):
+    """Completion -> Parsed, in linear time; of either form.
+
+    Well-formed is exactly one <think>..</think> followed by exactly one <answer>..</answer>, or exactly one of each of
+    LLaVA-CoT's sections in their order, and only white space elsewhere. What stands inside a tag may be empty, in both
+    forms, and an empty answer is never right. The answer counts when there is exactly one answer tag, wherever the rest
+    went wrong, unless that tag stands inside another, or tags of both forms occur. Tags in another case are text.
+
+    `sections` is empty in the think form; in a well-formed text of the other it has all four, empty ones too.
 
     >>> parse("<think> so</think><answer> two</answer>")
     Parsed(answer='two', think='so', fault='')
     >>> parse("<think> so<answer> two</answer>").fault
     'no single <think>..</think>'
+    >>> parse("<SUMMARY> a</SUMMARY><CAPTION> b</CAPTION><REASONING> c</REASONING><CONCLUSION> d</CONCLUSION>").sections
+    {'summary': 'a', 'caption': 'b', 'reasoning': 'c', 'conclusion': 'd'}
     """
-    answer = _between(text, "<answer>", "</answer>")
-    think = _between(text, "<think>", "</think>")
-    thought = "" if think is None else think.strip()
-    if answer is None or any(tag in answer for tag in TAGS):
-        return Parsed("", thought, "no single <answer>..</answer>")
-    before = text.split("<answer>")[0]
-    after = text.split("</answer>")[1]
-    if think is None:
-        if "<think>" in before and "</think>" in after:
-            return Parsed("", "", "<answer> stands inside <think>")
-        return Parsed(answer.strip(), "", "no single <think>..</think>")
-    if "<answer>" in think or "</answer>" in think:
-        return Parsed("", thought, "<answer> stands inside <think>")
-    if text.index("<think>") > text.index("<answer>"):
-        return Parsed(answer.strip(), thought, "<answer> stands before <think>")
-    in_front = text.split("<think>")[0]
-    in_between = text.split("</think>")[1].split("<answer>")[0]
-    if in_front.strip() or in_between.strip() or after.strip():
-        return Parsed(answer.strip(), thought, "text outside the tags")
-    return Parsed(answer.strip(), thought, "")
+    form = form_of(text)
+    if not form:
+        return Parsed("", "", "tags of two forms")
+    found = {name: _between(text, f"<{name}>", f"</{name}>") for name in FORMS[form]}
+    thought = found["think" if form == "think" else "REASONING"]
+    thought = "" if thought is None else thought.strip()
+    counts, fault = _judge(text, FORMS[form], found)
+    *_, last = FORMS[form]
+    if not counts:
+        found[last] = None
+    sections = {}
+    if form == "llava_cot":
+        for name, inside in found.items():
+            if inside is not None and not _holds_tag(inside):
+                sections[name.lower()] = inside.strip()
+    answer = "" if found[last] is None else found[last].strip()
+    return Parsed(answer, thought, fault, sections)
+
+
+def _judge(text, names, found):
+    """names: the tags of a form in order, the answer's last; found: name -> what stands in the only tag of that name,
+    or None. -> (whether the answer counts, why the text is not well-formed, "" if it is)."""
+    *thoughts, last = names
+    answer = found[last]
+    if answer is None or _holds_tag(answer):
+        return False, f"no single <{last}>..</{last}>"
+    before = text.split(f"<{last}>")[0]
+    after = text.split(f"</{last}>")[1]
+
+    # 1. An answer inside a thought is none.
+    missing = ""
+    for name in thoughts:
+        if f"<{name}>" in before and f"</{name}>" in after:
+            return False, f"<{last}> stands inside <{name}>"
+        if found[name] is None and not missing:
+            missing = f"no single <{name}>..</{name}>"
+    if missing:
+        return True, missing
+
+    # 2. All tags are there: their order, and what stands between them.
+    for name, following in zip(names, names[1:]):
+        if text.index(f"<{name}>") > text.index(f"<{following}>"):
+            return True, f"<{following}> stands before <{name}>"
+        if text.index(f"</{name}>") > text.index(f"<{following}>"):
+            return True, f"<{following}> stands inside <{name}>"
+    end = 0
+    for name in names:
+        start = text.index(f"<{name}>")
+        if text[end:start].strip():
+            return True, "text outside the tags"
+        end = text.index(f"</{name}>") + len(f"</{name}>")
+    if text[end:].strip():
+        return True, "text outside the tags"
+    return True, ""

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from data.answers import alike, fault
 from data.sample import Sample
-from data.splits import NAMED, check_name, pixel_hash, sides, split_of
+from data.splits import check_name, pixel_hash, sides, split_of
 
 QUESTION = "What is shown in the picture?"
 SUFFIXES = set(".jpg .jpeg .jfif .png .gif .bmp .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga .ico"
@@ -173,8 +173,8 @@ def why_no_split(folder, named, known):
         return f"{unknown[0]!r} in it is no class of train or val"
     try:
         check_name(name)
-    except ValueError:
-        return f"a split's name must be {NAMED}"
+    except ValueError as error:
+        return str(error)
     return None
 
 

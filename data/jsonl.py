@@ -3,11 +3,11 @@
     {"image": "pictures/cat.jpg", "question": "What colour is the cat?", "answer": "black",
     "reasoning": "..."}
 
-`image` is relative to the file. Optional: reasoning, caption (else the answer), aliases, choices
-(the answer is one of them, or its letter), tolerance and unit of a number, boxes ([[x1, y1, x2,
-y2], ..], for the reward iou), id, and split: "train", "val", or the name of a split that is only
-evaluated, such as "hospital_b". Without a split the hash of the pixels decides between train and
-val, so that all lines about one picture fall together.
+`image` is relative to the file. Optional: reasoning, summary (a plan, for --cot-format=llava_cot),
+caption (else the answer), aliases, choices (the answer is one of them, or its letter), tolerance and
+unit of a number, boxes ([[x1, y1, x2, y2], ..], for the reward iou), id, and split: "train", "val",
+or the name of a split that is only evaluated, such as "hospital_b". Without a split the hash of the
+pixels decides between train and val, so that all lines about one picture fall together.
 
     splits, report_line = load("mine.jsonl")       # splits["train"], splits["val"]: lists of Sample
 """
@@ -22,8 +22,8 @@ from data.sample import Sample
 from data.splits import Division
 
 REQUIRED = ("image", "question", "answer")
-FIELDS = REQUIRED + ("reasoning", "caption", "aliases", "choices", "tolerance", "unit", "boxes", "id",
-                     "split")
+FIELDS = REQUIRED + ("reasoning", "summary", "caption", "aliases", "choices", "tolerance", "unit", "boxes",
+                     "id", "split")
 # Characters of a field: some 5,000 tokens of English, more than LLaVA-1.5 can read. Attention takes
 # the square of it, and `tokenizer.train` leaves out texts of more than 100,000 bytes.
 LONGEST = 20_000
@@ -139,6 +139,7 @@ def parse(line, folder, name):
         question=text(record, "question"),
         answer=answer,
         caption=text(record, "caption") or answer,
+        summary=text(record, "summary"),
         reasoning=reasoning,
         conclusion=answer if reasoning else "",
         aliases=texts(record, "aliases"),

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from data import scenes
 from data.answers import check_sample
 from data.sample import bands, read_image
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-NAMED = "1 to 40 letters, digits, _ or -"
 
 
 def pixel_hash(source):
@@ -64,9 +64,12 @@ def sides(keys, val_percent):
 def check_name(split):
     """Raises ValueError unless a split of one's own can be called so."""
     if not NAME.fullmatch(split):
-        raise ValueError(f"a split's name must be {NAMED}, not {split!r}")
+        raise ValueError(f"a split's name must be 1 to 40 letters, digits, _ or -, not {split!r}")
     if split.lower() in ("train", "val") and split not in ("train", "val"):
         raise ValueError(f"the split {split!r} must be written {split.lower()!r}")
+    if split in scenes.SPLITS:      # tables and pictures of results know those by name
+        raise ValueError(f"the split {split!r} must have another name, which no split of drawn scenes "
+                         f"has ({', '.join(scenes.SPLITS)})")
 
 
 class Division:

@@ -21,8 +21,8 @@ DEFINITIONS = {
         "whether the answer is right, whatever the form; logged in any case",
         "share", "mean over all completions"),
     "reward/format": (
-        "whether a completion is exactly `<think>..</think><answer>..</answer>`; logged in any "
-        "case",
+        "whether a completion is exactly `<think>..</think><answer>..</answer>`, or LLaVA-CoT's four "
+        "sections; logged in any case",
         "share", "mean over all completions"),
     "flat": (
         "groups whose rewards are all equal; as a rule they are left out of the update",

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from data.chat import TAGS, is_right, parse, verdict
+from data.chat import ALL_TAGS, form_of, is_right, parse, verdict
 from model.runs.config import check_fields, choice, number
 from rl.worker import Worker
 
 COSINE_WORDS = 64               # words of a completion at which the length reward has gone all its way; for you to edit
 HEAVIEST = 1000000              # weight of a reward; far heavier ones are infinite in fp32
 GATED = ("correctness", "iou")  # earn nothing in a malformed completion, where the gate is on
-TAG = re.compile("|".join(TAGS))
+TAG = re.compile("|".join(ALL_TAGS))
 WORD = re.compile(r"[-+]?\w+(?:[.,]\w+)*|%")
 NUMBERS = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
@@ -29,8 +29,19 @@ def correctness(sample, text):
 
 
 def format(sample, text):
-    """+1 when the completion is exactly <think>..</think><answer>..</answer> and nothing else but white space."""
+    """+1 when the completion is exactly <think>..</think><answer>..</answer>, or LLaVA-CoT's four sections, and nothing
+    else but white space."""
     return float(parse(text).well_formed)
+
+
+def format_think(sample, text):
+    """+1 when the completion is exactly <think>..</think><answer>..</answer>."""
+    return float(form_of(text) == "think" and parse(text).well_formed)
+
+
+def format_llava_cot(sample, text):
+    """+1 when the completion is exactly LLaVA-CoT's four sections."""
+    return float(form_of(text) == "llava_cot" and parse(text).well_formed)
 
 
 def boxes_of(answer, most=64):
@@ -38,33 +49,51 @@ def boxes_of(answer, most=64):
     if len(answer) > 32 * 4 * most or not re.fullmatch(r"[-+0-9.,\s\[\]()]*", answer):
         return []
     values = [float(value) for value in NUMBERS.findall(answer)]
-    boxes = [tuple(values[i:i + 4]) for i in range(0, len(values), 4)]
-    good = len(values) % 4 == 0 and len(boxes) <= most and all(
-        b[0] < b[2] and b[1] < b[3] and all(map(math.isfinite, b)) for b in boxes)
-    return boxes if good else []
+    if len(values) % 4 or len(values) > 4 * most or not all(map(math.isfinite, values)):
+        return []
+    boxes = []
+    for i in range(0, len(values), 4):
+        x1, y1, x2, y2 = values[i:i + 4]
+        if x1 >= x2 or y1 >= y2:
+            return []
+        boxes.append((x1, y1, x2, y2))
+    return boxes
+
+
+def area(box):
+    x1, y1, x2, y2 = box
+    return (x2 - x1) * (y2 - y1)
 
 
 def overlap(a, b):
     """Intersection over union of two boxes (x1, y1, x2, y2)."""
-    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     both = max(0.0, width) * max(0.0, height)
-    areas = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
-    return both / (areas - both)
+    return both / (area(a) + area(b) - both)
 
 
 def iou(sample, text):
     """Intersection over union of the answer's boxes with the sample's: pairs from the best down, each box once; the sum
     over the larger of the two counts, so that boxes too many cost as much as boxes too few. In [0, 1]."""
-    given, gold = boxes_of(parse(text).answer), [tuple(map(float, box)) for box in sample.boxes]
+    given = boxes_of(parse(text).answer)
+    gold = [tuple(map(float, box)) for box in sample.boxes]
     if not given or not gold:
         return 0.0
-    pairs = sorted(((overlap(a, b), i, j) for i, a in enumerate(given) for j, b in enumerate(gold)), reverse=True)
-    used, total = (set(), set()), 0.0
+    pairs = []                                  # (overlap, place in given, place in gold)
+    for i, box in enumerate(given):
+        for j, gold_box in enumerate(gold):
+            pairs.append((overlap(box, gold_box), i, j))
+    pairs.sort(reverse=True)
+    given_used = set()
+    gold_used = set()
+    total = 0.0
     for value, i, j in pairs:
-        if i not in used[0] and j not in used[1]:
-            used[0].add(i)
-            used[1].add(j)
-            total += value
+        if i in given_used or j in gold_used:
+            continue
+        given_used.add(i)
+        gold_used.add(j)
+        total += value
     return total / max(len(given), len(gold))
 
 
@@ -79,8 +108,10 @@ def length(sample, text):
 def repetition(sample, text, n=3):
     """Less the share of n-grams of words that occurred before: 0 down to -1."""
     words = text.lower().split()
-    grams = list(zip(*(words[i:] for i in range(n))))
-    return len(set(grams)) / len(grams) - 1 if grams else 0.0
+    grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+    if not grams:
+        return 0.0
+    return len(set(grams)) / len(grams) - 1
 
 
 def consistency(sample, text):
@@ -91,9 +122,12 @@ def consistency(sample, text):
     def words(text):
         found = WORD.findall(text.lower())
         unit = WORD.findall(sample.unit.lower())
-        return found[:-len(unit)] if unit and found[-len(unit):] == unit else found
+        if unit and found[-len(unit):] == unit:
+            return found[:-len(unit)]
+        return found
 
-    answer, thought = words(parsed.answer), words(parsed.think)
+    answer = words(parsed.answer)
+    thought = words(parsed.think)
     return float(bool(answer) and thought[-len(answer):] == answer)
 
 
@@ -102,6 +136,8 @@ def consistency(sample, text):
 REWARDS = {
     "correctness": correctness,
     "format": format,
+    "format_think": format_think,
+    "format_llava_cot": format_llava_cot,
     "iou": iou,
     "length": length,
     "repetition": repetition,
@@ -171,7 +207,7 @@ class Rewards:
         if name in self.weights:
             raise ValueError(f"--rewards={options.rewards}: {name} is given twice")
         if path:
-            check_file(options.rewards, path, name)
+            check_file(f"--rewards={options.rewards}", path, name)
             if name in self.functions:
                 raise ValueError(f"--rewards={options.rewards}: {name!r} is the name of a built-in reward; give yours "
                                  "another")
@@ -273,24 +309,24 @@ def weight_of(spec, name, text):
     return weight
 
 
-def check_file(spec, path, name):
+def check_file(option, path, name):
     """Raises ValueError when a user's file cannot hold the reward `name`. The file is read, not run: only the worker
-    does that."""
+    does that. option: "--rewards=..", as the error names it."""
     if name == "overlong":
-        raise ValueError(f"--rewards={spec}: 'overlong' is the soft penalty on length (--overlong-share); give yours "
+        raise ValueError(f"{option}: 'overlong' is the soft penalty on length (--overlong-share); give yours "
                          "another name")
     if not os.path.isfile(path):
-        raise ValueError(f"--rewards={spec}: the file {path!r} does not exist")
+        raise ValueError(f"{option}: the file {path!r} does not exist")
     with open(path, encoding="utf-8") as file:
         try:
             tree = ast.parse(file.read())
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"--rewards={spec}: {path!r} is not Python: {error}") from None
+            raise ValueError(f"{option}: {path!r} is not Python: {error}") from None
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if not defined and name not in bound_names(tree):
-        raise ValueError(f"--rewards={spec}: {path!r} defines no {name}(sample, text)")
+        raise ValueError(f"{option}: {path!r} defines no {name}(sample, text)")
     if defined and not takes_two(defined[-1].args):
-        raise ValueError(f"--rewards={spec}: {name} of {path!r} must take two arguments, sample and text")
+        raise ValueError(f"{option}: {name} of {path!r} must take two arguments, sample and text")
 
 
 def bound_names(tree):

@@ -78,7 +78,8 @@ CHEATS = {
     "parts of words": [says("tw"), says("twotwo"), says("twoo"), says("network"), says("two three"), says("not two"),
                        says("the two"), says("*"), says(".*"), says("t.o"), says("%")],
     "other tags": ["<answer>two<|im_end|>", "<ANSWER/>two<answer/>", "<answer>..</answer>", "<answer>two</s></answer>",
-                   "<SUMMARY>two</SUMMARY><CONCLUSION>two</CONCLUSION>"],
+                   "<CONCLUSION>two</CONCLUSION><answer>two</answer>",
+                   "<SUMMARY>two</SUMMARY><CONCLUSION>no</CONCLUSION>"],
 }
 ALL = [(category, text) for category, texts in CHEATS.items() for text in texts]
 # As numbers, against 3.

@@ -62,6 +62,13 @@ def need(ok, name, value, expected):
         raise ValueError(f"{flag(name)}={value} must {expected}")
 
 
+def first_line(error, silent=""):
+    """What an error says, for a message of one sentence: its first line; of one that says nothing `silent`, else its
+    class."""
+    text = str(error).strip() or silent or type(error).__name__
+    return text.splitlines()[0]
+
+
 def check_fields(group):
     """Raises ValueError in one sentence about the first field of a group that lies outside its range or choices."""
     for option in fields(group):
