@@ -96,22 +96,27 @@ class Sampler:
 
     @torch.no_grad()
     def extend(self, ids, alive=None):
-        """Appends tokens ids (P, G, n) to every row; rows with alive (P, G) False get a hole
-        instead."""
+        """Appends tokens ids (P, G, n) to every row; where alive is False a row gets a hole instead.
+
+        alive: (P, G) of whole rows, or (P, G, n) of tokens, so that rows may take texts of other
+        lengths at once; the tokens of a row follow each other whatever holes lie between them.
+        """
         P, G, n = ids.shape
         if self.used + n > self.capacity:
             raise ValueError(f"{n} tokens do not fit: {self.used} of {self.capacity} slots are "
                              "taken")
         if alive is None:
-            alive = torch.ones_like(ids[..., 0], dtype=torch.bool)
+            alive = torch.ones_like(ids, dtype=torch.bool)
+        if alive.ndim == 2:
+            alive = alive[..., None].expand(-1, -1, n)
         start = self.prompt_slots + self.used * G
         end = start + n * G
         self.used += n
-        self.taken[:, start:end] = alive.repeat(1, n)
+        self.taken[:, start:end] = rearrange(alive, "p g n -> p (n g)")
         # Tokens in the order of their slots: step by step, the rows side by side.
         y = self.llm.embed_tokens(rearrange(ids, "p g n -> p (n g)"))           # (P, n G, D)
-        step = torch.arange(n, device=ids.device)[:, None]
-        position = (self.position[:, None] + step).flatten(1)                   # (P, n G)
+        before = alive.cumsum(-1) - alive.long()                                # of this call's tokens
+        position = rearrange(self.position[..., None] + before, "p g n -> p (n g)")
         rope = [table[:, position].transpose(0, 1) for table in self.rope]      # (P, 1, n G, K)
         # A hole's own query must see something, or its softmax is NaN: it sees the prompt.
         heads_per_key = self.llm.config.heads // self.llm.config.kv_heads
@@ -127,9 +132,15 @@ class Sampler:
                                                       attn_mask=mask)
             attended = rearrange(attended, "p h (r l) k -> p (h r) l k", r=heads_per_key)
             y = layer.after(y, attended)
-        state = self.llm.norm(y[:, -G:])                                        # (P, G, D)
-        self.state = torch.where(alive[..., None], state, self.state)
-        self.position = self.position + n * alive
+        # The state after each row's last token; of a row of holes the one that it had.
+        count = alive.sum(-1)                                                   # (P, G)
+        place = torch.arange(1, n + 1, device=ids.device) * alive               # (P, G, n)
+        last = (place.amax(-1) - 1).clamp(min=0)
+        y = rearrange(y, "p (n g) d -> p g n d", g=G)
+        last = last[..., None, None].expand(-1, -1, 1, y.shape[-1])
+        state = self.llm.norm(y.gather(2, last)[:, :, 0])                       # (P, G, D)
+        self.state = torch.where(count[..., None] > 0, state, self.state)
+        self.position = self.position + count
         self.meter.cached(self.llm, ids.numel(), end)
         return self
 
@@ -147,6 +158,21 @@ class Sampler:
         self.state = self.state[kept]
         return self
 
+    def compact(self):
+        """Moves the tokens of every row to the front of its slots, in their order: the holes of
+        rows that sat out are free again, and only the longest row's tokens count as used."""
+        T = self.prompt_slots
+        P, G = self.position.shape
+        written = self.taken[:, T:].unflatten(1, (self.capacity, G))        # (P, capacity, G)
+        order = (~written).to(torch.uint8).argsort(dim=1, stable=True)
+        for entries in self.cache:
+            for slots in entries:
+                slots = slots[:, :, T:].unflatten(2, (self.capacity, G))    # a view of the cache
+                slots.copy_(slots.take_along_dim(order[:, None, ..., None], dim=2))
+        self.taken[:, T:] = written.gather(1, order).flatten(1, 2)
+        self.used = int(written.sum(1).max())
+        return self
+
     def _select_slots(self, slots, prompts, rows):
         """(P, T + capacity G, ..) -> (P', T + capacity G', ..): the prompts' slots, then the
         rows'."""
@@ -159,9 +185,13 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, max_new, eos_id, temperature=1.0, banned=(), generator=None, min_new=0,
-               pad_id=0, drop=True, top_k=0, top_p=1.0):
+               pad_id=0, drop=True, top_k=0, top_p=1.0, stop=None, alive=None, limit=None):
         """Samples until EOS or `max_new` tokens -> Completions. temperature 0 is greedy; no EOS
         before `min_new` tokens; top_k, top_p as in kernels.sample.
+
+        stop: (ids (R, t) of R rows so far) -> (R,) bool, rows that end here without an EOS; alive
+        (P, G): rows that are to go on, all of them by default; the others get no token. limit
+        (P, G): how many tokens each row may take at most, max_new by default.
 
         drop: rows that have ended leave the batch from time to time, so that the rest go faster; to
         `extend` all rows afterwards, keep them. A row's cache then holds all of its tokens but the
@@ -176,7 +206,8 @@ class Sampler:
         # The grid of rows may narrow; output_row says where in ids, mask and logp each of them goes
         # on.
         output_row = torch.arange(P * G, device=device).view(P, G)
-        alive = torch.ones(P, G, dtype=torch.bool, device=device)
+        if alive is None:
+            alive = torch.ones(P, G, dtype=torch.bool, device=device)
         never = torch.zeros(self.llm.config.vocab, dtype=torch.bool, device=device)
         never[list(banned)] = True
         not_yet = never.clone()         # for the first min_new tokens
@@ -194,6 +225,12 @@ class Sampler:
             mask[written, t] = True
             logp[written, t] = chosen[alive]
             alive = alive & (token != eos_id)
+            if limit is not None:
+                alive = alive & (t + 1 < limit.flatten()[output_row])
+            if stop is not None and alive.any():
+                going = alive
+                alive = alive.clone()
+                alive[going] = ~stop(ids[output_row[going], :t + 1]).to(device)
             if t + 1 == max_new or not alive.any():
                 break
             # 3. Every fourth step, drop ended rows if that saves enough.
