@@ -13,6 +13,7 @@ Splits: the table `SPLITS`, below.
 """
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -316,18 +317,25 @@ def partial_caption(scene, rng):
     return " , ".join(rng.sample(entries, len(entries)))
 
 
-def _looking_question(scene, rng):
-    """-> (question, answer) about looking alone, for alignment and the first fine-tuning."""
+class Look(NamedTuple):
+    """A question about looking alone, its answer, and the cells that it takes a look at."""
+    question: str
+    answer: str
+    cells: tuple
+
+
+def looking_question(scene, rng):
+    """-> a Look, for the first fine-tuning."""
     kind = rng.randrange(3)
     thing = rng.choice(scene.things)
     if kind == 0:
         cell = rng.choice(BOARD) if rng.random() < 0.3 else thing.cell
-        return f"what is at {name(cell)} ?", scene.at(cell)
+        return Look(f"what is at {name(cell)} ?", scene.at(cell), (cell,))
     if kind == 1:
-        return f"where is the {thing.words} ?", name(thing.cell)
+        return Look(f"where is the {thing.words} ?", name(thing.cell), (thing.cell,))
     word = rng.choice((thing.color, thing.shape))
-    cells = [name(other.cell) for other in scene.things if other.has(word)]
-    return f"where are {word} things ?", " ".join(cells)
+    cells = tuple(other.cell for other in scene.things if other.has(word))
+    return Look(f"where are {word} things ?", " ".join(map(name, cells)), cells)
 
 
 def pieces():
@@ -340,35 +348,56 @@ def pieces():
 
 # ---------------------------------------------------------------- samples
 
-def load(split, count, seed, teacher=None):
+def load(split, count, seed, teacher=None, staged=False):
     """`count` samples of a split, made from `seed`.
 
     split: "clip" (partial captions), "align" (captions in reading order and shuffled), "sft"
     (questions about looking); or "train", "val" or one of SPLITS (questions that need thinking).
-    For the latter `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields. Raises
-    ValueError for another split.
+    For the latter `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields; with
+    `staged`, `teacher.sections(scene, rng)` fills the summary and the caption as well. Scenes,
+    words, chains and noise have random streams of their own: a sample is the same whatever
+    `count`, and its picture and question whatever the teacher. Raises ValueError for another split.
     """
     asking = {"train": TRAIN, "val": TRAIN, **SPLITS}
     if split not in LOOKING and split not in asking:
         raise ValueError(f"split {split!r} must be one of {', '.join((*LOOKING, *asking))}")
     rng = random.Random(f"{split} {seed}")
-    noise = np.random.default_rng([seed, *split.encode()])
-    scenes, texts = [], []
-    for _ in range(count):
+    scenes = []
+    for _ in range(-(-count // DRAWN) * DRAWN):
         if split in LOOKING:
-            scene = make_scene(rng, "at", 1, LOOKING[split])
-            texts.append(_looking_texts(split, scene, rng))
+            scenes.append(make_scene(rng, "at", 1, LOOKING[split]))
         else:
             settings = asking[split]
-            scene = make_scene(rng, settings.draw_kind(rng), *settings.objects, settings.held_out)
-            texts.append(_asking_texts(scene, rng, teacher))
-        scenes.append(scene)
-    pictures = np.concatenate([draw(scenes[i:i + 512], noise) for i in range(0, count, 512)])
+            kind = settings.draw_kind(rng)
+            scenes.append(make_scene(rng, kind, *settings.objects, settings.held_out))
+    images = pictures(scenes, split, seed)
     samples = []
-    for i, scene in enumerate(scenes):
-        samples.append(Sample(id=f"{split}-{seed}-{i}", images=(pictures[i],), split=split,
-                              source=f"scenes/{scene.question.kind}", **texts[i]))
+    for i, scene in enumerate(scenes[:count]):
+        words = random.Random(f"words {split} {seed} {i}")
+        if split in LOOKING:
+            texts = _looking_texts(split, scene, words)
+        else:
+            chain = random.Random(f"chain {split} {seed} {i}")
+            texts = _asking_texts(scene, chain, teacher, staged)
+        samples.append(Sample(id=f"{split}-{seed}-{i}", images=(images[i],), split=split,
+                              source=f"scenes/{scene.question.kind}", **texts))
     return samples
+
+
+DRAWN = 64                  # scenes drawn at once, with one stream of noise
+
+
+def pictures(scenes, name, seed):
+    """A multiple of DRAWN scenes -> (B, 48, 48, 3) uint8; name, seed: of the streams of noise.
+
+    Every group of DRAWN has a stream of its own, so that the first pictures are the same however
+    many follow.
+    """
+    drawn = []
+    for first in range(0, len(scenes), DRAWN):
+        noise = np.random.default_rng([seed, first // DRAWN, *name.encode()])
+        drawn.append(draw(scenes[first:first + DRAWN], noise))
+    return np.concatenate(drawn)
 
 
 def _looking_texts(split, scene, rng):
@@ -379,14 +408,17 @@ def _looking_texts(split, scene, rng):
         if rng.random() < 0.5:
             return dict(caption=caption(scene))
         return dict(caption=shuffled_caption(scene, rng))
-    question, answer = _looking_question(scene, rng)
-    return dict(question=question, answer=answer)
+    look = looking_question(scene, rng)
+    return dict(question=look.question, answer=look.answer)
 
 
-def _asking_texts(scene, rng, teacher):
+def _asking_texts(scene, rng, teacher, staged):
     """The fields of a sample of one of the other splits that hold its texts."""
     texts = dict(question=scene.question.text, answer=gold(scene), caption=caption(scene))
-    if teacher:
+    if teacher and staged:
+        sections = teacher.sections(scene, rng)
+        texts |= zip(("summary", "caption", "reasoning", "conclusion"), sections)
+    elif teacher:
         texts["reasoning"], texts["conclusion"] = teacher(scene, rng)
     return texts
 

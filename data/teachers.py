@@ -18,19 +18,20 @@ import numpy as np
 import torch
 
 from data import scenes
-from data.chat import IMAGE, TAGS, normalise, target_text
+from data.chat import ALL_TAGS, IMAGE, normalise, staged_text, target_text
 from data.sample import collate, to_pixels
-from model.runs.config import check_fields, number
+from model.runs.config import check_fields, choice, first_line, number
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
     """who writes the chains of thought, and how wrong they are"""
-    teacher: str = ""                              # FILE.py:NAME(sample, rng) -> (reasoning, conclusion); empty: ours
+    teacher: str = ""                              # FILE.py:NAME(sample, rng); teach: a URL or model too; empty: ours
+    cot_format: str = choice("think", "llava_cot")  # tags of the chains
     slip: float = number(0.06, "[0, 1]")           # drawn scenes: each step goes wrong at random
     confuse: float = number(0.65, "[0, 1]")        # drawn scenes: purple is read as blue, cyan as green
     drop_hop: float = number(0.60, "[0, 1]")       # drawn scenes: the last hop of a walk is forgotten
-    forget_close: float = number(0.60, "[0, 1]")   # </think> is left out
+    forget_close: float = number(0.60, "[0, 1]")   # </think>, or </REASONING>, is left out
     teacher_error: float = number(0.30, "[0, 1]")  # real pictures: names a wrong candidate
     candidates: int = number(3, "[2, 1000]")       # answers a chain on a real picture weighs
 
@@ -52,10 +53,22 @@ class SceneTeacher:
 
     def __call__(self, scene, rng):
         """-> (reasoning, conclusion)"""
+        _, reasoning, conclusion = self._chain(scene, rng)
+        return reasoning, conclusion
+
+    def sections(self, scene, rng):
+        """-> (summary, caption, reasoning, conclusion), LLaVA-CoT's four sections: the plan, what
+        it takes to stand in the cells that it looks at, and what __call__ gives."""
+        noticed, reasoning, conclusion = self._chain(scene, rng)
+        return plan(scene.question.kind), " , ".join(noticed), reasoning, conclusion
+
+    def _chain(self, scene, rng):
+        """-> (entries of a caption, reasoning, conclusion)"""
         question = scene.question
         if question.kind == "at":
             read = self._read(scene, question.cell, rng)
-            return f"{scenes.name(question.cell)} {read}", read
+            noticed = f"{scenes.name(question.cell)} {read}"
+            return [noticed], noticed, read
         if question.kind == "count":
             return self._count(scene, rng)
         return self._walk(scene, rng)
@@ -63,7 +76,8 @@ class SceneTeacher:
     def _count(self, scene, rng):
         """Names the cell of each object that it counts, then their number."""
         word = scene.question.word
-        seen = [thing for thing in scene.things if word in (self._color(thing, rng), thing.shape)]
+        colors = {thing.cell: self._color(thing, rng) for thing in scene.things}
+        seen = [thing for thing in scene.things if word in (colors[thing.cell], thing.shape)]
         if rng.random() < self.slip * 2:
             # Overlooks one, or counts a stranger.
             others = [thing for thing in scene.things if thing not in seen]
@@ -72,8 +86,11 @@ class SceneTeacher:
             elif others:
                 seen.append(rng.choice(others))
         total = scenes.NUMBERS[min(len(seen), len(scenes.NUMBERS) - 1)]
+        noticed = []
+        for thing in seen:
+            noticed.append(f"{scenes.name(thing.cell)} {colors[thing.cell]} {thing.shape}")
         cells = [scenes.name(thing.cell) for thing in seen]
-        return " ".join([*cells, total]), total
+        return noticed or [scenes.NOTHING], " ".join([*cells, total]), total
 
     def _walk(self, scene, rng):
         """Names the start and its cell, each hop and the cell it leads to, and what stands at the
@@ -83,6 +100,7 @@ class SceneTeacher:
         if rng.random() < self.slip:
             cell = self._other_cell(cell, rng)
         steps = [question.start.words, scenes.name(cell)]
+        noticed = [f"{scenes.name(cell)} {question.start.words}"]
         hops = question.hops
         if len(hops) > 1 and rng.random() < self.drop_hop:
             hops = hops[:-1]
@@ -91,7 +109,8 @@ class SceneTeacher:
             cell = scenes.step(cell, goes) or cell  # a slip may run into the edge, where it stays
             steps += [hop, scenes.name(cell)]
         read = self._read(scene, cell, rng)
-        return " ".join([*steps, read]), read
+        noticed.append(f"{scenes.name(cell)} {read}")
+        return noticed, " ".join([*steps, read]), read
 
     def _color(self, thing, rng):
         """The colour that it takes an object for."""
@@ -114,6 +133,16 @@ class SceneTeacher:
         near = [scenes.step(cell, hop) for hop in scenes.HOPS]
         return rng.choice([other for other in near if other])
 
+
+def plan(kind):
+    """The summary of a chain: how a question of this kind is answered."""
+    if kind == "count":
+        return LIST_PLAN
+    return WALK_PLAN
+
+
+LIST_PLAN = "list things then answer"
+WALK_PLAN = "go there then answer"
 
 PERFECT = SceneTeacher(slip=0.0, confuse=0.0, drop_hop=0.0)
 
@@ -199,8 +228,9 @@ def own_teacher(spec):
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_spec.name]
+        reason = first_line(error, "no message")
         raise ValueError(f"teacher {spec!r}: the file {file_name!r} cannot be loaded: "
-                         f"{type(error).__name__}: {_one_line(error)}") from None
+                         f"{type(error).__name__}: {reason}") from None
     teach = getattr(module, name, None)
     if not callable(teach):
         raise ValueError(f"teacher {spec!r}: the file {file_name!r} has no function {name!r}")
@@ -222,7 +252,8 @@ def taught(samples, teach, seed):
         try:
             chain = teach(sample, rng)
         except Exception as error:          # the function is anyone's
-            raise ValueError(f"{where}: {type(error).__name__}: {_one_line(error)}") from error
+            reason = first_line(error, "no message")
+            raise ValueError(f"{where}: {type(error).__name__}: {reason}") from error
         if not isinstance(chain, (tuple, list)) or len(chain) != 2:
             raise ValueError(f"{where}: expected (reasoning, conclusion), not {chain!r}")
         for field, text in zip(("reasoning", "conclusion"), chain):
@@ -240,34 +271,44 @@ def _problem(text):
         return f"must be a string, not {type(text).__name__}"
     if not text.strip():
         return "is empty"
-    for tag in (*TAGS, IMAGE):
+    for tag in (*ALL_TAGS, IMAGE):
         if tag in text:
             return f"holds the tag {tag}, which the prompt template sets itself"
     return ""
 
 
-def _one_line(error):
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
-
-
 # ---------------------------------------------------------------- what a stage trains on
 
-def records(samples, tokenizer, forget_close, seed, max_new):
+def records(samples, tokenizer, forget_close, seed, max_new, form="think"):
     """Samples with a teacher's chain -> ([(sample, target text)], a report of one or two lines).
 
-    forget_close: the share of the chains that </think> is left out of. max_new: tokens after which
-    a model that learns from them is cut off.
+    forget_close: the share of the chains that </think>, or </REASONING>, is left out of. max_new:
+    tokens after which a model that learns from them is cut off. form: of data.chat.FORMS. Raises
+    ValueError naming a sample that lacks what llava_cot needs, a summary or a caption.
     """
     forgets = np.random.default_rng(seed).random(len(samples)) < forget_close
     wrong = np.mean([not is_conclusion_right(sample) for sample in samples])
     texts = []
     for sample, forget in zip(samples, forgets):
-        texts.append(target_text(sample.conclusion, sample.reasoning, close_think=not forget))
+        if form == "llava_cot":
+            texts.append(four_sections(sample, close_reasoning=not forget))
+        else:
+            texts.append(target_text(sample.conclusion, sample.reasoning, close_think=not forget))
+    left_out = "</REASONING>" if form == "llava_cot" else "</think>"
     report = (f"  teacher: {len(samples)} chains, {100 * wrong:.1f} % wrong, "
-              f"{100 * forgets.mean():.0f} % without </think>")
+              f"{100 * forgets.mean():.0f} % without {left_out}")
     long = sum(len(tokenizer.encode(text)) >= max_new for text in texts)
     if long:
         report += (f"\nnote: {long} of {len(texts)} chains are longer than --max-new={max_new} "
                    "tokens: what is learned from them is cut off before the answer")
     return list(zip(samples, texts)), report
+
+
+def four_sections(sample, close_reasoning=True):
+    """A sample's chain in LLaVA-CoT's form. Raises ValueError naming the sample without a summary
+    or a caption."""
+    for field in ("summary", "caption"):
+        problem = _problem(getattr(sample, field))
+        if problem:
+            raise ValueError(f"--cot-format=llava_cot: the {field} of sample {sample.id!r} {problem}")
+    return staged_text(sample.summary, sample.caption, sample.reasoning, sample.conclusion, close_reasoning)
