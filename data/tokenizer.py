@@ -21,6 +21,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from data.fast import tokenizer_json
+from model.runs.config import first_line
 
 # an image token; outside the vocabulary, so that it can be neither spelt nor sampled
 IMAGE_ID = -200
@@ -70,7 +71,9 @@ class Tokenizer:
     def _own_ids(self):
         """Role -> id as the sentencepiece model itself has it, None for none."""
         ids = {"bos": self.model.bos_id(), "eos": self.model.eos_id(), "pad": self.model.pad_id()}
-        ids = {role: None if i < 0 else i for role, i in ids.items()}  # -1 is sentencepiece's none
+        for role, i in ids.items():
+            if i < 0:                           # sentencepiece's none
+                ids[role] = None
         if ids["pad"] is None:
             ids["pad"] = self.model.unk_id()
         return ids
@@ -222,7 +225,7 @@ def _byte_pairs(source):
             raise ValueError(f"its model is {kind!r} and must be 'BPE'")
         model = tokenizers.Tokenizer.from_str(json.dumps(fields))
     except Exception as error:      # the package raises nothing narrower for a damaged file
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"no tokenizer.json can be read from its text: {reason}") from None
     # "<|im_end|>" in a question is text, not the end of the turn
     model.encode_special_tokens = True
@@ -242,7 +245,7 @@ def from_saved(saved, where="a saved tokenizer"):
         if isinstance(saved, dict) and set(saved) == {"json", "bos", "eos", "pad"}:
             return BytePairTokenizer(saved["json"], saved["bos"], saved["eos"], saved["pad"])
     except (ValueError, TypeError, AttributeError) as error:        # a dict may hold anything
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{where} cannot be used: {reason}") from None
     raise ValueError(f"{where} must be bytes or the dict that `saved` gives, not {type(saved).__name__}")
 
@@ -365,8 +368,11 @@ def train(texts, pieces, size):
     texts = list(texts)
     # With every word a piece of its own BPE has nothing left to merge and refuses a larger size:
     # never ask for more.
-    words = {word for text in texts for word in re.findall(r"\s?\S+", text)}
-    letters = {letter for text in texts for letter in text}
+    words = set()
+    letters = set()
+    for text in texts:
+        words.update(re.findall(r"\s?\S+", text))
+        letters.update(text)
     room = 259 + len(pieces) + len(letters) + sum(len(word) for word in words)
     size = min(size, room)
     while True:

@@ -72,7 +72,12 @@ def logits_buffer(h, weight, chunk):
 
 def widened_on_cpu(*tensors):
     """Widens half precision on a CPU, once: there it has no matmul with an fp32 result."""
-    return [t if t.is_cuda else t.to(accumulator(t.dtype)) for t in tensors]
+    widened = []
+    for t in tensors:
+        if not t.is_cuda:
+            t = t.to(accumulator(t.dtype))
+        widened.append(t)
+    return widened
 
 
 class Gradients:

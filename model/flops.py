@@ -56,7 +56,7 @@ PARTS = {
     llama.MLP: dict(gate_proj=LINEAR, up_proj=LINEAR, down_proj=LINEAR),
 }
 
-_checked = weakref.WeakSet()        # modules that `check` has walked through
+_checked = weakref.WeakKeyDictionary()      # module that `check` has walked through -> its `_anatomy` then
 
 
 def states_cost(module):
@@ -111,8 +111,9 @@ def _unknown(module, path, place):
 def check(vlm):
     """Raises ValueError on the first module of a model whose cost is not known.
 
-    Walks each tree of modules once: a projector, tower or block that takes the place of another is
-    looked at when its cost is first asked for.
+    Walks each tree of modules once, and again after modules or weights were put into it: a
+    projector, tower or block that takes the place of another is looked at when its cost is first
+    asked for.
     """
     by_pictures = "flops(pictures) and backward_flops(pictures)"
     by_tokens = "flops(tokens, pairs) and backward_flops(tokens, pairs, input_trains)"
@@ -124,28 +125,33 @@ def check(vlm):
     _check_rest(vlm.llm, "llm.", ("embed_tokens", "layers", "lm_head"))
 
 
+def _anatomy(root):
+    """Class and number of weights of every module in a tree: another one where some came or went."""
+    return [(type(module), len(module._parameters)) for module in root.modules()]
+
+
 def _check_tree(root, name, place, methods):
-    if root in _checked or states_cost(root):
+    if states_cost(root):
+        return
+    anatomy = _anatomy(root)
+    if _checked.get(root) == anatomy:
         return
     unknown = _unknown(root, name, place)
     if unknown is not None:
         path, kind = unknown
         raise ValueError(f"{path} is a {kind}, whose FLOPs are not known here: give {name} a "
                          f"method {methods}")
-    _checked.add(root)
+    _checked[root] = anatomy
 
 
 def _check_rest(module, prefix, known):
     """Whether a model, or its decoder, holds nothing that multiplies beside its parts of the names
     `known`."""
-    if module in _checked:
-        return
     for name, part in _parts(module):
         if name not in known:
             kind = type(part).__name__
             raise ValueError(f"{prefix}{name} is a {kind}, whose FLOPs are not known here: count "
                              "it in model/flops.py, and name it in `check`")
-    _checked.add(module)
 
 
 # ---------------------------------------------------------------- forward
@@ -266,9 +272,13 @@ def forward(vlm, batch, shape=None, with_head=True):
 
 
 def reference(vlm, batch, shape=None, with_head=True):
-    """The same of `vlm.base()`, or of a twin: without adapters."""
+    """The same of `vlm.base()`, or of a frozen twin: without adapters, and without the image tower
+    where the batch has features, which a frozen reference fills in once. Ask before it does."""
     with off(vlm.llm):
-        return forward(vlm, batch, shape, with_head)
+        total = forward(vlm, batch, shape, with_head)
+    if trains(vlm.visual) and len(batch.features):      # the policy's tower, which `forward` counts
+        total -= tower(vlm, len(batch.pixels))
+    return total
 
 
 def exact_kl(vlm, shape, backward):

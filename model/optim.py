@@ -3,6 +3,7 @@ clipping."""
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -204,8 +205,8 @@ class AdamW(torch.optim.Optimizer):
         """What was saved, in the dtype it had: torch's own would cast moments and master to that of
         the weight."""
         super().load_state_dict(saved | dict(state={}))
-        indices = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
+        indices = chain.from_iterable(group["params"] for group in saved["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
         for i, p in zip(indices, params):
             for name, value in saved["state"].get(i, {}).items():
                 self.state[p][name] = value.to(p.device) if torch.is_tensor(value) else value
@@ -284,7 +285,7 @@ def trained_line(stage, title, parameters):
         word = "partly"
     else:
         word = "frozen"
-    return f"  {stage:<16}{title:<16}{total / 1e6:9.3f} M parameters   {word}"
+    return f"  {stage:<15} {title:<16}{total / 1e6:9.3f} M parameters   {word}"
 
 
 def trained_lines(stage, vlm):

@@ -76,9 +76,14 @@ class Rollout:
         tensors = {}
         for name in ("ids", "mask", "logp", "ended", "rewards", "reward"):
             tensors[name] = stack([getattr(rollout, name) for rollout in rollouts])
-        samples = [sample for rollout in rollouts for sample in rollout.samples]
-        texts = [group for rollout in rollouts for group in rollout.texts]
-        parts = {name: stack([rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts}
+        samples = []
+        texts = []
+        for rollout in rollouts:
+            samples += rollout.samples
+            texts += rollout.texts
+        parts = {}
+        for name in rollouts[0].parts:
+            parts[name] = stack([rollout.parts[name] for rollout in rollouts])
         return Rollout(**tensors, samples=samples, texts=texts, parts=parts)
 
 
@@ -119,7 +124,10 @@ class Experience:
 
     def rows(self, index):
         """The part of it that belongs to the prompts `index` (1-d int tensor)."""
-        tensors = {name: value[index] if len(value) else value for name, value in self._tensors().items()}
+        tensors = self._tensors()
+        for name, value in tensors.items():
+            if len(value):
+                tensors[name] = value[index]
         return Experience(batch=self.batch.rows(index), **tensors)
 
     @staticmethod

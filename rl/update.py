@@ -110,8 +110,8 @@ def score_micro_batch(learner, experience, index, filled, cfg, meter):
     if "ref_logp" in filled and switches.kl == "exact":         # in the reward: the policy was scored, too
         experience.kl[index, :, :length] = exact_kl(learner, micro, out, temperature, meter)
     elif "ref_logp" in filled:
+        meter.reference(learner.policy, micro.batch, shape)         # before: it fills in the features of pictures
         ref_logp = learner.reference(micro.batch, micro.ids, temperature).logp
-        meter.reference(learner.policy, micro.batch, shape)
         experience.ref_logp[index, :, :length] = ref_logp
         if "kl" in filled:
             experience.kl[index, :, :length] = sampled_kl(out.logp, ref_logp, switches.kl)
@@ -124,9 +124,9 @@ def score_micro_batch(learner, experience, index, filled, cfg, meter):
 def exact_kl(learner, micro, out, temperature, meter):
     """KL(policy || reference) (P, G, C) over the whole vocabulary; differentiable in the policy."""
     shape = micro.ids.shape
+    meter.reference(learner.policy, micro.batch, shape, with_head=False)    # before: it fills in pictures' features
     with torch.no_grad():
         ref_hidden = learner.reference.states(micro.batch, micro.ids)
-    meter.reference(learner.policy, micro.batch, shape, with_head=False)
     meter.exact_kl(learner.policy, shape, backward=out.logp.requires_grad)
     return learner.policy.kl(out.hidden, ref_hidden, learner.reference, temperature)
 

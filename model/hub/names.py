@@ -73,15 +73,15 @@ ROPE_SCALINGS = {
 }
 
 
-def need(ok, where, name, value, expected):
+def expect(ok, where, name, value, expected):
     """One sentence for every check of a configuration."""
     if not ok:
         raise ValueError(f"{where}: {name} is {value!r}, expected {expected}")
 
 
 def refuse_quantized(config, where):
-    need(not config.get("quantization_config"), where, "quantization_config", "there",
-         "weights that are not quantized")
+    expect(not config.get("quantization_config"), where, "quantization_config", "there",
+           "weights that are not quantized")
 
 
 def sizes(config, fields, where):
@@ -91,7 +91,7 @@ def sizes(config, fields, where):
     for field, key in fields.items():
         value = config[key]
         whole = isinstance(value, int) and not isinstance(value, bool)
-        need(whole and value > 0, where, key, value, "a whole number above 0")
+        expect(whole and value > 0, where, key, value, "a whole number above 0")
         found[field] = value
     return found
 
@@ -107,11 +107,12 @@ def llama_config(config, where):
     kind = config.get("model_type", "llama").removeprefix("llava_")
     kind = LLAVAS_SHORT_NAMES.get(kind, kind)
     refuse_quantized(config, where)
-    need(kind in DECODERS, where, "model_type", config.get("model_type"),
-         f"one of {', '.join(DECODERS)}")
+    expect(kind in DECODERS, where, "model_type", config.get("model_type"),
+           f"one of {', '.join(DECODERS)}")
     c = DECODERS[kind] | stated(config)
-    need(c.get("hidden_act", "silu") == "silu", where, "hidden_act", c.get("hidden_act"), "'silu'")
-    need(not c.get("mlp_bias"), where, "mlp_bias", True, "False")
+    act = c.get("hidden_act", "silu")
+    expect(act == "silu", where, "hidden_act", act, "'silu'")
+    expect(not c.get("mlp_bias"), where, "mlp_bias", True, "False")
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
     return LlamaConfig(
         eps=c["rms_norm_eps"],
@@ -130,11 +131,11 @@ def _rope(c, where):
     rope |= c.get("rope_scaling") or {}
     rope |= c.get("rope_parameters") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    need(scaling in ROPE_SCALINGS, where, "rope_type", scaling, "default, linear or llama3")
+    expect(scaling in ROPE_SCALINGS, where, "rope_type", scaling, "default, linear or llama3")
     for key in ROPE_SCALINGS[scaling]:
         value = rope.get(key)
-        need(isinstance(value, (int, float)), where, f"{key} of the {scaling} rope scaling", value,
-             "a number")
+        is_number = isinstance(value, (int, float))
+        expect(is_number, where, f"{key} of the {scaling} rope scaling", value, "a number")
     fields = dict(theta=float(rope["rope_theta"]))
     if scaling == "default":
         return fields
@@ -171,14 +172,14 @@ def clip_config(vision, where, text=None, defaults=VISION_DEFAULTS):
     """A CLIP's vision_config and text_config (dicts) -> ClipConfig; without `text` there is no
     text tower."""
     kind = vision.get("model_type", "clip_vision_model")
-    need(kind in ("clip_vision_model", "clip"), where, "the image tower's model_type", kind,
-         "'clip_vision_model' (SigLIP has no class token, another norm and other pooling, "
-         "and is not built here)")
+    expect(kind in ("clip_vision_model", "clip"), where, "the image tower's model_type", kind,
+           "'clip_vision_model' (SigLIP has no class token, another norm and other pooling, "
+           "and is not built here)")
     v = defaults | stated(vision)
     act = v["hidden_act"]
     image_tower = sizes(v, VISION_SIZES, where)
-    need(act in ("quick_gelu", "gelu"), where, "the image tower's hidden_act", act,
-         "'quick_gelu' or 'gelu'")
+    expect(act in ("quick_gelu", "gelu"), where, "the image tower's hidden_act", act,
+           "'quick_gelu' or 'gelu'")
     text_tower = dict(text_layers=0)
     if text is not None:
         text_tower = _text_tower(text, act, where)
@@ -189,10 +190,10 @@ def _text_tower(text, act, where):
     """act: the image tower's activation, which both towers share here."""
     t = TEXT_DEFAULTS | stated(text)
     ff = 4 * t["hidden_size"]
-    need(t.get("intermediate_size", ff) == ff, where, "the text tower's intermediate_size",
-         t.get("intermediate_size"), f"{ff}")
-    need(t.get("hidden_act", act) == act, where, "the text tower's hidden_act",
-         t.get("hidden_act"), repr(act))
+    expect(t.get("intermediate_size", ff) == ff, where, "the text tower's intermediate_size",
+           t.get("intermediate_size"), f"{ff}")
+    expect(t.get("hidden_act", act) == act, where, "the text tower's hidden_act",
+           t.get("hidden_act"), repr(act))
     return sizes(t, TEXT_SIZES, where)
 
 

@@ -26,10 +26,11 @@ import torch
 from data import tokenizer as tokenizers
 from model.clip import Clip, ClipConfig
 from model.hub.names import LLAVA_VISION_DEFAULTS, TURNED
-from model.hub.names import clip_config, llama_config, need, refuse_quantized
+from model.hub.names import clip_config, expect, llama_config, refuse_quantized
 from model.hub.names import clip_name, decoder_name, llava_name
-from model.hub.tensors import TensorFolder, first_few, first_line, read_json
+from model.hub.tensors import TensorFolder, first_few, read_json
 from model.llama import Llama
+from model.runs.config import first_line
 from model.vlm import VLM, VlmConfig
 
 
@@ -160,8 +161,8 @@ def _drop_tied_head(names, folder, config, prefix, where):
     embedding = names.get(f"{prefix}embed_tokens.weight")
     if config.tied and head and embedding:
         same = torch.equal(folder.get(head[0]), folder.get(embedding[0]))
-        need(same, where, "tie_word_embeddings", True,
-             "False, since its lm_head.weight differs from the embedding")
+        expect(same, where, "tie_word_embeddings", True,
+               "False, since its lm_head.weight differs from the embedding")
         del names[f"{prefix}lm_head.weight"]
 
 
@@ -206,7 +207,7 @@ def folder_clip_config(folder, text=False):
     where = f"CLIP folder {str(folder)!r}"
     config = read_json(folder / "config.json")
     kind = config.get("model_type", "clip")
-    need(kind in ("clip", "clip_vision_model"), where, "model_type", kind, "'clip'")
+    expect(kind in ("clip", "clip_vision_model"), where, "model_type", kind, "'clip'")
     vision = config.get("vision_config", config)
     if "projection_dim" in config:
         vision = vision | {"projection_dim": config["projection_dim"]}
@@ -269,12 +270,12 @@ def open_clip_config(config, where):
     vision = config["vision_cfg"]
     text = config["text_cfg"]
     own_vit = "timm_model_name" not in vision and not isinstance(vision["layers"], list)
-    need(own_vit, where, "the image tower", vision.get("timm_model_name", "a ResNet"),
-         "open_clip's own ViT")
+    expect(own_vit, where, "the image tower", vision.get("timm_model_name", "a ResNet"),
+           "open_clip's own ViT")
     for name, tower, known in (("vision_cfg", vision, OPEN_CLIP_VISION),
                                ("text_cfg", text, OPEN_CLIP_TEXT)):
         odd = {key: tower[key] for key in sorted(tower) if key not in known and tower[key]}
-        need(not odd, where, name, odd, "none of these: not built here")
+        expect(not odd, where, name, odd, "none of these: not built here")
     width = vision["width"]
     return ClipConfig(
         image_size=vision["image_size"], patch=vision["patch_size"],
@@ -331,11 +332,11 @@ def _as_trained(model_name, tag, config, where):
     right_name = model_name.removesuffix("-quickgelu")
     if quick:
         right_name += "-quickgelu"
-    need(config.act == act, where, "the activation", config.act,
-         f"{act}, which these weights were trained with: {right_name}")
+    expect(config.act == act, where, "the activation", config.act,
+           f"{act}, which these weights were trained with: {right_name}")
     resizing = (trained.get("resize_mode", "shortest"), trained.get("interpolation", "bicubic"))
-    need(resizing == ("shortest", "bicubic"), where, "the resizing of its pictures", resizing,
-         "('shortest', 'bicubic')")
+    expect(resizing == ("shortest", "bicubic"), where, "the resizing of its pictures", resizing,
+           "('shortest', 'bicubic')")
     colours = {field: tuple(trained[field]) for field in ("mean", "std") if trained.get(field)}
     return replace(config, **colours)
 
@@ -360,8 +361,8 @@ def load_llm(path, dtype=torch.float32, device="cpu"):
     folder = resolve(path, "--llm")
     where = f"decoder folder {str(folder)!r}"
     config = read_json(folder / "config.json")
-    need("text_config" not in config, where, "its config",
-         "that of a model with more than a decoder", "a decoder's; a LLaVA goes by --llava")
+    expect("text_config" not in config, where, "its config",
+           "that of a model with more than a decoder", "a decoder's; a LLaVA goes by --llava")
     config = llama_config(config, where)
     tensors = TensorFolder(folder)
     names = _collect(tensors.shapes, decoder_name, where)
@@ -410,7 +411,7 @@ def load_llava(path, dtype=torch.float32, device="cpu", clip=""):
     where = f"LLaVA folder {str(folder)!r}"
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type", "llava")
-    need(kind == "llava" or "text_config" not in raw, where, "model_type", kind, "'llava'")
+    expect(kind == "llava" or "text_config" not in raw, where, "model_type", kind, "'llava'")
     tensors = TensorFolder(folder)
     names = _collect(tensors.shapes, llava_name, where)
 
@@ -465,20 +466,20 @@ def unused(name, config):
 
 def _hf_llava_config(raw, where, folder):
     """config.json of layouts 2 to 4 -> VlmConfig."""
-    need(raw.get("multimodal_projector_bias", True), where, "multimodal_projector_bias", False,
-         "True")
+    expect(raw.get("multimodal_projector_bias", True), where, "multimodal_projector_bias", False,
+           "True")
     refuse_quantized(raw, where)
     vision = clip_config(raw.get("vision_config") or {}, where, defaults=LLAVA_VISION_DEFAULTS)
     layer = raw.get("vision_feature_layer", -2)
     if isinstance(layer, list) and len(layer) == 1:
         layer = layer[0]
-    need(isinstance(layer, int), where, "vision_feature_layer", layer, "one number")
+    expect(isinstance(layer, int), where, "vision_feature_layer", layer, "one number")
     kept = raw.get("vision_feature_select_strategy", "default")
-    need(kept == "default", where, "vision_feature_select_strategy", kept,
-         "'default', without the class token")
+    expect(kept == "default", where, "vision_feature_select_strategy", kept,
+           "'default', without the class token")
     act = raw.get("projector_hidden_act", "gelu")
-    need(act in ("gelu", "linear"), where, "projector_hidden_act", act,
-         "'gelu', or 'linear' for W alone")
+    expect(act in ("gelu", "linear"), where, "projector_hidden_act", act,
+           "'gelu', or 'linear' for W alone")
     text = dict(raw["text_config"] or {})
     if not text.get("tie_word_embeddings"):         # either place may tie the head
         text["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
@@ -496,17 +497,17 @@ def _hf_llava_config(raw, where, folder):
 
 def _own_llava_config(raw, where, tower):
     """config.json of LLaVA's own layout, and the ClipConfig of its image tower -> VlmConfig."""
-    need(not raw.get("mm_use_im_start_end"), where, "mm_use_im_start_end", True,
-         "False: no tokens around an image")
+    expect(not raw.get("mm_use_im_start_end"), where, "mm_use_im_start_end", True,
+           "False: no tokens around an image")
     kept = raw.get("mm_vision_select_feature", "patch")
-    need(kept == "patch", where, "mm_vision_select_feature", kept,
-         "'patch', without the class token")
+    expect(kept == "patch", where, "mm_vision_select_feature", kept,
+           "'patch', without the class token")
     projector = raw.get("mm_projector_type", "linear")
-    need(projector in ("linear", "mlp2x_gelu"), where, "mm_projector_type", projector,
-         "linear or mlp2x_gelu")
+    expect(projector in ("linear", "mlp2x_gelu"), where, "mm_projector_type", projector,
+           "linear or mlp2x_gelu")
     ratio = raw.get("image_aspect_ratio")
-    need(ratio in (None, "square", "pad"), where, "image_aspect_ratio", ratio,
-         "square or pad: no tiles are built here")
+    expect(ratio in (None, "square", "pad"), where, "image_aspect_ratio", ratio,
+           "square or pad: no tiles are built here")
     return VlmConfig(
         clip=tower,
         llm=llama_config(raw, where),
@@ -541,9 +542,9 @@ def _inside_tower(raw, where, folder, tensors, names):
     for place in (folder / name, Path(name)):
         if name and (place / "config.json").is_file():
             return folder_clip_config(place)
-    need("clip-vit" in name, where, "mm_vision_tower", name,
-         "a folder with a config.json, or one of OpenAI's towers: the tower's sizes stand nowhere "
-         "else")
+    expect("clip-vit" in name, where, "mm_vision_tower", name,
+           "a folder with a config.json, or one of OpenAI's towers: the tower's sizes stand "
+           "nowhere else")
 
     def shape(ours):
         if f"visual.{ours}" not in names:
@@ -575,8 +576,8 @@ def _drop_identity(tensors, names, where):
     weight = tensors.get(names.pop("projector.2.weight")[0])
     bias = tensors.get(names.pop("projector.2.bias")[0])
     same = torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype)) and not bias.any()
-    need(same, where, "projector_hidden_act", "linear",
-         "'gelu': only W followed by an identity is read without it")
+    expect(same, where, "projector_hidden_act", "linear",
+           "'gelu': only W followed by an identity is read without it")
     for kind in ("weight", "bias"):
         names[f"projector.{kind}"] = names.pop(f"projector.0.{kind}")
 

@@ -14,17 +14,13 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from model.runs.config import first_line
+
 INDEX = ".index.json"
 KINDS = ("model.safetensors", "pytorch_model.bin")
 
 
 # ---------------------------------------------------------------- messages
-
-def first_line(error):
-    """What an error says, for a message of one sentence."""
-    text = str(error) or type(error).__name__
-    return text.splitlines()[0]
-
 
 def first_few(names, count=5):
     """The first few of a list, for a message."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from model.runs.config import first_line
+
 
 def write_atomically(path, write):
     """Calls write(file) on a temporary neighbour, flushes it to the disk, then renames it over `path`.
@@ -27,7 +29,7 @@ def write_atomically(path, write):
         cause = error
         while not isinstance(cause, OSError) and cause.__context__:
             cause = cause.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or first_line(error)
         raise OSError(f"cannot write {str(path)!r}: {reason}; what was saved before is intact") from None
     finally:
         with suppress(OSError):
@@ -53,5 +55,5 @@ def load(path, device="cpu"):
     except pickle.UnpicklingError:
         reason = "it holds more than tensors, numbers and text, and is not opened"
     except Exception as error:      # whatever a damaged file makes of torch's reader
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}")

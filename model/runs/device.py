@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.runs.config import check_fields, choice, number
+from model.runs.config import check_fields, choice, first_line, number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -29,7 +29,7 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise ValueError(f"--device={name} is not available here: {reason}") from None
     return device
 
