@@ -3,13 +3,17 @@
     python eval.py --checkpoint=out/embedded-1/rl.pt                     # all splits of the embedded task
     python eval.py --checkpoint=out/embedded-1/rl.pt --ask="what is at b2 ?" --image=picture.png
     python eval.py --llava=DIR --dtype=bfloat16 --ask="What is shown?" --image=picture.jpg
+    python eval.py --llava=DIR --data=jsonl:FILE --prompting=ccot        # a scene graph first, then the answer
+    python eval.py --checkpoint=out/embedded-1/rl.pt --search=best_of_n --search-n=4 --scorer=oracle
     python eval.py --checkpoint=out/llava-1.5-7b-1/sft.pt --export=hf:DIR
+    python eval.py --checkpoint=out/llava-1.5-7b-1/sft.pt --serve=8000       # OpenAI's chat completions
 """
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +21,14 @@ import torch
 from data import chat, scenes, tokenizer
 from data.answers import commonest_answer
 from data.jinja import jinja
+from data.prompting import METHODS
+from data.records import is_leak
 from data.sample import Sample
+from data.skills import procedure
 from data.supply import real_data, scene_teacher
 from data.teachers import TeacherOptions
 from model import memory
-from model.generate import generate
+from model.generate import Sampler, generate
 from model.hub import pretrained
 from model.hub.export import export_folder, export_hf
 from model.runs import checkpoint
@@ -29,10 +36,13 @@ from model.runs.config import check_fields, choice, from_command_line, number
 from model.runs.device import pick_device, pick_dtype
 from model.runs.folder import write_json
 from model.vlm import VLM
-from rl.report import curves, page, statistics
+from rl.report import curves, page, routes, statistics
 from rl.report.log import read_log
 from rl.report.statistics import decoding_name
 from rl.rollout import prompts, read
+from rl.search import Search, SearchOptions, equal_tokens, find, open_scorer
+from rl.serve import Model, Server
+from rl.staged import answer_in_stages
 
 
 @dataclass(frozen=True)
@@ -57,10 +67,21 @@ class JudgeOptions:
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a model is asked: data.chat's method and template, and its token budget."""
+    """How a model is asked: data.chat's method and template, and its token budget.
+
+    stages: a value of data.prompting.METHODS, which is asked instead of `method`; empty for none. search: how an answer
+    is searched for, None to sample it plainly. ValueError for both.
+    """
     method: str
     template: str
     max_new: int
+    stages: tuple = ()
+    search: Search | None = None
+
+    def __post_init__(self):
+        if self.stages and self.search:
+            raise ValueError(f"search={self.search.label} and a prompting in stages do not go together; expected one "
+                             "of them")
 
 
 # ---------------------------------------------------------------- models
@@ -100,22 +121,116 @@ def export(vlm, tok, where, template):
 
 # ---------------------------------------------------------------- asking
 
+class Answers(NamedTuple):
+    """Completions of n samples, G of each.
+
+    texts: n lists of G, what the parser judges; lengths (n, G): tokens sampled; cut (n, G): whether the budget ended
+    it. Else None: spent (n, G), of a search all tokens that were sampled and judged for it; before, of a prompting in
+    stages n texts, what was said before the first completion of each sample.
+    """
+    texts: list
+    lengths: np.ndarray
+    cut: np.ndarray
+    spent: np.ndarray | None = None
+    before: list | None = None
+
+
 @torch.no_grad()
 def complete(vlm, tok, samples, prompting, rows=512, group=1, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-    """`group` completions of each sample -> (lists of texts, lengths (n, group) in tokens). rows: sampled at once;
-    temperature 0 is greedy."""
-    generator = torch.Generator(vlm.llm.head.device).manual_seed(seed)
+    """`group` completions of each sample -> Answers. rows: sampled at once; temperature 0 is greedy. In stages a text
+    is the last reply, and a length counts the tokens of all. A search finds one answer of each sample, whatever
+    `group`."""
+    if prompting.search:
+        return _searched(vlm, tok, samples, prompting, rows, temperature, top_k, top_p, seed)
+    complete_batch = _in_stages if prompting.stages else _at_once
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p,
+                    generator=torch.Generator(vlm.llm.head.device).manual_seed(seed))
     texts = []
     lengths = []
+    cut = []
+    before = []
     size = max(1, rows // group)
     for start in range(0, len(samples), size):
-        batch = prompts(vlm, tok, samples[start:start + size], prompting.method, prompting.template)
-        completions, _ = generate(
-            vlm, batch, group, prompting.max_new, tok.eos_id, temperature=temperature, top_k=top_k, top_p=top_p,
-            banned=tok.banned(vlm.config.llm.vocab), generator=generator, pad_id=tok.pad_id)
-        texts += read(completions, tok)
-        lengths += completions.mask.sum(-1).tolist()
-    return texts, np.array(lengths)
+        asked = samples[start:start + size]
+        batch = complete_batch(vlm, tok, asked, prompting, group, sampling)
+        texts += batch.texts
+        lengths.append(batch.lengths)
+        cut.append(batch.cut)
+        before += batch.before or []
+    return Answers(texts, np.concatenate(lengths), np.concatenate(cut), before=before or None)
+
+
+def _at_once(vlm, tok, samples, prompting, group, sampling):
+    """n samples -> Answers."""
+    batch = prompts(vlm, tok, samples, prompting.method, prompting.template)
+    completions, _ = generate(vlm, batch, group, prompting.max_new, tok.eos_id, pad_id=tok.pad_id,
+                              banned=tok.banned(vlm.config.llm.vocab), **sampling)
+    ended = ((completions.ids == tok.eos_id) & completions.mask).any(-1)
+    lengths = completions.mask.sum(-1)
+    return Answers(read(completions, tok), lengths.cpu().numpy(), ~ended.cpu().numpy())
+
+
+def _in_stages(vlm, tok, samples, prompting, group, sampling):
+    """As `_at_once`."""
+    answers = answer_in_stages(Sampler(vlm), tok, samples, prompting.stages, prompting.template, prompting.max_new,
+                               group, **sampling)
+    texts = []
+    lengths = []
+    cut = []
+    before = []
+    for answers_of_one in answers:
+        texts.append([answer.text for answer in answers_of_one])
+        lengths.append([answer.tokens for answer in answers_of_one])
+        cut.append([answer.cut for answer in answers_of_one])
+        *earlier, _ = answers_of_one[0].stages.values()
+        before.append(" ".join(earlier))
+    return Answers(texts, np.array(lengths), np.array(cut), before=before)
+
+
+def _searched(vlm, tok, samples, prompting, rows, temperature, top_k, top_p, seed):
+    """As `complete`, by prompting.search."""
+    search = prompting.search
+    generator = torch.Generator(vlm.llm.head.device).manual_seed(seed)
+    size = max(1, rows // search.n)
+    found = []
+    with open_scorer(search.scorer) as pick:
+        for start in range(0, len(samples), size):
+            found += find(Sampler(vlm), tok, samples[start:start + size], search, prompting.method, prompting.template,
+                          prompting.max_new, pick, temperature, top_k, top_p, generator)
+    return Answers(texts=[[one.text] for one in found],
+                   lengths=np.array([[one.tokens] for one in found]),
+                   cut=np.array([[one.cut] for one in found]),
+                   spent=np.array([[one.cost.spent] for one in found]))
+
+
+def ask(vlm, tok, sample, prompting, options=JudgeOptions()):
+    """Prints the greedy answer to one question; in stages every reply, named, one under another. A search samples as
+    `options` say."""
+    if prompting.search:
+        answers = complete(vlm, tok, [sample], prompting, options.eval_batch, 1, options.eval_temperature,
+                           options.eval_top_k, options.eval_top_p)
+        print(answers.texts[0][0])
+        print(f"({answers.spent[0, 0]} tokens sampled and judged for these {answers.lengths[0, 0]})")
+        return
+    if not prompting.stages:
+        answers = complete(vlm, tok, [sample], prompting)
+        print(answers.texts[0][0])
+        return
+    answers = answer_in_stages(Sampler(vlm), tok, [sample], prompting.stages, prompting.template, prompting.max_new)
+    for name, reply in answers[0][0].stages.items():
+        print(f"{name}: {reply}")
+
+
+def server(vlm, tok, prompting, options):
+    """A Server of the model, named after the last two parts of its path; it listens already, `run` answers. Raises
+    ValueError where it cannot listen."""
+    path = (options.llava or options.checkpoint).removesuffix(".pt")
+    name = "/".join(Path(path).resolve().parts[-2:])
+    model = Model(name, vlm, tok, prompting.template, prompting.max_new, generate)
+    try:
+        return Server(options.host, options.serve, model)
+    except OSError as error:
+        raise ValueError(f"--serve={options.serve} cannot be listened to at --host={options.host}: {error}") from None
 
 
 # ---------------------------------------------------------------- judging
@@ -139,16 +254,18 @@ def kinds(samples):
 def evaluate(vlm, tok, samples, prompting, options):
     """Scores of one method on one split: {"greedy": {...}, options.decoding: {...}}, raw, one entry a prompt.
 
-    options: JudgeOptions.
+    options: JudgeOptions. A search has no greedy decoding, since its candidates are sampled.
     """
-    greedy = samples[:options.eval_greedy]
-    texts, lengths = complete(vlm, tok, greedy, prompting, options.eval_batch, seed=1)
-    scores = {"greedy": raw_scores(greedy, texts, lengths)}
+    scores = {}
+    if not prompting.search:
+        greedy = samples[:options.eval_greedy]
+        answers = complete(vlm, tok, greedy, prompting, options.eval_batch, seed=1)
+        scores["greedy"] = raw_scores(greedy, answers)
     sampled = samples[:options.eval_sampled]
-    texts, lengths = complete(
+    answers = complete(
         vlm, tok, sampled, prompting, options.eval_batch, options.eval_samples, options.eval_temperature,
         options.eval_top_k, options.eval_top_p, seed=1)
-    scores[options.decoding] = raw_scores(sampled, texts, lengths)
+    scores[options.decoding] = raw_scores(sampled, answers)
     aliases = []
     for sample in sampled:
         aliases.append([chat.normalise(alias) for alias in sample.aliases])
@@ -156,13 +273,18 @@ def evaluate(vlm, tok, samples, prompting, options):
     return scores
 
 
-def raw_scores(samples, texts, lengths):
-    """What rl/report/statistics.py reads: of each prompt what was right, how long, its kind, gold answer and first
-    text."""
-    scores = judge(samples, texts)
-    scores["length"] = lengths.tolist()
+def raw_scores(samples, answers):
+    """What rl/report/statistics.py reads: of each prompt what was right, how long, what was cut off, its kind, gold
+    answer and first text."""
+    scores = judge(samples, answers.texts)
+    scores["length"] = answers.lengths.tolist()
+    scores["cut"] = answers.cut.astype(int).tolist()
+    if answers.spent is not None:
+        scores["spent"] = answers.spent.tolist()
+    if answers.before is not None:
+        scores["before"] = answers.before
     scores["kind"] = kinds(samples)
-    scores["text"] = [group[0] for group in texts]
+    scores["text"] = [group[0] for group in answers.texts]
     scores["gold"] = [chat.normalise(sample.answer) for sample in samples]
     return scores
 
@@ -188,12 +310,41 @@ def without_looking(split, samples):
 
 # ---------------------------------------------------------------- comparing
 
-def compare(folder, cfg, checkpoints, tests, rewards, has_teacher, to=""):
+@dataclass(frozen=True)
+class Contender:
+    """A row of a comparison: a checkpoint, and how it is asked.
+
+    method: of data.chat's PROMPTS, "" for the one that it was taught; prompting: of data.prompting's METHODS instead;
+    search: how its answers are searched for, None for plain ones; splits: () for all; most: prompts of each at most, 0
+    for any number; samples: completions of each prompt, 0 for --eval-samples.
+    """
+    path: Path
+    method: str = ""
+    prompting: str = ""
+    search: Search | None = None
+    splits: tuple = ()
+    most: int = 0
+    samples: int = 0
+
+    def tests(self, tests):
+        """Those of {split: samples} that it is asked."""
+        chosen = self.splits or tests
+        return {split: tests[split] for split in chosen}
+
+    def judge(self, options):
+        """JudgeOptions -> those that it is judged by."""
+        most = self.most or max(options.eval_greedy, options.eval_sampled)
+        return replace(options, eval_greedy=min(most, options.eval_greedy),
+                       eval_sampled=min(most, options.eval_sampled), eval_samples=self.samples or options.eval_samples)
+
+
+def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained=None):
     """Evaluates every method on every split; writes results.json, scores.json, differences.json and the report.
 
-    cfg: train.py's; checkpoints: method -> path; tests: split -> samples; rewards: a Rewards, for the page of samples;
-    has_teacher: whether the samples carry a teacher's chains; to: the method that the others' differences are to, ""
-    for none. A method that scores.json already holds is not evaluated again. Returns the rows of results.json.
+    cfg: train.py's; contenders: method -> Contender; tests: split -> samples; rewards: a Rewards, for the page of
+    samples; has_teacher: whether the samples carry a teacher's chains; to: the method that the others' differences are
+    to, "" for none; trained: of the routes method -> FLOPs of its training, else None. A method that scores.json
+    already holds is not evaluated again. Returns the rows of results.json.
     """
     folder = Path(folder)
     seed = cfg.run.seed
@@ -201,12 +352,13 @@ def compare(folder, cfg, checkpoints, tests, rewards, has_teacher, to=""):
     scores = json.loads(saved.read_text()) if saved.exists() else {}
     if has_teacher and "teacher" not in scores:
         scores["teacher"] = {split: teacher_scores(samples, cfg.judge) for split, samples in tests.items()}
-    for method, path in checkpoints.items():
+    width = max([15, *map(len, contenders)])
+    for method, contender in contenders.items():
         if method not in scores:
             began = time.perf_counter()
-            scores[method] = scores_of_checkpoint(path, cfg, tests)
+            scores[method] = scores_of(contender, cfg, tests)
             write_json(saved, scores)
-            print(f"evaluated {method:<16}{time.perf_counter() - began:7.1f} s", flush=True)
+            print(f"evaluated {method:<{width}} {time.perf_counter() - began:7.1f} s", flush=True)
 
     results = []
     for method, splits in scores.items():
@@ -219,6 +371,9 @@ def compare(folder, cfg, checkpoints, tests, rewards, has_teacher, to=""):
     write_json(folder / "training.json", training)
     write_json(folder / "differences.json", differences)
     write_report(folder, cfg, tests, scores, rewards, log, results)
+    if trained:
+        found = routes.rows(scores, trained, is_leak, procedure, seed)
+        write_json(folder / "routes.json", found)
     write_json(folder / "results.json", results)      # last: a run that has it is finished
 
     print("\n" + "\n".join(statistics.result_lines(results, differences, to)))
@@ -228,15 +383,23 @@ def compare(folder, cfg, checkpoints, tests, rewards, has_teacher, to=""):
         drawn = samples[0].source.startswith("scenes/")
         asked = samples[:cfg.judge.eval_sampled] if drawn else samples
         print(without_looking(split, asked), end="")
+    if trained:
+        print("\n" + routes.routes_text(scores, found))
     return results
 
 
-def scores_of_checkpoint(path, cfg, tests):
-    """{split: raw scores} of what a stage made."""
-    vlm, tok, state = load_vlm(path, pick_device(cfg.machine.device))
+def scores_of(contender, cfg, tests):
+    """{split: raw scores} of a Contender; tests: {split: samples}."""
+    vlm, tok, state = load_vlm(contender.path, pick_device(cfg.machine.device))
     vlm = vlm.to(pick_dtype(cfg.machine.dtype))
-    prompting = Prompting(state["method"], cfg.data.template, cfg.sampling.max_new)
-    return {split: evaluate(vlm, tok, samples, prompting, cfg.judge) for split, samples in tests.items()}
+    stages = METHODS.get(contender.prompting, ())
+    prompting = Prompting(contender.method or state["method"], cfg.data.template, cfg.sampling.max_new, stages,
+                          contender.search)
+    options = contender.judge(cfg.judge)
+    scores = {}
+    for split, samples in contender.tests(tests).items():
+        scores[split] = evaluate(vlm, tok, samples, prompting, options)
+    return scores
 
 
 def write_report(folder, cfg, tests, scores, rewards, log, results):
@@ -264,11 +427,14 @@ class EvalOptions:
     data: str = ""                                  # images:DIR or jsonl:FILE; empty: the checkpoint's own
     set: str = choice(*scenes.TEST_SEED)            # prompts to use: test | val (for tuning)
     splits: str = ""                                # which splits, as in id,walk3; empty: all there are
-    method: str = choice("", *chat.PROMPTS)         # direct | think | asked; empty: the checkpoint's own
+    method: str = choice("", *chat.PROMPTS)         # one of chat.PROMPTS; empty: the checkpoint's own
+    prompting: str = choice("", *METHODS)           # ask in stages instead, untrained; empty: by --method
     template: str = choice("", *chat.TEMPLATES)     # chat template; empty: the checkpoint's own
     max_new: int = number(0, "[0, 131072]")         # token budget; 0: the checkpoint's own
     ask: str = ""                                   # ask this question ...
     image: str = ""                                 # ... about this picture, and stop
+    serve: int = number(-1, "[-1, 65535]")          # answer OpenAI's chat completions at this port; 0: a free one
+    host: str = "127.0.0.1"                         # ... of this address: 0.0.0.0 is open to the whole network
     device: str = "auto"                            # auto | cpu | cuda
     dtype: str = choice("", "float32", "bfloat16", "float64")  # empty: the checkpoint's, float32 of a folder
     threads: int = number(0, "[0, 1024]")           # CPU threads; 0: torch's choice
@@ -282,17 +448,35 @@ class Config:
     """All options, in groups."""
     what: EvalOptions = EvalOptions()
     judge: JudgeOptions = JudgeOptions()
+    search: SearchOptions = SearchOptions()
 
 
-def check(options):
-    """Raises ValueError in one sentence about options that do not go together."""
+def check(options, search):
+    """EvalOptions, SearchOptions: raises ValueError in one sentence about options that do not go together."""
     if bool(options.checkpoint) == bool(options.llava):
         raise ValueError("either --checkpoint= must name a stage's .pt file or --llava= a LLaVA folder")
     if options.export:
         export_folder(options.export)
     if options.image and not options.ask:
         raise ValueError(f"--image={options.image} has no effect without --ask=, a question about it")
-    only_asks = options.ask or options.export
+    if options.prompting and options.method:
+        raise ValueError(f"--prompting={options.prompting} and --method={options.method} both say how to ask; expected "
+                         "one of them")
+    if options.prompting and search.search:
+        raise ValueError(f"--prompting={options.prompting} and --search={search.search} do not go together; expected "
+                         "one of them")
+    if options.ask and search.scorer == "oracle":
+        raise ValueError("--scorer=oracle needs the gold answer, which --ask has not; expected another scorer")
+    serves = options.serve >= 0
+    for name in ("ask", "export", "data", "method", "prompting"):
+        value = getattr(options, name)
+        if serves and value:
+            raise ValueError(f"--serve={options.serve} and --{name}={value} do not go together: a client brings its "
+                             "own questions")
+    if serves and search.search:
+        raise ValueError(f"--serve={options.serve} and --search={search.search} do not go together: what is served is "
+                         "sampled plainly")
+    only_asks = options.ask or options.export or serves
     if options.llava and not only_asks and options.data in ("", "scenes"):
         raise ValueError(f"--llava={options.llava} needs --ask=, --data= or --export=: it was not trained on drawn "
                          "scenes")
@@ -301,7 +485,7 @@ def check(options):
 def main(argv):
     cfg = from_command_line(Config, {}, argv, __doc__)
     options = cfg.what
-    check(options)
+    check(options, cfg.search)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     vlm, tok, state = load_any(options)
     trained = state["config"]
@@ -309,19 +493,27 @@ def main(argv):
         raise ValueError(f"--data={options.data} holds conversations, which nothing can check; expected images:DIR or "
                          "jsonl:FILE")
     needs_other_data = trained["data"].startswith("llava:") and not options.data
-    if needs_other_data and not (options.ask or options.export):
+    if needs_other_data and not (options.ask or options.export or options.serve >= 0):
         raise ValueError(f"--checkpoint={options.checkpoint} was trained on conversations, which nothing can check; it "
                          "needs --ask=, --data= or --export=")
     template = options.template or trained["template"]
-    prompting = Prompting(options.method or state["method"], template, options.max_new or trained["max_new"])
+    method = options.method or state["method"]
+    stages = METHODS.get(options.prompting, ())
+    search = cfg.search.chosen
+    prompting = Prompting(method, template, options.max_new or trained["max_new"], stages, search)
     if options.export:
         export(vlm, tok, options.export, template)
     elif options.ask:
         sample = Sample(images=(options.image,) if options.image else (), question=options.ask)
-        texts, _ = complete(vlm, tok, [sample], prompting)
-        print(texts[0][0])
+        ask(vlm, tok, sample, prompting, cfg.judge)
+    elif options.serve >= 0:
+        server(vlm, tok, prompting, options).run()
     else:
         label = state.get("label", state["stage"])      # checkpoints of other versions have none
+        if options.prompting:
+            label = f"{label}+{options.prompting}"
+        if search:
+            label = f"{label}+{search.label}"
         print_tables(vlm, tok, label, test_samples(cfg, trained), prompting, cfg.judge, trained)
 
 
@@ -354,6 +546,16 @@ def print_tables(vlm, tok, label, tests, prompting, options, trained):
     for split, samples in tests.items():
         if not samples[0].source.startswith("scenes/"):
             print(without_looking(split, samples), end="")
+    if prompting.search:
+        for split, raw in scores[label].items():
+            print(spent_text(split, raw[options.decoding]))
+
+
+def spent_text(split, raw):
+    """One line on what a search cost; raw: raw scores of its decoding."""
+    plain = equal_tokens(raw["spent"], raw["length"])
+    return (f"{split}: {np.mean(raw['spent']):.1f} tokens sampled and judged for an answer of "
+            f"{np.mean(raw['length']):.1f}, the price of {plain} plain ones as long")
 
 
 if __name__ == "__main__":

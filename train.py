@@ -7,6 +7,9 @@
     python train.py --data=jsonl:FILE                  # your own questions and answers
     python train.py --preset=llava-1.5-7b --data=llava:FILE --image-root=DIR       # a published recipe
     python train.py --stage=rl --init=out/NAME/cot.pt  # one stage, from a checkpoint
+    python train.py --preset=routes                    # staged prompting, LLaVA-o1, RL: three routes to reasoning
+    python train.py --stage=teach --teacher=http://HOST/v1 --teacher-model=NAME --records=FILE --data=jsonl:FILE
+                                                       # a teacher's chains of thought, checked, into --records
     python train.py --resume                           # go on with the last interrupted run
     python train.py --preset=bench                     # where the time of an RL step goes
 
@@ -18,12 +21,14 @@ equal. What remains is REINFORCE with (reward - mean of the group) / (deviation 
 
 A stage is a function (run, name, cfg, origin) -> None. Read fit and reinforce, the two loops, first.
 """
+import hashlib
 import math
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -31,12 +36,15 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import chat, llava, scenes, teachers, tokenizer
+from data import chat, llava, scenes, teachers, teaching, tokenizer
+from data.prompting import METHODS
+from data.records import export_llava
 from data.sample import batch_indices, collate
 from data.shape_probe import shape_probe
 from data.supply import STREAMS, DataOptions, Supply, source_of
 from data.teachers import TeacherOptions
-from eval import JudgeOptions
+from data.teaching import RecordOptions, kind_of
+from eval import Contender, JudgeOptions
 from model import memory, prepare
 from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
 from model.flops import Meter
@@ -58,37 +66,61 @@ from rl import algorithms, bench, metrics
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, preflight_text
 from rl.learner import Guard, make_learner
+from rl.report import ladder
 from rl.report import seeds as seeds_report
+from rl.report import statistics
 from rl.report.log import read_log
 from rl.rewards import RewardOptions, Rewards, correctness
 from rl.rewards import format as format_reward
 from rl.rollout import SamplingOptions, prompts, roll_out
+from rl.search import Search
+from rl.staged import answer_in_stages
 from rl.types import Experience, Rollout
 from rl.update import estimate_advantages, score, select_groups, update
 
-# What --compare adds to clip, align, sft and cot.
+# What --compare adds to clip, align, sft and, but for the routes, cot.
 COMPARISONS = {
     "none": ["rl"],
     "basic": ["rl", "cot_continued", "filtered"],
     "all": ["rl", "cot_continued", "filtered", "rejection_first", "rejection", "sft_direct", "perfect", "rl_zero"],
     "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"],
     "rewards": [*algorithms.REWARD_STAGES],
+    "routes": ["rl_from_base", "llava_o1", "llava_o1_blind", "rl_from_o1"],
 }
+
+
+TUNING_SEEDS = 100          # the first of the seeds that --tune may use
+
+
+def rates_of(text):
+    """--rates -> {stage: learning rate}. Raises ValueError for anything but NAME:RATE,NAME:RATE."""
+    rates = {}
+    for entry in filter(None, text.split(",")):
+        name, _, rate = entry.partition(":")
+        need(name not in rates, "rates", text, f"hold one rate for {name}")
+        try:
+            rates[name] = float(rate)
+        except ValueError:
+            raise ValueError(f"--rates={text}: {entry!r} must be NAME:RATE, as in llava_o1:5e-4") from None
+        need(0 < rates[name] <= 10000, "rates", text, "hold rates in (0, 10000]")
+    return rates
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """what to run"""
     preset: str = ""                                # model/runs/presets.py has them; empty: by what else is given
-    stage: str = "all"                              # all, or some of them in order, as in clip,align,sft,cot,rl
+    stage: str = "all"                              # all, or some of them in order, as in clip,align,sft | teach
     init: str = ""                                  # checkpoint the first stage starts from
     compare: str = choice("basic", *COMPARISONS)    # which methods are compared: COMPARISONS has them
-    export: str = ""                                # hf:DIR: the last stage's model, for transformers and vLLM
+    export: str = ""                                # hf:DIR: the last stage's model | of teach llava_cot:OUT.json
     out: str = ""                                   # run folder; empty: a new one under out/
     resume: bool = False                            # go on with the interrupted run in --out (empty: the newest)
     tensorboard: bool = False                       # log.jsonl's numbers also into the run folder's tensorboard/
     save_every: int = number(100, "[1, 1000000000]")  # steps between checkpoints inside a stage
     seed: int = number(0, "[0, 2147483647]")        # decides everything random
+    rates: str = ""                                 # learning rates of stages, NAME:RATE,..; empty: each stage's own
+    tune: str = ""                                  # choose these stages' rates from a ladder, NAME,..; then stop
     seeds: int = number(0, "[0, 10000]")            # n: run n seeds from --seed on, report mean and spread
     jobs: int = number(1, "[1, 1024]")              # seeds that run side by side, the threads shared among them
     explain: int = number(0, "[0, 10000]")          # n: print n prompts' completions, rewards, advantages; stop
@@ -101,6 +133,11 @@ class RunOptions:
              "be left out beside --explain and --bench, which train nothing")
         need(not (self.resume and self.explain), "explain", self.explain,
              "be left out beside --resume; --stage=rl --init=FILE starts from a checkpoint of the run")
+        rates_of(self.rates)
+        need(not self.tune or not (self.seeds or self.explain or self.bench), "tune", self.tune,
+             "be left out beside --seeds, --explain and --bench")
+        need(not self.tune or self.seed >= TUNING_SEEDS, "seed", self.seed,
+             f"be at least {TUNING_SEEDS} with --tune: the seeds below are for what is reported")
         need(self.seed + self.seeds <= 2 ** 31, "seed", self.seed,
              f"leave room for --seeds={self.seeds} below 2147483648")
 
@@ -133,6 +170,7 @@ class Config:
     machine: MachineOptions = MachineOptions()
     data: DataOptions = DataOptions()
     teacher: TeacherOptions = TeacherOptions()
+    records: RecordOptions = RecordOptions()
     clip: ClipOptions = ClipOptions()
     vlm: VlmOptions = VlmOptions()
     llm: LlmOptions = LlmOptions()
@@ -165,12 +203,47 @@ class Config:
             return stages
         if self.pretrained:
             return [*stages, "rl"]
-        return [*stages, "cot", *COMPARISONS[self.run.compare]]
+        if self.run.compare != "routes":
+            stages.append("cot")
+        return [*stages, *COMPARISONS[self.run.compare]]
+
+    def check_teach(self):
+        """As `check`, of --stage=teach."""
+        kind, _, out = self.run.export.partition(":")
+        need(self.records.records, "records", self.records.records, "name the file that the teacher's records go to")
+        need(not self.run.export or kind == "llava_cot" and out, "export", self.run.export,
+             "be llava_cot:OUT.json with --stage=teach")
+        need(not out or Path(out).parent.is_dir(), "export", self.run.export, "lie in a folder that exists")
+        need(not self.run.seeds and not self.run.tune, "stage", "teach", "come without --seeds and --tune")
+        return []
+
+    def check_rates(self, stages, source):
+        """As `check`, of --rates, --tune and --compare=routes. source: the kind of --data."""
+        for name in rates_of(self.run.rates):
+            need(name in STAGES, "rates", self.run.rates, f"name stages, among {', '.join(STAGES)}; {name!r} is none")
+        for name in filter(None, self.run.tune.split(",")):
+            need(name in stages, "tune", self.run.tune, f"name stages of this run, among {', '.join(stages)}; {name!r} "
+                 "is none")
+            need(name not in ("clip", "align"), "tune", self.run.tune,
+                 f"name stages that answer questions; {name!r} is none")
+        need(not self.run.tune or self.data.eval_set == "val", "eval_set", self.data.eval_set,
+             "be val with --tune: nothing is tuned on test prompts")
+        need(source == "scenes" or self.run.compare != "routes", "compare", "routes",
+             "come with drawn scenes, whose small skills the base learns")
+        if self.run.compare == "routes" and not (self.data.skills and self.teacher.cot_format == "llava_cot"):
+            return ["--compare=routes is made for --skills=true --cot-format=llava_cot, as --preset=routes has them: "
+                    "without them the base does not know what it is asked, or llava_o1 has other tags"]
+        return []
 
     def check(self):
         """Raises ValueError in one sentence about the first options that do not go together; returns notes on idle
         ones. What a group can tell alone, it has checked itself."""
         stages = self.stages()
+        if stages == ["teach"]:
+            return self.check_teach()
+        teacher = self.teacher.teacher
+        need(kind_of(teacher) in ("own", "function"), "teacher", teacher,
+             "be FILE.py:NAME(sample, rng), or come with --stage=teach --records=FILE")
         need(-self.clip.clip_layers <= self.vlm.feature_layer, "feature_layer", self.vlm.feature_layer,
              f"lie in [-{self.clip.clip_layers}, -1]")
         prepare.check(self, stages)
@@ -183,15 +256,16 @@ class Config:
         need(source != "scenes" or self.clip.image_size == scenes.SIZE or self.run.bench, "image_size",
              self.clip.image_size, f"be {scenes.SIZE} for drawn scenes")
         for name in stages:
-            need(name in STAGES, "stage", f"{self.run.stage}: {name!r}", f"be one of {', '.join(STAGES)}")
+            need(name in STAGES, "stage", f"{self.run.stage}: {name!r}",
+                 f"be one of {', '.join(STAGES)}, or teach alone")
         need(not self.run.explain or self.run.stage in algorithms.STAGES, "explain", self.run.explain,
              "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
         need(self.rl.algorithm == RlOptions.algorithm or not {*stages} & {*algorithms.ALGORITHMS}, "algorithm",
              self.rl.algorithm, "be left out where stages are named after algorithms")
         algorithms.labels(self, stages)
-        notes = []
+        notes = self.check_rates(stages, source)
         for stage in stages:
-            variant = algorithms.of_stage(self, stage)
+            variant = config_of(self, stage)
             group_can_teach = self.sampling.group >= 2 or variant.algorithm.compares_groups
             need(group_can_teach or stage not in algorithms.STAGES, "group", self.sampling.group,
                  "be at least 2: a group of one has no baseline but itself (--baseline=batch and critic need none)")
@@ -270,8 +344,8 @@ class Run(RunFolder):
         return self._rewards[key]
 
     def seed_of(self, stage, *purpose):
-        """The seed of one purpose of a stage."""
-        return seed_of(self.cfg.run.seed, stage, *purpose)
+        """The seed of one purpose of a stage; the same at every rate of --tune."""
+        return seed_of(self.cfg.run.seed, stage_of(stage), *purpose)
 
     def prepare_tokenizer(self):
         """From --init, --llava or --llm, or from the folder, else trained on what the training data says."""
@@ -357,7 +431,7 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
     tok = run.tokenizer
     image_tokens = vlm.config.image_tokens
     if not run.plan:
-        memory.announce(name, vlm, cfg, False)
+        memory.announce(name, vlm, cfg, samples=False)
     optimizer = run.optimizer(vlm, cfg.optim.module_lr)
     lengths = None
     if cfg.data.group_lengths and run.records and name == "sft":
@@ -414,7 +488,7 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, meter):
     learner = make_learner(vlm, vlm.config.llm.width, switches)
     optimizer = run.optimizer(learner, cfg.optim.module_lr, learner.critic, switches.value_lr)
     generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "sampling"))
-    guard = Guard(run.folder, name, cfg.rl.bad_steps, checkpoint.save)
+    guard = Guard(run.folder, name, cfg.rl.bad_steps, checkpoint.save, learner.bad_steps)
     sampler = Sampler(vlm, meter)
     schedule = Schedule(cfg.rl.rl_steps, cfg.rl.rl_batch, cfg.rl.rl_lr)
     attempts = 1 + switches.refill
@@ -601,8 +675,7 @@ def sft(run, name, cfg, origin):
     if run.records:
         records = run.records.pairs()
     else:
-        samples = run.samples("sft", cfg.data.questions, "sft")
-        records = [(sample, chat.target_text(sample.answer)) for sample in samples]
+        records = run.supply.first_answers()
     steps = steps_of(options.sft_steps, options.sft_epochs, records, options.batch)
     fit(run, name, cfg, origin, records, "direct", Schedule(steps, options.batch, options.sft_lr), Meter())
 
@@ -612,16 +685,17 @@ def cot(run, name, cfg, origin):
     options = cfg.supervised
     records = chains(run, cfg, origin, "cot")
     steps = steps_of(options.cot_steps, 0, records, options.batch)
-    fit(run, name, cfg, origin, records, "think", Schedule(steps, options.batch, options.cot_lr), Meter())
+    schedule = Schedule(steps, options.batch, options.cot_lr)
+    fit(run, name, cfg, origin, records, cfg.teacher.cot_format, schedule, Meter())
 
 
 def rl(run, name, cfg, origin, method=""):
     """RL on correctness and format, with the switches of the stage's name if it is an algorithm's. Without chains to
     imitate, as in `rl_zero` or from a pretrained model, the prompt alone asks for the tags."""
     if not method:
-        method = "think" if origin.method == "think" else "asked"
+        method = origin.method if origin.method in chat.FORMS else "asked"
     if not run.plan:
-        memory.announce(name, origin.vlm, cfg, True)
+        memory.announce(name, origin.vlm, cfg, samples=True)
     samples = run.samples("train", cfg.data.rl_prompts, "rl")
     rewards = run.rewards(cfg)
     if not run.progress:
@@ -635,10 +709,13 @@ def rl(run, name, cfg, origin, method=""):
 
 # ---------------------------------------------------------------- training records
 
-def chains(run, cfg, origin, stream, flawless=False):
-    """Training records with a teacher's chain as target: ours, biased; one's own; or flawless ones."""
+def chains(run, cfg, origin, stream, flawless=False, sees_answer=False):
+    """Training records with a teacher's chain as target: ours, biased; one's own; or flawless ones.
+
+    sees_answer: the teacher was shown the gold answer, as LLaVA-CoT's was. It concludes with it, wherever its chain
+    leads."""
     forget_close = cfg.teacher.forget_close
-    if flawless:
+    if flawless or cfg.data.data.startswith("records:"):        # a record's four sections are closed
         forget_close = 0.0
     if run.supply.teach and not flawless:
         forget_close = 0.0          # its mistakes are its own
@@ -648,8 +725,10 @@ def chains(run, cfg, origin, stream, flawless=False):
     else:
         teacher = teachers.PERFECT if flawless else run.supply.teacher
         samples = run.samples("train", cfg.data.traces, stream, teacher)
+    if sees_answer:
+        samples = [replace(sample, conclusion=sample.answer) for sample in samples]
     records, message = teachers.records(samples, run.tokenizer, forget_close, (cfg.run.seed, STREAMS[stream]),
-                                        cfg.sampling.max_new)
+                                        cfg.sampling.max_new, cfg.teacher.cot_format)
     print(message)
     return records
 
@@ -670,9 +749,9 @@ def real_chains(run, cfg, origin, stream, flawless):
     return teachers.candidate_chains(samples, nearest, error, run.supply.stream(stream), answers)
 
 
-def checked_chains(run, cfg, origin):
-    """Fresh chains of the teacher, only those that the checker finds right and well-formed."""
-    records = [record for record in chains(run, cfg, origin, "continued") if is_right_and_formed(*record)]
+def checked_chains(run, cfg, origin, stream):
+    """Chains of the teacher, only those that the checker finds right and well-formed."""
+    records = [record for record in chains(run, cfg, origin, stream) if is_right_and_formed(*record)]
     print(f"  filtered: {len(records)} chains are right and well-formed")
     return records
 
@@ -689,11 +768,13 @@ def gold_answers(run, cfg, origin):
 
 # ---------------------------------------------------------------- what reinforcement learning is compared with
 
-def matched(run, name, cfg, origin, records_of, method):
-    """Supervised training on `records_of(run, cfg, origin)` for the FLOPs that other stages took."""
+def matched(run, name, cfg, origin, records_of, method=""):
+    """Supervised training on `records_of(run, cfg, origin)` for the FLOPs that other stages took. method: "" for that
+    of chains."""
+    method = method or cfg.teacher.cot_format
     records = records_of(run, cfg, origin)
     meter = Meter()
-    budget = run.spent(STAGES[name].costs_like)
+    budget = run.spent(STAGES[stage_of(name)].costs_like)
     fit(run, name, cfg, origin, records, method, schedule_within(budget, run, cfg, origin.vlm, records, method, meter),
         meter)
 
@@ -724,8 +805,9 @@ def schedule_within(budget, run, cfg, vlm, records, method, meter):
 
 def rejection(run, name, cfg, origin, stream):
     """One of two rounds of learning from the model's own correct samples, half of RL's FLOPs each, sampling counted."""
+    method = cfg.teacher.cot_format
     samples = run.samples("train", cfg.data.rl_prompts, stream)
-    budget = run.spent(STAGES[name].costs_like) / 2
+    budget = run.spent(STAGES[stage_of(name)].costs_like) / 2
     meter = Meter()
     sampler = Sampler(origin.vlm, meter)
     clock = metrics.Clock(run.device)
@@ -736,14 +818,14 @@ def rejection(run, name, cfg, origin, stream):
     while meter.total < budget / 2:
         indices = batch_indices(len(samples), cfg.rl.rl_batch, rollouts, run.seed_of(name, "asked"))
         asked = [samples[i] for i in indices]
-        _, rollout = roll_out(sampler, run.tokenizer, asked, "think", cfg, rewards, generator, clock)
+        _, rollout = roll_out(sampler, run.tokenizer, asked, method, cfg, rewards, generator, clock)
         rollouts += 1
         for sample, texts in zip(asked, rollout.texts):
             records += [(sample, text) for text in dict.fromkeys(texts) if is_right_and_formed(sample, text)]
     drawn = rollouts * cfg.rl.rl_batch * cfg.sampling.group
     print(f"  {name}: {len(records)} of {drawn} samples are new, right and well-formed")
-    fit(run, name, cfg, origin, records, "think",
-        schedule_within(budget, run, cfg, origin.vlm, records, "think", meter), meter)
+    fit(run, name, cfg, origin, records, method,
+        schedule_within(budget, run, cfg, origin.vlm, records, method, meter), meter)
 
 
 @dataclass(frozen=True)
@@ -756,6 +838,9 @@ class Stage:
 
 
 continued_chains = partial(chains, stream="continued")
+checked_again = partial(checked_chains, stream="continued")
+seen_chains = partial(chains, stream="cot", sees_answer=True)
+blind_chains = partial(checked_chains, stream="cot")
 flawless_chains = partial(chains, stream="cot", flawless=True)
 
 STAGES = {
@@ -765,18 +850,106 @@ STAGES = {
     "cot": Stage(cot, ("sft", "align")),
     "rl": Stage(rl, ("cot", "sft")),
     # more of the teacher's chains, on fresh prompts; the same chains filtered; the model's own right answers, twice
-    "cot_continued": Stage(partial(matched, records_of=continued_chains, method="think"), ("cot",), ("rl",)),
-    "filtered": Stage(partial(matched, records_of=checked_chains, method="think"), ("cot",), ("rl",)),
+    "cot_continued": Stage(partial(matched, records_of=continued_chains), ("cot",), ("rl",)),
+    "filtered": Stage(partial(matched, records_of=checked_again), ("cot",), ("rl",)),
     "rejection_first": Stage(partial(rejection, stream="rl"), ("cot",), ("rl",)),
     "rejection": Stage(partial(rejection, stream="rejection"), ("rejection_first",), ("rl",)),
     # instead of chains and RL together: gold answers without a chain; flawless chains, the upper bound
     "sft_direct": Stage(partial(matched, records_of=gold_answers, method="direct"), ("sft", "align"), ("cot", "rl")),
-    "perfect": Stage(partial(matched, records_of=flawless_chains, method="think"), ("sft", "align"), ("cot", "rl")),
+    "perfect": Stage(partial(matched, records_of=flawless_chains), ("sft", "align"), ("cot", "rl")),
     # the tags only asked for, nothing to imitate
     "rl_zero": Stage(partial(rl, method="asked"), ("sft", "align")),
+    # the three routes: RL from a base that knows small skills and no teacher; LLaVA-o1, whose teacher saw the answers
+    # or did not; RL from the latter
+    "rl_from_base": Stage(partial(rl, method="think"), ("sft",)),
+    "llava_o1": Stage(partial(matched, records_of=seen_chains), ("sft",), ("rl_from_base",)),
+    "llava_o1_blind": Stage(partial(matched, records_of=blind_chains), ("sft",), ("rl_from_base",)),
+    "rl_from_o1": Stage(rl, ("llava_o1_blind",)),
     # RL by another paper's switches, or for another reward
     **{name: Stage(rl, ("cot",)) for name in (*algorithms.ALGORITHMS, *algorithms.REWARD_STAGES)},
 }
+
+
+def stage_of(name):
+    """The stage that a checkpoint's name belongs to; --tune appends the rate: "llava_o1@0.0005"."""
+    return name.partition("@")[0]
+
+
+def config_of(cfg, stage):
+    """The config of a stage: with the switches of the algorithm that it is named after, and the rate that --rates has
+    for it."""
+    cfg = algorithms.of_stage(cfg, stage)
+    rates = rates_of(cfg.run.rates)
+    if stage in rates:
+        cfg = at_rate(cfg, stage, rates[stage])
+    return cfg
+
+
+def at_rate(cfg, stage, rate):
+    """The config with this peak learning rate for a stage."""
+    if stage in ("clip", "align", "sft"):
+        return change(cfg, **{f"{stage}_lr": rate})
+    return change(cfg, cot_lr=rate, rl_lr=rate)     # a stage of the comparison reads one of the two
+
+
+# ---------------------------------------------------------------- a teacher's records
+
+def teach(cfg):
+    """--stage=teach: asks a teacher for chains of thought, and writes --records. Leaves no run folder."""
+    options = cfg.records
+    supply = Supply(cfg.data, replace(cfg.teacher, teacher="", cot_format="llava_cot"), cfg.run.seed)
+    if supply.found:
+        print(supply.found)
+    teacher = teaching.teacher_named(cfg.teacher.teacher, supply, options, cfg.run.seed, partial(staged_answers, cfg))
+    scene_teacher = None if cfg.teacher.teacher else supply.teacher
+    questions, total, held_out = teaching.questions_of(supply, cfg.data.traces, scene_teacher)
+    try:
+        tally = teaching.make_records(options.records, questions, held_out, total, teacher)
+    except KeyboardInterrupt:
+        raise ValueError(f"interrupted; the same command goes on with {options.records}") from None
+    print(f"{options.records}: {tally.text()}")
+    if cfg.run.export:
+        out = cfg.run.export.partition(":")[2]
+        print(f"wrote {out}, {export_llava(options.records, out)} records in LLaVA-CoT's form")
+
+
+def digest_of(path):
+    """Digits that change with a checkpoint; of a folder, with the names, sizes and times of its files, since hashing
+    its weights would take minutes."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    seen = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        status = file.stat()
+        seen.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return seen.hexdigest()[:12]
+
+
+def staged_answers(cfg, name):
+    """A checkpoint or a LLaVA folder -> (answer(samples, seed) -> [Staged], what tells the model apart)."""
+    options = evaluation.EvalOptions(llava=name, clip=cfg.clip.clip, device=cfg.machine.device,
+                                     dtype=cfg.machine.dtype)
+    model = name                        # what tells replies of other weights apart
+    if name.endswith(".pt"):
+        options = replace(options, llava="", checkpoint=name, dtype="")
+    try:
+        vlm, tok, state = evaluation.load_any(options)
+    except ValueError as error:
+        raise ValueError(f"--teacher={name}: {error}") from None
+    if Path(name).exists():             # else a name on the hub
+        model = f"{name}@{digest_of(Path(name))}"
+    stages = METHODS[cfg.records.teacher_prompting]
+    max_new = cfg.records.teacher_max_new or state["config"]["max_new"]
+    sampler = Sampler(vlm)
+
+    @torch.no_grad()
+    def answer(samples, seed):
+        generator = torch.Generator(vlm.llm.head.device).manual_seed(seed)
+        found = answer_in_stages(sampler, tok, samples, stages, state["config"]["template"], max_new,
+                                 temperature=cfg.records.teacher_temperature, generator=generator)
+        return [group[0] for group in found]
+
+    return answer, model
 
 
 # ---------------------------------------------------------------- a run
@@ -786,6 +959,9 @@ def main(argv):
                             lambda given: algorithms.of_flags(given) | prepare.implied(given))
     cfg, plan, notes = loaded_shape(cfg)
     notes += cfg.check()
+    if cfg.stages() == ["teach"]:
+        torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
+        return teach(cfg)
     if cfg.run.seeds:
         return many_seeds(cfg)
     torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
@@ -798,6 +974,8 @@ def main(argv):
         pretrained.check_weights(cfg)
     with Run(cfg, choose(cfg.run.out, cfg.run.preset, cfg.run.resume), plan) as run:
         notes += open_run(run)
+        if cfg.run.tune:
+            return tune(run)
         train_and_compare(run, notes)
 
 
@@ -829,13 +1007,16 @@ def open_run(run):
     stages = cfg.stages()
     own = run.supply.own()
     if cfg.run.resume:
-        run.reopen(flat(cfg), flat(Config()), ("resume", "out", "jobs"), stages, own)
+        rungs = sorted(run.folder.glob("*@*.pt"), key=lambda path: path.stat().st_mtime)
+        names = [*stages, *(path.stem for path in rungs)]
+        run.reopen(flat(cfg), flat(Config()), ("resume", "out", "jobs"), names, own)
     rewards = run.rewards(cfg)
     rewards.start()
     if "iou" in rewards.weights and not any(sample.boxes for sample in own):
         raise ValueError(f"--rewards={cfg.reward.rewards}: iou needs samples with boxes, and --data={cfg.data.data} "
                          "has none")
-    has_chains = run.supply.teach or all(sample.reasoning for sample in own)
+    trains_on = run.real["train"] if run.real else own
+    has_chains = run.supply.teach or all(sample.reasoning for sample in trains_on)
     if run.plan and "cot" in stages and not has_chains:
         raise ValueError(f"--stage={cfg.run.stage}: cot needs a reasoning in every line of --data={cfg.data.data}, or "
                          "a --teacher: a pretrained model has none")
@@ -870,15 +1051,7 @@ def train_and_compare(run, notes):
         print(f"note: {note}")
     print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
     for name in cfg.stages():
-        if run.path(name).exists():
-            print(f"{name}: done before")
-            continue
-        stage_began = time.perf_counter()
-        STAGES[name].train(run, name, algorithms.of_stage(cfg, name), run.start(name))
-        seconds = time.perf_counter() - stage_began
-        flops = run.spent([name])
-        cost = f", {flops / 1e12:8.2f} TFLOP" if flops else ""
-        print(f"{name:<16}{seconds:7.1f} s{cost}")
+        train_stage(run, name, name, config_of(cfg, name))
     compare_methods(run)
     if cfg.run.export and not (cfg.run.resume and export_folder(cfg.run.export).exists()):
         vlm, tok, _ = evaluation.load_vlm(run.path(cfg.stages()[-1]))
@@ -886,6 +1059,61 @@ def train_and_compare(run, notes):
     names = ("results.json", "samples.html", "curves.png", "log.jsonl")
     files = ", ".join(name for name in names if (run.folder / name).exists())
     print(f"\n{run.folder}: {files} and checkpoints; {time.perf_counter() - began:.0f} s in all")
+
+
+def train_stage(run, stage, name, cfg):
+    """Trains a stage unless its checkpoint, of that name, is there; prints what it took."""
+    if run.path(name).exists():
+        print(f"{name}: done before")
+        return
+    began = time.perf_counter()
+    STAGES[stage].train(run, name, cfg, run.start(stage))
+    seconds = time.perf_counter() - began
+    flops = run.spent([name])
+    cost = f", {flops / 1e12:8.2f} TFLOP" if flops else ""
+    print(f"{name:<15} {seconds:7.1f} s{cost}")
+
+
+def tune(run):
+    """--tune: trains each of these stages, and first what it needs, at every rate of the ladder, and prints which is
+    best on the validation prompts that are like training. The best one stands for its stage in what comes after it.
+    Writes ladder.json; evaluates nothing else. Raises ValueError for own data without a split that is left to report
+    on."""
+    cfg = run.cfg
+    [(home, samples), *others] = run.supply.tests(count_of_tests(cfg)).items()
+    if run.real and not others:
+        raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but {home} to report on, and "
+                         "nothing is tuned on what is reported; a test split of your own would be one")
+    found = []
+    for arm in cfg.run.tune.split(","):
+        for name in needed_for(arm, cfg.stages()):
+            train_stage(run, name, name, config_of(cfg, name))
+
+        def measure(rate):
+            name = f"{arm}@{rate:g}"
+            train_stage(run, arm, name, at_rate(algorithms.of_stage(cfg, arm), arm, rate))
+            raw = evaluation.scores_of(Contender(run.path(name)), cfg, {home: samples})[home]
+            rows = statistics.rows(arm, home, {cfg.judge.decoding: raw[cfg.judge.decoding]}, cfg.run.seed)
+            return dict(rows[0], rate=rate)         # the first is accuracy
+
+        best, rungs = ladder.climb(measure)
+        found += rungs.values()
+        write_json(run.folder / "ladder.json", found)
+        print("\n" + ladder.ladder_text(arm, best, rungs) + "\n", flush=True)
+        if not run.path(arm).exists():
+            data = run.path(f"{arm}@{best:g}").read_bytes()
+            checkpoint.write_atomically(run.path(arm), lambda file: file.write(data))
+    write_json(run.folder / "results.json", [])         # none: but the run is finished
+
+
+def needed_for(stage, stages):
+    """Those of a run's stages that a stage needs, in their order: what it starts from, the stages whose FLOPs it is
+    given, and what those need."""
+    needed = set()
+    begins_at = [name for name in STAGES[stage].starts_from if name in stages][:1]
+    for other in [*begins_at, *STAGES[stage].costs_like]:
+        needed |= {other, *needed_for(other, stages)}
+    return [name for name in stages if name in needed]
 
 
 def count_of_tests(cfg):
@@ -898,15 +1126,61 @@ def compare_methods(run):
     cfg = run.cfg
     stages = cfg.stages()
     labels = algorithms.labels(cfg, stages)
-    methods = {labels[name]: run.path(name) for name in stages
-               if name not in ("clip", "align", "sft", "rejection_first")}
-    if not methods:
+    contenders = {}
+    if cfg.run.compare == "routes" and "sft" in stages:
+        contenders = untrained(run.path("sft"))
+    for name in stages:
+        if name not in ("clip", "align", "sft", "rejection_first"):
+            contenders[labels[name]] = Contender(run.path(name))
+    if cfg.run.compare == "routes" and "llava_o1" in stages:
+        contenders |= searched("llava_o1", run.path("llava_o1"))
+    if not contenders:
         write_json(run.folder / "results.json", [])     # none: but the run is finished
         return
     learned = [labels[name] for name in stages if name in algorithms.STAGES]
     has_teacher = bool(run.supply.teach) or not run.real
-    evaluation.compare(run.folder, cfg, methods, run.supply.tests(count_of_tests(cfg)), run.rewards(cfg), has_teacher,
-                       to=learned[0] if learned else "")
+    to = learned[0] if learned else ""
+    tests = run.supply.tests(count_of_tests(cfg))
+    trained = None
+    if cfg.run.compare == "routes":
+        flops = {labels[name]: run.spent(path_of(name, stages)) for name in stages}
+        trained = {name: flops.get(name.partition("+")[0], 0) for name in contenders}       # nothing: the base
+    evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained)
+
+
+# What prompting and search are asked: they cost many tokens an answer.
+FEW = dict(splits=("id", "crowded"), most=100)
+# Four candidates each, whole answers or ways to go on with a stage: about as many tokens sampled for an answer.
+SEARCHED = (Search("majority", 4), Search("best_of_n", 4, "logp"), Search("best_of_n", 4, "self"),
+            Search("best_of_n", 4, "oracle"), Search("stage_beam", 4, "logp"), Search("stage_beam", 4, "self"))
+
+
+def untrained(path):
+    """The base of the routes: prompted by every method, and, asked for a thought, by 64 samples a prompt, whose pass@64
+    tells whether RL has anything to find there."""
+    contenders = {"base": Contender(path)}
+    for name in METHODS:
+        if name != "direct":
+            contenders[f"base+{name}"] = Contender(path, prompting=name, **FEW)
+    contenders["base+think[64]"] = Contender(path, method="think", splits=("id",), most=50, samples=64)
+    return contenders
+
+
+def searched(label, path):
+    """A model of chains in stages with search: stage beams, and choices among whole answers."""
+    contenders = {}
+    for search in SEARCHED:
+        contenders[f"{label}+{search.label}"] = Contender(path, search=search, **FEW)
+    return contenders
+
+
+def path_of(stage, stages):
+    """The stages behind the base, `sft`, that made a stage: what it starts from, and itself."""
+    begins_at = [name for name in STAGES[stage].starts_from if name in stages][:1]
+    path = [stage]
+    for name in begins_at:
+        path = [*path_of(name, stages), stage]
+    return [name for name in path if name not in ("clip", "align", "sft")]
 
 
 def explain(cfg, plan, notes):
@@ -916,7 +1190,7 @@ def explain(cfg, plan, notes):
     with tempfile.TemporaryDirectory() as folder, Run(change(cfg, out=folder), folder, plan) as run:
         open_run(run)
         name = cfg.run.stage
-        STAGES[name].train(run, name, algorithms.of_stage(run.cfg, name), run.start(name))
+        STAGES[name].train(run, name, config_of(run.cfg, name), run.start(name))
 
 
 def many_seeds(cfg):

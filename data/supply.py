@@ -4,8 +4,9 @@
     supply.samples("align", 16000, "align")     # drawn scenes; pictures of a folder or file; or a LLaVA file's records
 """
 from dataclasses import dataclass
+from itertools import chain
 
-from data import chat, images, jsonl, llava, scenes, teachers
+from data import chat, images, jsonl, llava, records, scenes, skills, teachers
 from data.answers import key
 from data.sample import Sample
 from data.splits import mixed
@@ -14,20 +15,21 @@ from model.runs.config import check_fields, choice, number
 # Random streams by name: what is drawn for one purpose stays the same whatever else a run draws. The numbers are part
 # of every seed and never change.
 STREAMS = {"clip": 1, "align": 2, "sft": 3, "cot": 4, "continued": 5, "rl": 6, "rejection": 7, "tokenizer": 9,
-           "budget": 11}
+           "budget": 11, "records": 12}
 
 # source -> load(folder or file, val_percent) -> ({"train": samples, "val": samples, ..}, what was found). For one that
 # yields Samples row by row: functools.partial(data.splits.divide, its function).
-SOURCES = {"images": images.load, "jsonl": jsonl.load}
+SOURCES = {"images": images.load, "jsonl": jsonl.load, "records": records.load}
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """pictures and questions"""
-    data: str = "scenes"                            # scenes | images:DIR | jsonl:FILE | llava:FILE
+    data: str = "scenes"                            # scenes | images:DIR | jsonl:FILE | records:FILE | llava:FILE
     template: str = choice("brief", "auto", *chat.TEMPLATES)  # how turns are written: data/chat.py | by the tokenizer
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
     questions: int = number(12000, "[1, 100000000]")  # drawn for sft
+    skills: bool = False                            # sft on drawn scenes teaches small skills beside looking
     traces: int = number(10000, "[1, 100000000]")   # teacher's chains for cot, and as many fresh ones to continue
     rl_prompts: int = number(4800, "[1, 100000000]")  # drawn for rl
     eval_set: str = choice(*scenes.TEST_SEED)       # prompts of the evaluation: test | val, for tuning
@@ -44,20 +46,20 @@ class DataOptions:
 
 
 def source_of(data):
-    """--data -> (scenes, images, jsonl or llava; the folder or file behind it, "" for scenes). Raises ValueError for
+    """--data -> (scenes, llava or one of SOURCES; the folder or file behind it, "" for scenes). Raises ValueError for
     anything else."""
     source, _, where = data.partition(":")
     known = source in ("scenes", "llava", *SOURCES)
     if not known or (source != "scenes") != bool(where):
-        named = ", ".join(f"{name}:DIR" if name == "images" else f"{name}:FILE" for name in SOURCES)
-        raise ValueError(f"--data={data} must be scenes, {named} or llava:FILE")
+        others = [f"{name}:FILE" for name in SOURCES if name != "images"]
+        raise ValueError(f"--data={data} must be scenes, images:DIR, {', '.join(others)} or llava:FILE")
     return source, where
 
 
 def real_data(data, val_percent):
     """--data -> ({"train": samples, "val": samples, ..}, what was found); (None, "") for what has no such splits.
 
-    Raises ValueError for anything else than scenes, images:DIR, jsonl:FILE or llava:FILE, and for what `load` refuses.
+    Raises ValueError for anything else than scenes, llava:FILE or one of SOURCES, and for what `load` refuses.
     """
     source, where = source_of(data)
     if source not in SOURCES:
@@ -85,12 +87,14 @@ class Supply:
     def __init__(self, options, teacher_options, seed):
         self.options = options
         self.seed = seed
+        self.staged = teacher_options.cot_format == "llava_cot"
         self.teacher = scene_teacher(teacher_options)
         self.teach = None                               # the function of --teacher
         if teacher_options.teacher:
             self.teach = teachers.own_teacher(teacher_options.teacher)
         self.real, self.found = real_data(options.data, options.val_percent)
         self.records = []
+        self._tests = {}                                # count of prompts -> what `tests` returns
         self.bad = llava.Bad(options.bad_records)
         source, where = source_of(options.data)
         if source == "llava":
@@ -108,18 +112,33 @@ class Supply:
             return self.records
         if self.real:
             return self.real["train"]
-        return scenes.load(purpose, count, self.stream(stream), teacher)
+        return scenes.load(purpose, count, self.stream(stream), teacher, self.staged and teacher is not None)
+
+    def first_answers(self):
+        """[(sample, target text)] of stage sft: answers without a chain; with --skills also the small skills that
+        staged prompting calls upon."""
+        count = self.options.questions
+        if self.options.skills:
+            return skills.skills(count, self.stream("sft"))
+        samples = self.samples("sft", count, "sft")
+        return [(sample, chat.target_text(sample.answer)) for sample in samples]
 
     def tests(self, count):
         """{split: samples} to evaluate on, never trained on; `count` scenes of each, the same for every seed. With a
-        teacher's chains where there is one."""
+        teacher's chains where there is one, which are the same for every seed, too."""
+        if count not in self._tests:
+            self._tests[count] = self._make_tests(count)
+        return self._tests[count]
+
+    def _make_tests(self, count):
+        seed = scenes.TEST_SEED[self.options.eval_set]
         if self.real:
             tests = {split: samples for split, samples in self.real.items() if split != "train"}
         else:
-            seed = scenes.TEST_SEED[self.options.eval_set]
             tests = {split: scenes.load(split, count, seed, self.teacher) for split in scenes.SPLITS}
         if self.teach:
-            tests = {split: self.taught(samples, "rl") for split, samples in tests.items()}
+            for split, samples in tests.items():
+                tests[split] = teachers.taught(samples, self.teach, seed)
         return tests
 
     def taught(self, samples, stream):
@@ -167,13 +186,15 @@ class Supply:
             file = Sample(id=f"{len(self.records)} records, {self.records.stop[-1]} bytes")
             return [file, *self.records.first(1000)]
         if self.real:
-            return [sample for split in self.real.values() for sample in split]
+            return list(chain.from_iterable(self.real.values()))
         return []
 
     def corpus(self):
         """Texts for a new tokenizer, and words that it shall not split."""
         texts = []
-        words = []
+        words = list(chat.TAGS)
+        if self.staged or self.options.skills:
+            words += chat.STAGE_TAGS
         if self.records:
             for sample in self.records.first(2000):
                 for turn in [*sample.turns, (sample.question, sample.answer)]:
@@ -181,15 +202,17 @@ class Supply:
         elif self.real:
             texts.append("it looks like or . it is")
             for sample in self.real["train"]:
-                texts += [sample.question, sample.answer, sample.caption, sample.reasoning]
+                texts += [sample.question, sample.answer, sample.summary, sample.caption, sample.reasoning]
             texts = [text for text in texts if text]
         else:
-            words = scenes.pieces()
+            words += scenes.pieces()
             for sample in self.samples("train", 1000, "tokenizer", self.teacher):
                 texts.append(f"{sample.question} {sample.reasoning} {sample.caption}")
+            if self.staged or self.options.skills:
+                words += skills.pieces()
         if self.teach:
             for sample in self.taught(self.samples("train", 1000, "tokenizer")[:1000], "tokenizer"):
                 texts += [sample.reasoning, sample.conclusion]
-        for prompt in chat.PROMPTS.values():
-            texts += [prompt.replace(tag, "") for tag in chat.TAGS]
-        return [f" {text}" for text in texts], [*chat.TAGS, *words]
+        for method in ("direct", "think", "asked"):
+            texts += [chat.PROMPTS[method].replace(tag, "") for tag in chat.TAGS]
+        return [f" {text}" for text in texts], list(dict.fromkeys(words))

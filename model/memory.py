@@ -213,12 +213,12 @@ def table(stage, vlm, tokens, **options):
         unknown.append(vlm.visual)
     if unknown:
         parts.append(f"without the activations of {len(unknown)} modules of another class")
-    start = f"  {stage:<16}{'memory':<16}{total / size:9.1f} {unit} planned: "
+    start = f"  {stage:<15} {'memory':<16}{total / size:9.1f} {unit} planned: "
     lines.append(start + ", ".join(parts))
     return "\n".join(lines)
 
 
-def announce(stage, vlm, cfg, samples):
+def announce(stage, vlm, cfg, *, samples):
     """Prints `table` for a stage of train.py's config: micro-batches of records of --max-length (else of a picture and
     64 tokens), or, in a stage that `samples`, of as long prompts with their groups of completions of --max-new."""
     optim = cfg.optim

@@ -103,4 +103,4 @@ def plan(config, cfg, stages):
         with torch.device("meta"):
             vlm = VLM(config)
         vlm = prepare(vlm, cfg, stage == "align").to(pick_dtype(cfg.machine.dtype))
-        memory.announce(stage, vlm, cfg, stage not in ("align", "sft", "cot"))
+        memory.announce(stage, vlm, cfg, samples=stage not in ("align", "sft", "cot"))

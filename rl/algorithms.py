@@ -104,7 +104,9 @@ REWARD_STAGES = {
     "format_gated": RewardOptions(rewards="correctness:1,format:0.1", gated=True),
 }
 
-STAGES = ("rl", "rl_zero", *ALGORITHMS, *REWARD_STAGES)       # all stages of train.py that are reinforcement learning
+# Stages of one algorithm that start elsewhere, and what that adds to its name.
+STARTS = {"rl_zero": "_zero", "rl_from_base": "_from_base", "rl_from_o1": "_from_o1"}
+STAGES = ("rl", *STARTS, *ALGORITHMS, *REWARD_STAGES)         # all stages of train.py that are reinforcement learning
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def label(cfg, stage):
     default = type(cfg.rl).algorithm
     if stage in REWARD_STAGES:
         name = stage if algorithm == default else f"{algorithm}_{stage}"
-    elif stage == "rl_zero":
-        name = f"{algorithm}_zero"
+    elif stage in STARTS:
+        name = algorithm + STARTS[stage]
     else:
         name = algorithm
     wanted = dict(vars(ALGORITHMS[algorithm]))
@@ -176,9 +178,9 @@ def labels(cfg, stages):
     for stage in stages:
         setting = stage
         if stage in STAGES:
-            # What asks for tags alone is another setting; the name of the algorithm that set the switches is none.
+            # What starts elsewhere is another setting; the name of the algorithm that set the switches is none.
             used = of_stage(cfg, stage)
-            setting = (stage == "rl_zero", used.algorithm, used.reward)
+            setting = (STARTS.get(stage, ""), used.algorithm, used.reward)
         if setting in settings:
             raise ValueError(f"--stage={','.join(stages)}: {settings[setting]} and {stage} are one setting, "
                              f"{label(cfg, stage)}; name it once")

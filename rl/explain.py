@@ -10,7 +10,7 @@ def explanation(samples, prompts, rollout, advantage, rewards):
     but with a critic)."""
     lines = []
     for p, (sample, prompt) in enumerate(zip(samples, prompts)):
-        pictures = ", ".join(picture_name(image) for image in sample.images) or "none"
+        pictures = ", ".join(picture_words(image) for image in sample.images) or "none"
         flat = "" if advantage[p].any() else "; all advantages are 0: this group teaches nothing"
         lines += ["", f"picture  {pictures}", f"prompt   {prompt!r}", f"gold     {sample.answer!r}{flat}"]
         for g, text in enumerate(rollout.texts[p]):
@@ -26,7 +26,7 @@ def explanation(samples, prompts, rollout, advantage, rewards):
     return "\n".join(lines)
 
 
-def picture_name(image):
+def picture_words(image):
     """A picture of a sample in a few words."""
     if isinstance(image, str):
         return image

@@ -64,7 +64,8 @@ class Learner(nn.Module):
     """What a stage under way consists of, and its checkpoint holds.
 
     policy; reference, a frozen copy of it, or None; critic, or None; kl_coef (), of the penalty, adapted or not;
-    samples (), completions drawn so far. moves: the reference will be synced with the policy.
+    samples (), completions drawn so far; bad_steps (), steps in a row that a Guard skipped. moves: the reference will
+    be synced with the policy.
     """
 
     def __init__(self, policy, kl_coef=0.0, critic=None, moves=False):
@@ -74,6 +75,11 @@ class Learner(nn.Module):
         self.reference = make_reference(policy, moves) if kl_coef else None
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef), dtype=torch.float64))
         self.register_buffer("samples", torch.zeros((), dtype=torch.long))
+        self.register_buffer("bad_steps", torch.zeros((), dtype=torch.long))
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        state.setdefault(f"{prefix}bad_steps", self.bad_steps)      # older checkpoints have none
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def after(self, step, line, switches):
@@ -115,22 +121,24 @@ def make_learner(policy, width, switches):
 
 class Guard:
     """Losses and gradients that are not finite: the step is skipped, its data saved, and after `limit` in a row the run
-    stops. save(path, dict): writes a checkpoint file."""
+    stops. save(path, dict): writes a checkpoint file; count (): how many in a row so far, a learner's `bad_steps`, so
+    that a resumed run goes on counting."""
 
-    def __init__(self, folder, stage, limit, save):
+    def __init__(self, folder, stage, limit, save, count=None):
         self.folder = folder
         self.stage = stage
         self.limit = limit
         self.save = save
-        self.count = 0          # in a row
+        self.count = torch.zeros((), dtype=torch.long) if count is None else count
         self.files = 0
 
     def good(self):
-        self.count = 0
+        self.count.zero_()
 
     def bad(self, experience, loss, norms):
         """Raises ValueError at the limit."""
         self.count += 1
+        in_a_row = int(self.count)
         self.files += 1
         while (self.folder / f"bad-{self.stage}-{self.files}.pt").exists():     # of before a resume
             self.files += 1
@@ -141,7 +149,7 @@ class Guard:
         if norms:
             cause = f"loss {loss:g}, gradient norm {norms['grad_norm']:g}"
         message = f"{cause}: the step is skipped, its batch is in {path}"
-        if self.count >= self.limit:
-            raise ValueError(f"{message}; {self.count} in a row, training diverged. The last checkpoint is intact; "
+        if in_a_row >= self.limit:
+            raise ValueError(f"{message}; {in_a_row} in a row, training diverged. The last checkpoint is intact; "
                              "start again from one with a lower rate")
         print(f"  {self.stage}: {message}", flush=True)

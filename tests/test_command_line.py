@@ -157,17 +157,17 @@ def run(finished, tmp_path):
     ("--projector=x", r"--projector=x must be one of linear, mlp2x_gelu"),
     ("--clip-stem=x", r"--clip-stem=x must be one of mlp, conv"),
     ("--template=x", r"--template=x must be one of brief, auto, vicuna_v1, llama_2, chatml"),
-    ("--preset=huge", r"--preset=huge must be one of embedded, llava, llava-v1-7b, "),
+    ("--preset=huge", r"--preset=huge must be one of embedded, routes, llava, llava-v1-7b, "),
     ("--dtype=int8", r"--dtype=int8 must be one of float32, bfloat16, float64"),
     ("--device=tpu", r"--device=tpu is not available here"),
     ("--rewards=", r"--rewards=: '' must be one of correctness, format"),
     ("--rewards=joy:1", r"--rewards=joy:1: 'joy' must be one of correctness, format"),
     ("--rewards=format:x", r"--rewards=format:x: the weight 'x' of format must be a number"),
     ("--rewards=format:inf", r"--rewards=format:inf: the weight of format must lie in"),
-    ("--data=photos", r"--data=photos must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
-    ("--data=images", r"--data=images must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
-    ("--data=images:", r"--data=images: must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
-    ("--data=scenes:x", r"--data=scenes:x must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
+    ("--data=photos", r"--data=photos must be scenes, images:DIR, jsonl:FILE, records:FILE or llava:FILE"),
+    ("--data=images", r"--data=images must be scenes, images:DIR, jsonl:FILE, records:FILE or llava:FILE"),
+    ("--data=images:", r"--data=images: must be scenes, images:DIR, jsonl:FILE, records:FILE or llava:FILE"),
+    ("--data=scenes:x", r"--data=scenes:x must be scenes, images:DIR, jsonl:FILE, records:FILE or llava:FILE"),
     ("--align-epochs=inf", r"--align-epochs=inf must lie in \[0, 100000\]"),
     ("--max-new=1000000000", r"--max-new=1000000000 must lie in \[1, 131072\]"),
     ("--seed=2147483647 --seeds=2", "--seed=2147483647 must leave room for --seeds=2"),
@@ -527,7 +527,10 @@ def test_resume_on_other_data_is_one_sentence(tmp_path):
     train.main([*SMALL, "--vocab=400", "--image-size=24", f"--data=jsonl:{path}", "--stage=clip",
                 f"--out={tmp_path / 'run'}"])
     path.write_text(path.read_text().replace('"What?"', '"Which?"') + path.read_text().splitlines()[0])
-    assert "must hold what it held when the run" in complaint("--resume", f"--out={tmp_path / 'run'}")
+    said = complaint("--resume", f"--out={tmp_path / 'run'}")
+    assert said == (f"--data=jsonl:{path} must hold what it held when the run in {tmp_path / 'run'} began: put it "
+                    "back as it was, or, if nothing in it has changed, start a new run, since an older version of this "
+                    "code that read its splits otherwise began that one")
 
 
 def test_training_that_diverges_stops_before_anything_is_saved(tmp_path, monkeypatch):

@@ -100,9 +100,9 @@ def test_ask_answers_about_a_picture_and_without_one(run, tmp_path, capsys):
     vlm, tokenizer, state = evaluation.load_vlm(run / "cot.pt")
     prompting = evaluation.Prompting(method="think", template="brief", max_new=16)
     pictures = (np.asarray(Image.new("RGB", (50, 60), "red")),)
-    texts, _ = evaluation.complete(vlm, tokenizer, [evaluation.Sample(images=pictures, question="what is at b2 ?")],
-                                   prompting, rows=8)
-    assert seen == texts[0][0] + "\n"
+    answers = evaluation.complete(vlm, tokenizer, [evaluation.Sample(images=pictures, question="what is at b2 ?")],
+                                  prompting, rows=8)
+    assert seen == answers.texts[0][0] + "\n"
     evaluation.main([f"--checkpoint={run / 'cot.pt'}", "--ask=what is at b2 ?", "--max-new=3"])
     assert capsys.readouterr().out.strip()
 
@@ -118,7 +118,7 @@ def test_ask_answers_about_a_picture_and_without_one(run, tmp_path, capsys):
     (["--max-new=-1"], "--max-new=-1 must lie in [0, 131072]"),
     (["--ask=what ?", "--image=/no/such.png"], "image '/no/such.png' does not exist"),
     (["--device=tpu"], "--device=tpu is not available here"),
-    (["--data=nonsense:x"], "--data=nonsense:x must be scenes, images:DIR, jsonl:FILE or llava:FILE"),
+    (["--data=nonsense:x"], "--data=nonsense:x must be scenes, images:DIR, jsonl:FILE, records:FILE or llava:FILE"),
     (["--data=llava:x"], "--data=llava:x holds conversations, which nothing can check; expected images:DIR or jsonl:"),
     (["--checkpoint=/no/such.pt"], "checkpoint '/no/such.pt' does not exist")])
 def test_what_eval_does_not_understand_is_one_sentence(run, flags, said):

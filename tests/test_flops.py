@@ -350,6 +350,24 @@ def test_a_projector_put_in_later_is_looked_at():
         flops.forward(vlm, batch)
 
 
+@pytest.mark.parametrize("name, make, message", [
+    ("llm.layers.1.mlp.extra", lambda: nn.Linear(24, 28), "llm.layers.1.mlp.extra is a Linear, "),
+    ("llm.layers.1.mlp", lambda: Gated(llama.LlamaConfig(**LLM)), "llm.layers.1.mlp is a Gated, "),
+    ("llm.layers.0.self_attn.sink", lambda: nn.Parameter(torch.zeros(6, 4)), "llm.layers.0.self_attn.sink is a "),
+    ("visual.adapter", lambda: nn.Linear(12, 12), "visual.adapter is a Linear, "),
+    ("projector.1", lambda: nn.Conv1d(9, 9, 1), "projector.1 is a Conv1d, "),
+    ("memory", lambda: nn.Linear(24, 24), "memory is a Linear, "),
+    ("llm.memory", lambda: nn.Linear(24, 24), "llm.memory is a Linear, "),
+])
+def test_what_is_put_into_a_model_after_the_first_count_is_looked_at(name, make, message):
+    vlm = frozen({})
+    batch = encoded(vlm)
+    flops.forward(vlm, batch)
+    put(vlm, name, make())
+    with pytest.raises(ValueError, match=message):
+        flops.forward(vlm, batch)
+
+
 def test_a_model_is_walked_through_once(monkeypatch):
     walks = []
     monkeypatch.setattr(flops, "_unknown", lambda root, name, place: walks.append(name))

@@ -14,7 +14,8 @@ OURS = {*PARTS, "train", "eval", "tests"}
 # Of a file the rule with the longest path that it lies under holds.
 MAY = {"kernels": {"kernels"}, "data": {"data", "model.runs.config"}, "model": {"kernels", "model"},
        "model/hub": {"kernels", "model", "data.tokenizer"}, "model/runs": {"kernels", "model", "data.tokenizer"},
-       "model/runs/config.py": set(), "rl": {"kernels", "rl", "data.sample", "data.chat", "model.runs.config"},
+       "model/runs/config.py": set(),
+       "rl": {"kernels", "rl", "data.sample", "data.chat", "data.prompting", "model.runs.config"},
        "eval.py": OURS - {"train", "tests"}, "train.py": OURS - {"tests"}}
 LIBRARY = {name: path for name, path in SOURCES.items() if name != "kernels/bench.py"}   # it times others
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import answers, chat, images, jsonl, sample
+from data import answers, chat, images, jsonl, sample, scenes
 from data.sample import Sample, read_image, to_array, to_pixels
 from data.splits import Division, pixel_hash, sides, split_of
 from data.supply import real_data
@@ -507,8 +507,16 @@ def test_what_is_no_split_beside_train_and_val_is_left_out_with_the_reason(tmp_p
     draw(tmp_path, *CLASSES_OF["train"], *CLASSES_OF["val"], "more/cat", "more/owl", "hospital b/cat", "notes")
     splits, report = images.load(tmp_path)
     assert list(splits) == ["train", "val"]
-    assert report.endswith("left out: 'hospital b' (a split's name must be 1 to 40 letters, digits, _ or -), 'more' "
-                           "('owl' in it is no class of train or val), 'notes'")
+    assert report.endswith("left out: 'hospital b' (a split's name must be 1 to 40 letters, digits, _ or -, not "
+                           "'hospital b'), 'more' ('owl' in it is no class of train or val), 'notes'")
+
+
+def test_a_folder_named_like_a_split_of_drawn_scenes_is_left_out_since_results_would_take_it_for_that(tmp_path):
+    draw(tmp_path, *CLASSES_OF["train"], *CLASSES_OF["val"], *(f"{name}/cat" for name in scenes.SPLITS), "ID2/cat")
+    splits, report = images.load(tmp_path)
+    assert list(splits) == ["train", "val", "ID2"]
+    for name in ("id", "crowded", "pairs", "walk3", "walk4"):
+        assert f"{name!r} (the split {name!r} must have another name" in report
 
 
 def test_a_test_folder_without_classes_is_left_out_where_another_has_them(tmp_path):
@@ -583,7 +591,8 @@ def test_a_larger_val_percent_only_adds_to_the_val_of_a_small_class():
 
 def test_data_that_names_no_source_is_an_error():
     for data in ("nonsense:x", "nonsense", "", "images", "images:", "jsonl:", "llava:", "scenes:x", ":"):
-        with pytest.raises(ValueError, match=f"^--data={data} must be scenes, images:DIR, jsonl:FILE or llava:FILE$"):
+        expected = "scenes, images:DIR, jsonl:FILE, records:FILE or llava:FILE"
+        with pytest.raises(ValueError, match=f"^--data={data} must be {expected}$"):
             real_data(data, 20)
 
 
@@ -826,6 +835,7 @@ def test_unknown_fields_are_named_in_the_report(tmp_path):
     ({**GOOD, "split": "b c"}, "a split's name must be 1 to 40 letters, digits, _ or -, not 'b c'"),
     ({**GOOD, "split": "a" * 41}, "a split's name must be 1 to 40 letters"),
     ({**GOOD, "split": "Train"}, "the split 'Train' must be written 'train'"),
+    ({**GOOD, "split": "pairs"}, r"the split 'pairs' must have another name, which no split of drawn scenes has \(id,"),
     ({**GOOD, "image": "nowhere.png"}, r"nowhere\.png' does not exist"),
     ({**GOOD, "image": "."}, "cannot be read as a picture"),
     ({**GOOD, "image": "mine.jsonl"}, r"mine\.jsonl' cannot be read as a picture"),

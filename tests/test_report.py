@@ -53,6 +53,14 @@ def test_curves_are_drawn_with_and_without_their_parts(log, results):
         assert picture.width == 1600 and np.asarray(picture.convert("L")).min() < 200      # not blank
 
 
+def test_the_picture_has_the_methods_that_were_asked_on_every_split():
+    pytest.importorskip("matplotlib")
+    few = [result(f"base+{n}", "id") for n in range(12)]
+    axes = draw(LOG, RESULTS + few).get_axes()
+    [legend] = [ax.get_legend() for ax in axes if ax.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["teacher", "cot", "grpo_token", "mine"]
+
+
 def panels(log):
     """Title of a panel -> its axes."""
     pytest.importorskip("matplotlib")

@@ -12,9 +12,11 @@ import torch
 import train
 from data.sample import Batch
 from kernels import gae, policy_loss
+from model.flops import Meter
 from model.optim import make_optimizer, stepper
 from model.runs import checkpoint
 from model.runs.config import change
+from model.runs.folder import RunFolder
 from rl import losses, metrics
 from rl.advantages import advantages, normalised_then_summed, sampled_kl, token_rewards, whiten
 from rl.explain import preflight_text
@@ -23,6 +25,7 @@ from rl.rewards import RewardOptions, Rewards, overlong
 from rl.types import Experience, Rollout
 from rl.update import estimate_advantages, score, select_groups, update
 from test_algorithms import C, D, G, LENGTH, REWARDS, Recorder, Table, batch_of, config, problem, run_update
+from test_flops import counted
 from tiny import difference, make_vlm, prompts, random_completions, to_batch
 
 
@@ -235,10 +238,11 @@ def test_joined_batches_of_pictures_give_what_each_gives():
 
 # ---------------------------------------------------------------- scoring on a real model
 
-def setting(**switches):
+def setting(tower_trains=False, **switches):
     """A small vision-language model and experience of it, scored under the switches, in fp64."""
     rows = prompts()
     vlm, ids = make_vlm(), random_completions(len(rows), 2, 4)
+    vlm.visual.requires_grad_(tower_trains)
     mask = torch.arange(4) < torch.randint(1, 5, (len(rows), 2, 1), generator=torch.Generator().manual_seed(1))
     cfg = config(micro_batch=2, mini_batches=2, **switches)
     learner = make_learner(vlm, vlm.config.llm.width, cfg.algorithm)
@@ -300,6 +304,22 @@ def test_exact_kl_in_the_loss_adds_its_mean_and_its_gradient():
     for name, gradient in wanted.items():
         assert difference(taken[0][name] - taken[1][name], gradient) < 1e-7, name
     assert all(p.grad is None for p in learner.reference.parameters())
+
+
+@pytest.mark.parametrize("kl, kl_in", [("exact", "loss"), ("exact", "reward"), ("k3", "loss")])
+def test_a_reference_that_keeps_its_features_pays_for_its_image_tower_once(kl, kl_in):
+    learner, e, cfg, _ = setting(tower_trains=True, kl=kl, kl_in=kl_in, kl_coef=0.1, epochs=3)
+    meter = Meter()
+
+    def take_step(drop=False):
+        learner.zero_grad(set_to_none=True)
+        return {"grad_norm": 1.0}
+
+    def run():
+        scored = score(learner, e, cfg, meter)
+        scored, _ = estimate_advantages(learner, scored, REWARDS, cfg)
+        update(learner, scored, cfg, take_step, meter, Guard(None, "rl", 1, None))
+    assert counted(run) == meter.total
 
 
 def test_nothing_is_scored_when_no_switch_asks_for_it():
@@ -502,6 +522,33 @@ def test_a_return_that_is_not_finite_does_not_reach_the_critics_units():
     e, _ = estimate_advantages(learner, replace(e, rewards=e.rewards * float("inf"), kl=torch.zeros(0)), REWARDS, cfg)
     update(learner, e, cfg, None, Recorder(), Guard(Path("."), "rl", 3, saved))
     assert len(saved) == 1 and learner.critic.mean == 0 and learner.critic.scale == 1
+
+
+def test_a_resumed_stage_goes_on_counting_its_bad_steps(tmp_path):
+    policy, e = problem()
+    learner = make_learner(policy, D, config().algorithm)
+    optimizer = make_optimizer(learner, 0.95, 0.0)
+    Guard(tmp_path, "rl", 2, Saved(), learner.bad_steps).bad(e, math.nan, {})
+    RunFolder(tmp_path).save_progress("rl", 7, learner, optimizer, Meter(), None)
+    saved = checkpoint.load(tmp_path / "progress.pt")
+
+    def resumed(progress):
+        folder, other = RunFolder(tmp_path), make_learner(policy, D, config().algorithm)
+        folder.progress = progress
+        assert folder.take_progress("rl", other, optimizer, Meter(), None) == 7
+        return other.bad_steps, Guard(tmp_path, "rl", 2, Saved(), other.bad_steps)
+
+    count, guard = resumed(saved)
+    assert count == 1
+    with pytest.raises(ValueError, match="; 2 in a row, training diverged"):
+        guard.bad(e, math.nan, {})
+    guard.good()
+    assert count == 0
+
+    older = {name: tensor for name, tensor in saved["module"].items() if name != "bad_steps"}
+    count, guard = resumed(saved | dict(module=older))         # begun by a version that did not save the number
+    guard.bad(e, math.nan, {})
+    assert count == 1
 
 
 def test_the_saved_batch_of_a_bad_step_can_be_opened(tmp_path):

@@ -160,8 +160,9 @@ class RunFolder:
                 raise ValueError(f"{flag(name)}={value} must be {before[name]}, as in the run in {self.folder} that "
                                  "--resume goes on with")
         if before.get("data_digest") != digest(samples):
-            raise ValueError(f"--data={config['data']} must hold what it held when the run in {self.folder} began; "
-                             "put it back as it was, or start a new run")
+            raise ValueError(f"--data={config['data']} must hold what it held when the run in {self.folder} began: put "
+                             "it back as it was, or, if nothing in it has changed, start a new run, since an older "
+                             "version of this code that read its splits otherwise began that one")
         self._take_up(stages)
 
     def _take_up(self, stages):

@@ -56,6 +56,10 @@ def preset_of(given):
 PRESETS = {
     "": preset_of,
     "embedded": {},
+    # staged prompting, LLaVA-o1 and RL from one base that knows small skills; the rates are those that --tune chose
+    "routes": dict(compare="routes", cot_format="llava_cot", skills=True, max_new=64, sft_steps=400, rl_steps=200,
+                   rates="rl_from_base:2.5e-4,llava_o1:2e-3,llava_o1_blind:2e-3,rl_from_o1:2.5e-4",
+                   eval_greedy=200, eval_sampled=100),
     # LLaVA-1.5's training of whatever parts are named; a part that is not is a small one, from nothing
     "llava": LLAVA_15 | dict(template="auto", image_positions=False, dtype="float32", checkpointing=False),
     **RECIPES,

@@ -20,6 +20,8 @@ STYLE = {
     "gspo": ("#CC79A7", "P"), "cispo": ("#7A4B00", "X"), "rloo": ("#3D9FDC", "s"),
     "ppo": ("#000000", "*"), "sapo": ("#0072B2", "o"), "luspo": ("#777777", "p"),
     "reinforce++": ("#8A2BE2", "d"),
+    "base": ("#0072B2", "o"), "llava_o1": ("#D99400", "^"), "llava_o1_blind": ("#CC79A7", "P"),
+    "rl_from_base": ("#009E73", "v"), "rl_from_o1": ("#D55E00", "D"),
     "right": ("#0072B2", "s"), "right_gated": ("#3D9FDC", "^"),
     "format": ("#D99400", "v"), "format_gated": ("#D55E00", "D"),
 }
@@ -37,13 +39,19 @@ LOOK = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold",
 
 
 def style(label):
-    """Colour and marker of a stage or method; "grpo[kl_coef=0.0]" has those of "grpo"."""
-    return STYLE.get(label.partition("[")[0], OTHER)
+    """Colour and marker of a stage or method; "grpo[kl_coef=0.0]" has those of "grpo", and RL by
+    whatever algorithm, "grpo_token_from_o1", those of the stage "rl_from_o1"."""
+    name = label.partition("[")[0]
+    _, joint, start = name.rpartition("_from_")
+    if joint:
+        name = f"rl_from_{start}"
+    return STYLE.get(name, OTHER)
 
 
 def in_lines(label):
-    """A label with a line for its name and one for each switch: one line would be too wide."""
-    return label.replace("[", "\n[").replace(",", ",\n")
+    """A label with a line for its name, one for where it starts from, and one for each switch: one
+    line would be too wide."""
+    return label.replace("_from_", "\nfrom ").replace("[", "\n[").replace(",", ",\n")
 
 
 def curves(log, results):
@@ -75,7 +83,7 @@ def draw(log, results):
             imitated.setdefault(line["stage"], []).append(line)
     accuracies = [row for row in results if row["metric"] == "accuracy"]
     decoding = main_decoding(accuracies)
-    rows = [row for row in accuracies if row["decoding"] == decoding]
+    rows = on_every_split([row for row in accuracies if row["decoding"] == decoding])
 
     trained = bool(learned or imitated)
     with rc_context(LOOK):
@@ -97,6 +105,17 @@ def draw(log, results):
         if not trained and not rows:
             figure.text(0.5, 0.5, "nothing logged yet", ha="center", color="#888888")
     return figure
+
+
+def on_every_split(rows):
+    """The rows of the teacher, and of methods that were asked on every split: the others, of which
+    routes have a dozen, would leave no room, and the tables have them."""
+    splits = {row["split"] for row in rows}
+    asked = {}                                    # method -> its splits
+    for row in rows:
+        asked.setdefault(row["method"], set()).add(row["split"])
+    asked["teacher"] = splits
+    return [row for row in rows if asked[row["method"]] == splits]
 
 
 def _teacher(rows):
@@ -161,7 +180,9 @@ def _losses(ax, stages):
     for name, members in columns:
         compared = members is arms
         width = 2 if compared else 1
-        steps = 1 + max(line["step"] for stage in members for line in stages[stage])
+        steps = 1
+        for stage in members:
+            steps = max(steps, *(1 + line["step"] for line in stages[stage]))
         middles.append(left + width / 2)
         up_to = "up to " if len(members) > 1 else ""
         names.append(f"{name}\n{up_to}{steps:,}")
@@ -200,7 +221,9 @@ def _learning(figure, methods, teacher):
               "flat": "Share of flat groups"}
     mosaic = ";".join(f"A{name}" for name in "BCDE"[:len(small)])
     big, *axes = figure.subplot_mosaic(mosaic, width_ratios=(1.25, 1)).values()
-    colors = {method: style(method if several else "grpo_token")[0] for method in methods}
+    colors = {method: style("grpo_token")[0] for method in methods}
+    if several:
+        colors = {method: style(method)[0] for method in methods}
 
     ends = []
     for accuracy in teacher:

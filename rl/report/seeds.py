@@ -9,7 +9,7 @@ from rl.report.curves import curves
 from rl.report.log import mean_log, read_log
 from rl.report.statistics import over_seeds, result_lines, seeds_table
 
-FILES = ("results", "differences", "kinds", "training")
+FILES = ("results", "differences", "kinds", "training", "routes")
 
 
 def report_seeds(folder, seeds, write):

@@ -119,10 +119,9 @@ def interval(values):
         z = 1.96
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    else:
-        centre = mean
-        half = _half_width(values)
-    return mean, centre - half, centre + half
+        return mean, max(0.0, centre - half), min(1.0, centre + half)      # rounding may pass the ends
+    half = _half_width(values)
+    return mean, mean - half, mean + half
 
 
 def _half_width(values):
@@ -162,7 +161,7 @@ def rows(method, split, scores, seed):
 
 
 def differences(scores, to):
-    """Paired differences in accuracy, method minus `to`, on the same prompts, with intervals.
+    """Paired differences in accuracy, method minus `to`, on the prompts of both, with intervals.
 
     scores: method -> split -> raw scores. Rows like those of `rows`, metric "accuracy - {to}".
     """
@@ -171,7 +170,10 @@ def differences(scores, to):
         other = scores.get(to, {}).get(split, {}).get(decoding)
         if method == to or other is None:
             continue
-        delta = per_prompt(raw, "accuracy") - per_prompt(other, "accuracy")
+        values = per_prompt(raw, "accuracy")
+        others = per_prompt(other, "accuracy")
+        n = min(len(values), len(others))           # a method may be asked the first of the prompts
+        delta = values[:n] - others[:n]
         mean = float(delta.mean())
         half = _half_width(delta)
         low, high = within(mean - half, mean + half, -1.0, 1.0)
@@ -291,18 +293,18 @@ def result_lines(rows, differences, to, over="prompts"):
     main = to if to in methods else trained[-1]
     splits = [split for method, split in accuracy if method == main]
     home = main_split(splits)
-    others = [method for method in methods if method != main and (method, home) in accuracy]
+    others = [method for method in methods if method != main and (method, home) in accuracy and not is_bound(method)]
     best = max(others, key=lambda method: accuracy[method, home]["value"], default="")
 
     row = accuracy[main, home]
     count = f"1 {over.removesuffix('s')}" if row["n"] == 1 else f"{row['n']} {over}"
     first = f"Result on {home}, {decoding_title(decoding)} [95 % interval over {count}]: "
-    first += f"{main} is right on {_share(row)}"
+    first += f"{main} is right on {share_text(row)}"
     if "cot" in others:
-        first += f"; cot, imitation alone, on {_share(accuracy['cot', home])}"
+        first += f"; cot, imitation alone, on {share_text(accuracy['cot', home])}"
 
     if best:
-        second = f"Best other method on {home}: {best} with {_share(accuracy[best, home])}; "
+        second = f"Best other method on {home}: {best} with {share_text(accuracy[best, home])}; "
         second += _difference_words(best, main, paired.get((best, home)))
     else:
         second = "No other method was evaluated"
@@ -313,9 +315,14 @@ def result_lines(rows, differences, to, over="prompts"):
     elif any((best, split) in paired for split in away):
         third = _on_other_splits(best, main, {split: paired.get((best, split)) for split in away})
     else:
-        shares = ", ".join(f"{split} {_share(accuracy[main, split])}" for split in away)
+        shares = ", ".join(f"{split} {share_text(accuracy[main, split])}" for split in away)
         third = f"On the other splits {main} is right on: {shares}"
     return [f"{first}.", f"{second}.", f"{third}."]
+
+
+def is_bound(method):
+    """Whether a row is a search that knows the gold answers: it bounds methods, and is none."""
+    return method.endswith(",oracle]")
 
 
 def _side(row):
@@ -362,7 +369,7 @@ def _form_and_length(rows, main, split, decoding):
             if (row["method"], row["split"], row["decoding"]) == (method, split, decoding):
                 found[row["metric"]] = row
         if "format" in found and "length" in found:
-            form = _share(found["format"])
+            form = share_text(found["format"])
             length = _tokens(found["length"])
             words.append(f"{method} keeps the form in {form}, with {length} tokens a completion")
     return "; ".join(words) or "Form and length were not measured"
@@ -370,20 +377,20 @@ def _form_and_length(rows, main, split, decoding):
 
 # ---------------------------------------------------------------- tables
 
-def _grid(title, columns, lines):
+def grid(title, columns, lines):
     """Text table: title, column heads, lines of (label, cells)."""
+    rows = [("", columns), *lines]
     width = max([10, *(len(label) for label, _ in lines)])
-    texts = list(columns)
-    for _, cells in lines:
-        texts += cells
-    cell = 2 + max(map(len, texts))
-    out = [title, " " * width + "".join(column.rjust(cell) for column in columns)]
-    for label, cells in lines:
-        out.append(label.ljust(width) + "".join(text.rjust(cell) for text in cells))
+    widths = []
+    for place in range(len(columns)):
+        widths.append(2 + max(len(cells[place]) for _, cells in rows))
+    out = [title]
+    for label, cells in rows:
+        out.append(label.ljust(width) + "".join(map(str.rjust, cells, widths)))
     return "\n".join(out)
 
 
-def _share(row):
+def share_text(row):
     if not _has_interval(row):
         return f"{row['value']:.3f}"
     return f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
@@ -414,35 +421,40 @@ def table(results, scores, to=""):
     for row in [*results, *differences(scores, to)]:
         found[row["method"], row["split"], row["decoding"], row["metric"]] = row
 
-    def grid(title, methods, decoding, metric, form):
-        """A table with a line a method and a column a split; a cell without a row stays empty."""
+    def metric_grid(title, methods, decoding, metric, form):
+        """A table with a line a method and a column a split; a cell without a row stays empty, a
+        method without any is left out."""
         lines = []
         for method in methods:
-            keys = [(method, split, decoding, metric) for split in splits]
-            lines.append((method, [form(found[key]) if key in found else "" for key in keys]))
-        return _grid(title, splits, lines)
+            cells = []
+            for split in splits:
+                row = found.get((method, split, decoding, metric))
+                cells.append("" if row is None else form(row))
+            if any(cells):
+                lines.append((method, cells))
+        return grid(title, splits, lines) if lines else ""
 
     tables = []
     for decoding in decodings:
         title = decoding_title(decoding)
         heading = f"Accuracy, {title} [95 % interval]"
-        tables.append(grid(heading, methods, decoding, "accuracy", _share))
+        tables.append(metric_grid(heading, methods, decoding, "accuracy", share_text))
         of_classes = {row["method"] for row in results
                       if row["metric"] == CLASS_MEAN and row["decoding"] == decoding}
         if of_classes:
             chosen = [method for method in methods if method in of_classes]
             heading = f"{CLASS_MEAN.capitalize()}, {title} (classes)"
-            tables.append(grid(heading, chosen, decoding, CLASS_MEAN, _classes))
+            tables.append(metric_grid(heading, chosen, decoding, CLASS_MEAN, _classes))
         if to in scores and others:
             heading = f"Paired difference to {to} in points, {title} [95 % interval]"
-            tables.append(grid(heading, others, decoding, f"accuracy - {to}", _points))
+            tables.append(metric_grid(heading, others, decoding, f"accuracy - {to}", _points))
     metrics = {row["metric"] for row in results}
     votes = sorted(metric for metric in metrics if metric.startswith(("pass@", "maj@")))
     for metric in (*votes, "format", "length"):
-        form = _tokens if metric == "length" else _share
+        form = _tokens if metric == "length" else share_text
         for decoding in sampled:
             heading = f"{metric}, {decoding_title(decoding)}"
-            tables.append(grid(heading, methods, decoding, metric, form))
+            tables.append(metric_grid(heading, methods, decoding, metric, form))
     for split in splits:
         for decoding in decodings:
             kinds = {}
@@ -471,13 +483,16 @@ def _kinds(title, kinds):
         accuracy, count = kinds[method][kind]
         return f"{accuracy:.3f} ({count})"
 
+    lines = []
     if len(names) <= MOST_KINDS:
-        lines = [(method, [cell(method, kind) for kind in names]) for method in kinds]
-        return _grid(title, names, lines)
+        for method in kinds:
+            lines.append((method, [cell(method, kind) for kind in names]))
+        return grid(title, names, lines)
     worst = sorted(names, key=lambda kind: np.mean(accuracies[kind]))[:WORST]
-    lines = [(kind, [cell(method, kind) for method in kinds]) for kind in worst]
+    for kind in worst:
+        lines.append((kind, [cell(method, kind) for method in kinds]))
     title = f"{title}, the worst {WORST} of {len(names)}; kinds.json has all"
-    return _grid(title, list(kinds), lines)
+    return grid(title, list(kinds), lines)
 
 
 def training_table(rows):
@@ -488,7 +503,7 @@ def training_table(rows):
     lines = {}                                  # method -> its cells
     for row in rows:
         lines.setdefault(row["method"], []).append(f"{row['value']:.3f}")
-    return _grid("Training, RL", columns, list(lines.items()))
+    return grid("Training, RL", columns, list(lines.items()))
 
 
 # ---------------------------------------------------------------- several seeds
@@ -547,12 +562,14 @@ def seeds_table(results):
 
 
 def _seeds_grid(title, rows):
-    splits = list(dict.fromkeys(row["split"] for row in rows))
     methods = {}                                # method -> split -> text
     for row in rows:
         text = f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}] {row['sd']:.3f}"
         methods.setdefault(row["method"], {})[row["split"]] = text
+    # In the order of the method that has most of them: the teacher has some costs alone.
+    fullest = max(methods.values(), key=len)
+    splits = list(dict.fromkeys([*fullest, *(row["split"] for row in rows)]))
     lines = []
     for method, texts in methods.items():
         lines.append((method, [texts.get(split, "") for split in splits]))
-    return _grid(title, splits, lines)
+    return grid(title, splits, lines)
