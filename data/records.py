@@ -18,10 +18,10 @@ import re
 import sys
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
-from PIL import Image
 
 from data import chat
 from data.answers import TAG, is_right
@@ -390,14 +390,22 @@ class RecordFile:
         path = os.path.join(self.folder, folder, f"{name}.png")
         if name not in self._pictures and not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            partial = f"{path}.{threading.get_ident()}.partial"
-            with open(partial, "wb") as file:
+            with written_whole(path, "wb") as file:
                 file.write(as_png(source))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
         self._pictures.add(name)
         return os.path.join(folder, f"{name}.png")
+
+
+@contextmanager
+def written_whole(path, mode):
+    """An open file that takes its name when the block ends, on the disk; many threads may write one
+    name at once."""
+    partial = f"{path}.{threading.get_ident()}.partial"
+    with open(partial, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _half(key):
@@ -408,8 +416,7 @@ def as_png(source):
     """A picture (path, encoded bytes or (H, W, 3) uint8 array) -> the bytes of a PNG file, upright,
     in RGB."""
     file = io.BytesIO()
-    image = Image.fromarray(source) if isinstance(source, np.ndarray) else read_image(source)
-    image.save(file, "PNG")
+    read_image(source).save(file, "PNG")
     return file.getvalue()
 
 
@@ -494,9 +501,8 @@ def export_llava(path, out):
     """Writes the kept records as LLaVA-CoT's JSON: [{"id", "image", "conversations"}, ..], the tags
     in the answer. Returns their number. Image paths stay those of the records, from the records'
     folder on."""
-    partial = f"{out}.partial"
     count = 0
-    with open(partial, "w") as file:
+    with written_whole(out, "w") as file:
         file.write("[")
         for record in read(path):
             if record.reason:
@@ -508,7 +514,4 @@ def export_llava(path, out):
             file.write((",\n" if count else "\n") + json.dumps(value, ensure_ascii=False))
             count += 1
         file.write("\n]\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, out)
     return count

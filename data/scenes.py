@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.chat import SECTIONS
 from data.sample import Sample
 
 SIZE, CELLS = 48, 4
@@ -363,7 +364,7 @@ def load(split, count, seed, teacher=None, staged=False):
         raise ValueError(f"split {split!r} must be one of {', '.join((*LOOKING, *asking))}")
     rng = random.Random(f"{split} {seed}")
     scenes = []
-    for _ in range(-(-count // DRAWN) * DRAWN):
+    for _ in range(in_whole_groups(count)):
         if split in LOOKING:
             scenes.append(make_scene(rng, "at", 1, LOOKING[split]))
         else:
@@ -385,6 +386,15 @@ def load(split, count, seed, teacher=None, staged=False):
 
 
 DRAWN = 64                  # scenes drawn at once, with one stream of noise
+
+
+def in_whole_groups(count):
+    """The least multiple of DRAWN that is `count` or more.
+
+    >>> in_whole_groups(1), in_whole_groups(128)
+    (64, 128)
+    """
+    return -(-count // DRAWN) * DRAWN
 
 
 def pictures(scenes, name, seed):
@@ -417,7 +427,7 @@ def _asking_texts(scene, rng, teacher, staged):
     texts = dict(question=scene.question.text, answer=gold(scene), caption=caption(scene))
     if teacher and staged:
         sections = teacher.sections(scene, rng)
-        texts |= zip(("summary", "caption", "reasoning", "conclusion"), sections)
+        texts |= zip(SECTIONS, sections)
     elif teacher:
         texts["reasoning"], texts["conclusion"] = teacher(scene, rng)
     return texts

@@ -51,7 +51,7 @@ def skills(count, seed):
     """
     scene_rng = random.Random(f"skills {seed}")
     drawn = []
-    for _ in range(-(-count // scenes.DRAWN) * scenes.DRAWN):
+    for _ in range(scenes.in_whole_groups(count)):
         drawn.append(scenes.make_scene(scene_rng, "at", 1, OBJECTS))
     images = scenes.pictures(drawn, "skills", seed)
     records = []
@@ -121,7 +121,7 @@ QUESTIONS = {"look": _look, "neighbour": _neighbour, "cell": _cell, "tally": _ta
 
 def replies(small, scene, rng):
     """{stage name: what is to be said in it}; the thought, the summary and the caption follow one procedure."""
-    listed = " , ".join(f"{scenes.name(thing.cell)} {thing.words}" for thing in scene.things)
+    listed = scenes.caption(scene)
     noticed = " , ".join(f"{scenes.name(cell)} {scene.at(cell)}" for cell in small.cells) or scenes.NOTHING
     thought = small.walked
     plan = WALK_PLAN

@@ -30,7 +30,7 @@ from data.chat import SECTIONS
 from data.endpoint import Endpoint, OutOfRequests, message
 from data.prompting import METHODS, opening
 from data.records import HELD_OUT, Record, RecordFile, first_reason, judge, key_of
-from model.runs.config import check_fields, choice, number
+from model.runs.config import check_fields, choice, first_line, number
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class FunctionTeacher:
         try:
             chain = self.teach(sample, rng)
         except Exception as error:          # the function is anyone's
-            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+            reason = first_line(error, "no message")
+            raise ValueError(f"{where}: {type(error).__name__}: {reason}") from error
         if not isinstance(chain, (tuple, list)) or len(chain) not in (2, 4):
             raise ValueError(f"{where}: expected (summary, caption, reasoning, conclusion) or "
                              f"(reasoning, conclusion), not {chain!r}")

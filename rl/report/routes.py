@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from rl.report.statistics import decoding_title, decodings_of, grid, interval, main_split, share_text
+from rl.report.statistics import decoding_title, decodings_of, grid, interval, main_split, per_prompt, share_text
 
 PROCEDURES = ("list", "walk", "none")
 COSTS = "costs and failures"
@@ -115,7 +115,7 @@ def routes_table(scores, found, decoding):
 
 
 def _accuracy(raw):
-    value, low, high = interval(np.mean(raw["right"], axis=1))
+    value, low, high = interval(per_prompt(raw, "accuracy"))
     return share_text(dict(value=value, low=low, high=high))
 
 
