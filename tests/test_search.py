@@ -16,7 +16,7 @@ from rl import search as module
 from rl.search import Candidate, Search, SearchOptions, choose, equal_tokens, find, open_scorer, total
 from test_flops import counted
 from test_generate import last_state
-from tiny import BOS, EOS, IMAGE, PAD, PATCHES, SIDE, difference, make_vlm, random_completions, to_batch
+from tiny import BOS, EOS, IMAGE, PAD, PATCHES, difference, make_vlm, picture, random_completions, speak_for, to_batch
 from tiny import prompts as odd_prompts
 
 BUDGET = 14
@@ -44,10 +44,6 @@ class Toy:
 TOY = Toy()
 
 
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-
-
 # One picture, none, two with a turn before; the prompts have other lengths.
 SAMPLES = [Sample(id="a", images=(picture(0),), question="what", answer="two"),
            Sample(id="b", question="which one", answer="three"),
@@ -60,11 +56,7 @@ def model(dtype=torch.float64, often=0.0):
     """often: how much all states speak for the tokens that end something, so that candidates end early and late."""
     vlm = make_vlm(dtype, seed=3)
     if often:
-        ids = random_completions(5, 3, 6, seed=7)
-        with torch.no_grad():
-            states = vlm(to_batch(odd_prompts()), ids).hidden.flatten(0, 2)
-            mean = states.mean(0) / states.mean(0).square().sum()
-            vlm.llm.lm_head.weight[2:11] += often * mean
+        speak_for(vlm, range(2, 11), often)
     return vlm
 
 

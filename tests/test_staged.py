@@ -18,8 +18,7 @@ from model.generate import Sampler
 from rl.rollout import prompts
 from rl.staged import answer_in_stages, stop_at
 from test_flops import counted
-from tiny import BOS, EOS, IMAGE, PAD, SIDE, difference, make_vlm, random_completions, to_batch
-from tiny import prompts as odd_prompts
+from tiny import BOS, EOS, IMAGE, PAD, difference, make_vlm, picture, speak_for
 
 WORDS = {3: "</answer>", 4: "</CONCLUSION>", 5: "<image>"}
 START, END = 9, 10          # ChatML's tokens; a model with them may also end its turns by EOS
@@ -71,10 +70,6 @@ class EndsTurns(Toy):
 TOY = Toy()
 
 
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-
-
 # One picture, none, two with a turn before, three; the prompts have other lengths.
 SAMPLES = [Sample(id="a", images=(picture(0),), question="what", answer="two"),
            Sample(id="b", question="which of the two", answer="three"),
@@ -88,11 +83,7 @@ def model(dtype=torch.float64, often=0.0, seed=3):
     """often: how much all states speak for EOS and </answer>, so that replies end at other lengths."""
     vlm = make_vlm(dtype, seed=seed)
     if often:
-        ids = random_completions(5, 3, 6, seed=7)
-        with torch.no_grad():
-            states = vlm(to_batch(odd_prompts()), ids).hidden.flatten(0, 2)
-            mean = states.mean(0) / states.mean(0).square().sum()
-            vlm.llm.lm_head.weight[EOS:4] += often * mean.to(dtype)
+        speak_for(vlm, range(EOS, 4), often)
     return vlm
 
 
