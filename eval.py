@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import chat, scenes, tokenizer
+from data import chat, scenes, tokenizer, worlds
 from data.answers import commonest_answer
 from data.jinja import jinja
 from data.prompting import METHODS
@@ -521,7 +521,8 @@ def test_samples(cfg, trained):
     """{split: samples} that the options and the config of the checkpoint name."""
     options = cfg.what
     real, _ = real_data(options.data or trained["data"], trained["val_percent"])
-    known = [split for split in real if split != "train"] if real else [*scenes.SPLITS]
+    world = worlds.WORLDS[trained.get("world", "grid")]         # checkpoints of older versions name none
+    known = [split for split in real if split != "train"] if real else [*world.splits]
     chosen = options.splits.split(",") if options.splits else known
     for split in chosen:
         if split not in known:
@@ -529,10 +530,10 @@ def test_samples(cfg, trained):
     if real:
         return {split: real[split] for split in chosen}
     teacher = scene_teacher(TeacherOptions(slip=trained["slip"], confuse=trained["confuse"],
-                                           drop_hop=trained["drop_hop"]))
+                                           drop_hop=trained["drop_hop"]), world)
     count = max(cfg.judge.eval_greedy, cfg.judge.eval_sampled)
     seed = scenes.TEST_SEED[options.set]
-    return {split: scenes.load(split, count, seed, teacher) for split in chosen}
+    return {split: scenes.load(split, count, seed, teacher, world=world) for split in chosen}
 
 
 def print_tables(vlm, tok, label, tests, prompting, options, trained):

@@ -9,11 +9,12 @@ Question kinds: `at` (what is in a cell), `count`, and walks of n hops from a na
 ... `walk5`): one cell a hop, never straight back, always on the board; the answer is what stands
 where the walk ends, or "nothing".
 
-Splits: the table `SPLITS`, below.
+Splits: the table `SPLITS`, below. What a whole world asks, in training and in tests, is a `World`;
+data/worlds.py has them.
 """
 import random
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 
@@ -71,6 +72,31 @@ SPLITS = {
     "walk4": Split(kinds={"walk4": 1, "walk5": 1}),
 }
 LOOKING = {"clip": 5, "align": 8, "sft": 8}  # most objects of what the first stages look at
+
+
+@dataclass(frozen=True)
+class World:
+    """What a world of drawn scenes asks.
+
+    train       of the stages that learn to think, and of validation
+    splits      name -> Split that is evaluated
+    parts       name -> Split that a stage may train on in place of `train`
+    words       beside `pieces`, each to be one token
+    teacher     its chains of thought: (slip, confuse, drop_hop) -> a teacher; None: data.teachers.SceneTeacher
+    """
+    train: Split = TRAIN
+    splits: dict = field(default_factory=lambda: SPLITS)
+    parts: dict = field(default_factory=dict)
+    words: tuple = ()
+    teacher: Callable | None = None
+
+    @property
+    def asking(self):
+        """Name -> Split of all samples that need thinking."""
+        return {"train": self.train, "val": self.train, **self.parts, **self.splits}
+
+
+GRID = World()              # the default
 
 
 def name(cell):
@@ -339,27 +365,28 @@ def looking_question(scene, rng):
     return Look(f"where are {word} things ?", " ".join(map(name, cells)), cells)
 
 
-def pieces():
-    """The words of the task, each to be one token, with the space before it."""
+def pieces(world=GRID):
+    """The words of a world, each to be one token, with the space before it."""
     words = {*COLORS, *SHAPES, *HOPS, *NUMBERS, NOTHING}
     words |= {name(cell) for cell in BOARD}
     words |= set("what is at how many things where are the from go think inside then answer ? . ,".split())
+    words |= {*world.words}
     return [f"▁{word}" for word in sorted(words)]
 
 
 # ---------------------------------------------------------------- samples
 
-def load(split, count, seed, teacher=None, staged=False):
+def load(split, count, seed, teacher=None, staged=False, world=GRID):
     """`count` samples of a split, made from `seed`.
 
     split: "clip" (partial captions), "align" (captions in reading order and shuffled), "sft"
-    (questions about looking); or "train", "val" or one of SPLITS (questions that need thinking).
+    (questions about looking); or one of world.asking (questions that need thinking).
     For the latter `teacher(scene, rng) -> (reasoning, conclusion)` fills those two fields; with
     `staged`, `teacher.sections(scene, rng)` fills the summary and the caption as well. Scenes,
     words, chains and noise have random streams of their own: a sample is the same whatever
     `count`, and its picture and question whatever the teacher. Raises ValueError for another split.
     """
-    asking = {"train": TRAIN, "val": TRAIN, **SPLITS}
+    asking = world.asking
     if split not in LOOKING and split not in asking:
         raise ValueError(f"split {split!r} must be one of {', '.join((*LOOKING, *asking))}")
     rng = random.Random(f"{split} {seed}")

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from itertools import chain
 
-from data import chat, images, jsonl, llava, records, scenes, skills, teachers
+from data import chat, images, jsonl, llava, records, scenes, skills, teachers, worlds
 from data.answers import key
 from data.sample import Sample
 from data.splits import mixed
@@ -26,6 +26,7 @@ SOURCES = {"images": images.load, "jsonl": jsonl.load, "records": records.load}
 class DataOptions:
     """pictures and questions"""
     data: str = "scenes"                            # scenes | images:DIR | jsonl:FILE | records:FILE | llava:FILE
+    world: str = choice(*worlds.WORLDS)             # of drawn scenes: what is asked, in training and in tests
     template: str = choice("brief", "auto", *chat.TEMPLATES)  # how turns are written: data/chat.py | by the tokenizer
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
     questions: int = number(12000, "[1, 100000000]")  # drawn for sft
@@ -75,9 +76,10 @@ def real_data(data, val_percent):
     return splits, found
 
 
-def scene_teacher(options):
-    """The teacher of drawn scenes. Scenes are drawn together with its chains: another teacher, other scenes."""
-    return teachers.SceneTeacher(options.slip, options.confuse, options.drop_hop)
+def scene_teacher(options, world=scenes.GRID):
+    """The teacher of a world of drawn scenes."""
+    make = world.teacher or teachers.SceneTeacher
+    return make(options.slip, options.confuse, options.drop_hop)
 
 
 class Supply:
@@ -88,7 +90,8 @@ class Supply:
         self.options = options
         self.seed = seed
         self.staged = teacher_options.cot_format == "llava_cot"
-        self.teacher = scene_teacher(teacher_options)
+        self.world = worlds.WORLDS[options.world]
+        self.teacher = scene_teacher(teacher_options, self.world)
         self.teach = None                               # the function of --teacher
         if teacher_options.teacher:
             self.teach = teachers.own_teacher(teacher_options.teacher)
@@ -106,13 +109,14 @@ class Supply:
         return 1000 * self.seed + STREAMS[name]
 
     def samples(self, purpose, count, stream, teacher=None):
-        """Samples to train on, for a purpose (clip, align, sft, train); `count` scenes are drawn anew from the seed and
-        `stream`."""
+        """Samples to train on, for a purpose (clip, align, sft, train, a part of the world); `count` scenes are drawn
+        anew from the seed and `stream`."""
         if self.records:
             return self.records
         if self.real:
             return self.real["train"]
-        return scenes.load(purpose, count, self.stream(stream), teacher, self.staged and teacher is not None)
+        staged = self.staged and teacher is not None
+        return scenes.load(purpose, count, self.stream(stream), teacher, staged, self.world)
 
     def first_answers(self):
         """[(sample, target text)] of stage sft: answers without a chain; with --skills also the small skills that
@@ -135,7 +139,9 @@ class Supply:
         if self.real:
             tests = {split: samples for split, samples in self.real.items() if split != "train"}
         else:
-            tests = {split: scenes.load(split, count, seed, self.teacher) for split in scenes.SPLITS}
+            tests = {}
+            for split in self.world.splits:
+                tests[split] = scenes.load(split, count, seed, self.teacher, world=self.world)
         if self.teach:
             for split, samples in tests.items():
                 tests[split] = teachers.taught(samples, self.teach, seed)
@@ -205,7 +211,7 @@ class Supply:
                 texts += [sample.question, sample.answer, sample.summary, sample.caption, sample.reasoning]
             texts = [text for text in texts if text]
         else:
-            words += scenes.pieces()
+            words += scenes.pieces(self.world)
             for sample in self.samples("train", 1000, "tokenizer", self.teacher):
                 texts.append(f"{sample.question} {sample.reasoning} {sample.caption}")
             if self.staged or self.options.skills:
