@@ -22,6 +22,7 @@ equal. What remains is REINFORCE with (reward - mean of the group) / (deviation 
 A stage is a function (run, name, cfg, origin) -> None. Read fit and reinforce, the two loops, first.
 """
 import hashlib
+import json
 import math
 import sys
 import tempfile
@@ -86,6 +87,9 @@ COMPARISONS = {
     "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"],
     "rewards": [*algorithms.REWARD_STAGES],
     "routes": ["rl_from_base", "llava_o1", "llava_o1_blind", "rl_from_o1"],
+    # one thing varied at a time, all after cot at RL's FLOPs: where samples come from, their sign, KL, a teacher model
+    "evidence": ["rl", "grpo_token_kl", "reinforce", "negative", "rejection_first", "rejection", "rejection_iterated",
+                 "cot_continued", "filtered", "sft_direct", "perfect", "distilled"],
 }
 
 
@@ -121,6 +125,7 @@ class RunOptions:
     seed: int = number(0, "[0, 2147483647]")        # decides everything random
     rates: str = ""                                 # learning rates of stages, NAME:RATE,..; empty: each stage's own
     tune: str = ""                                  # choose these stages' rates from a ladder, NAME,..; then stop
+    curve: int = number(0, "[0, 1000]")             # n: evaluate every arm at n points of its training, drawn scenes
     seeds: int = number(0, "[0, 10000]")            # n: run n seeds from --seed on, report mean and spread
     jobs: int = number(1, "[1, 1024]")              # seeds that run side by side, the threads shared among them
     explain: int = number(0, "[0, 10000]")          # n: print n prompts' completions, rewards, advantages; stop
@@ -228,6 +233,11 @@ class Config:
                  f"name stages that answer questions; {name!r} is none")
         need(not self.run.tune or self.data.eval_set == "val", "eval_set", self.data.eval_set,
              "be val with --tune: nothing is tuned on test prompts")
+        need(source == "scenes" or not self.run.curve, "curve", self.run.curve,
+             "be 0 with data of your own, which has no validation prompts beside those that are reported")
+        need("distilled" not in stages or (self.algorithm.kl, self.algorithm.kl_in) == ("exact", "loss")
+             or not {"kl", "kl_in"} & {*self.run.flags.split()}, "kl", self.algorithm.kl,
+             "be exact, and --kl-in loss, with the stage distilled")
         need(source == "scenes" or self.run.compare != "routes", "compare", "routes",
              "come with drawn scenes, whose small skills the base learns")
         if self.run.compare == "routes" and not (self.data.skills and self.teacher.cot_format == "llava_cot"):
@@ -308,10 +318,26 @@ class Origin:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer steps of a supervised stage, records a step, peak learning rate."""
+    """How long a stage trains: steps, records or prompts a step, peak learning rate.
+
+    budget: FLOPs after which it ends, instead of `steps`; 0 for none. The learning rate then follows their share.
+    """
     steps: int
     batch: int
     peak: float
+    budget: int = 0
+
+    def share(self, step, spent):
+        """Of the stage that `step` steps, which took `spent` FLOPs, are; 1 or more at its end."""
+        if self.budget:
+            return spent / self.budget
+        return step / self.steps if self.steps else 1.0
+
+    def rate(self, step, spent, warmup, final):
+        """The learning rate of the next step."""
+        if self.budget:
+            return learning_rate(int(1000 * self.share(step, spent)), 1000, self.peak, warmup, final)
+        return learning_rate(step, self.steps, self.peak, warmup, final)
 
 
 class Run(RunFolder):
@@ -397,21 +423,52 @@ class Run(RunFolder):
         return make_optimizer(module, optim.beta2, optim.weight_decay, critic, critic_lr, module_lr, optim.moments,
                               optim.master)
 
-    def steps(self, stage, schedule, module, optimizer, meter, generator=None):
-        """Yields (step, learning rate) from where an interrupted stage stopped; draws the bar, saves on the way."""
+    def steps(self, stage, schedule, module, optimizer, meter, generator=None, snapshot=None):
+        """Yields (step, learning rate) from where an interrupted stage stopped; draws the bar, saves on the way.
+
+        snapshot(point): keeps the model at each point of --curve, 1 to the last but one, whose checkpoint the stage
+        writes itself.
+        """
         cfg = self.cfg
-        total = schedule.steps
         self.began = time.perf_counter()
-        first = self.take_progress(stage, module, optimizer, meter, generator)
-        self.bar = tqdm(range(first, total), desc=stage, initial=first, total=total, disable=None, leave=False)
-        for step in self.bar:
-            yield step, learning_rate(step, total, schedule.peak, cfg.optim.warmup, cfg.optim.final_lr)
-            if (step + 1) % cfg.run.save_every == 0 and step + 1 < total:
-                self.save_progress(stage, step + 1, module, optimizer, meter, generator)
+        step = self.take_progress(stage, module, optimizer, meter, generator)
+        share = schedule.share(step, meter.total)
+        total = None if schedule.budget else schedule.steps
+        self.bar = tqdm(desc=stage, initial=step, total=total, disable=None, leave=False)
+        while share < 1:
+            yield step, schedule.rate(step, meter.total, cfg.optim.warmup, cfg.optim.final_lr)
+            step += 1
+            self.bar.update()
+            point = int(cfg.run.curve * share)          # of the curve, before this step
+            share = schedule.share(step, meter.total)
+            if share < 1 and snapshot and is_arm(stage) and int(cfg.run.curve * share) > point:
+                snapshot(int(cfg.run.curve * share))
+            if share < 1 and step % cfg.run.save_every == 0:
+                self.save_progress(stage, step, module, optimizer, meter, generator)
+        self.bar.close()
 
     def seconds(self):
         """Since the steps of the stage began, or went on."""
         return round(time.perf_counter() - self.began, 3)
+
+    def snapshot(self, stage, cfg, method, meter, vlm, point):
+        """A point of a stage's curve, for `compare_methods`; nothing is resumed from it."""
+        path = self.point(stage, point)
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save(path, dict(stage=stage, vlm=vlm.state_dict(), vlm_config=vlm.config_dict(), method=method,
+                                   config=flat(cfg), flops=meter.total, tokenizer=self.tokenizer.saved))
+
+    def allowed(self, stage):
+        """The FLOPs of a stage of reinforcement learning that is given those of others; 0, no limit, of one that is
+        not, or where the run has not got them."""
+        others = STAGES[stage_of(stage)].costs_like
+        return self.spent(others) if all(self.path(other).exists() for other in others) else 0
+
+    def point(self, stage, point):
+        """The checkpoint of a point of --curve; the last one is that of the stage."""
+        if point == self.cfg.run.curve:
+            return self.path(stage)
+        return self.folder / "curve" / f"{stage}-{point}.pt"
 
     def finish_stage(self, stage, cfg, method, meter, towers, vlm=None):
         """The stage's checkpoint, with the towers it started from carried along."""
@@ -448,7 +505,8 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
             return row
         return llava.shortened(row, cfg.data.max_length, image_tokens, tok.image_id, number, sample.id)
 
-    for step, lr in run.steps(name, schedule, vlm, optimizer, meter):
+    snapshot = partial(run.snapshot, name, cfg, method, meter, vlm)
+    for step, lr in run.steps(name, schedule, vlm, optimizer, meter, snapshot=snapshot):
         # 1. Records -> a batch, sorted by length, so that micro-batches hold little padding.
         indices = batch_indices(len(records), schedule.batch, step, run.seed_of(name, "order"), lengths)
         rows = run.supply.usable(records, indices, encode, partial(run.log, stage=name))
@@ -481,19 +539,20 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
     run.finish_stage(name, cfg, method, meter, origin.towers, vlm)
 
 
-def reinforce(run, name, cfg, vlm, samples, method, rewards, meter):
-    """Reinforcement learning: sample, score, estimate advantages, update; a line of log.jsonl a rollout."""
+def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, teacher=None):
+    """Reinforcement learning: sample, score, estimate advantages, update; a line of log.jsonl a rollout. With a teacher
+    in the place of the reference and no reward, on-policy distillation."""
     switches = cfg.algorithm
     label = algorithms.label(run.cfg, name)
-    learner = make_learner(vlm, vlm.config.llm.width, switches)
+    learner = make_learner(vlm, vlm.config.llm.width, switches, teacher)
     optimizer = run.optimizer(learner, cfg.optim.module_lr, learner.critic, switches.value_lr)
     generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "sampling"))
     guard = Guard(run.folder, name, cfg.rl.bad_steps, checkpoint.save, learner.bad_steps)
     sampler = Sampler(vlm, meter)
-    schedule = Schedule(cfg.rl.rl_steps, cfg.rl.rl_batch, cfg.rl.rl_lr)
     attempts = 1 + switches.refill
+    snapshot = partial(run.snapshot, name, cfg, method, meter, vlm)
 
-    for step, lr in run.steps(name, schedule, learner, optimizer, meter, generator):
+    for step, lr in run.steps(name, schedule, learner, optimizer, meter, generator, snapshot):
         clock = metrics.Clock(run.device)
         failed_before = rewards.failures
 
@@ -544,13 +603,13 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, meter):
               "were left out")
 
 
-def preflight(run, name, cfg, vlm, samples, method, rewards):
+def preflight(run, name, cfg, vlm, samples, method, rewards, teacher=None):
     """An ordinary step of `reinforce`, without refills, whose result is thrown away, in a few printed lines; with
     --explain as many prompts in full instead, and no update."""
     count = cfg.run.explain or cfg.rl.rl_batch
     meter = Meter()
     clock = metrics.Clock(run.device)
-    learner = make_learner(vlm, vlm.config.llm.width, cfg.algorithm)
+    learner = make_learner(vlm, vlm.config.llm.width, cfg.algorithm, teacher)
     optimizer = make_optimizer(learner, 0.0, 0.0)           # never steps
     guard = Guard(run.folder, f"{name}-preflight", math.inf, checkpoint.save)
     generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "preflight"))
@@ -689,42 +748,62 @@ def cot(run, name, cfg, origin):
     fit(run, name, cfg, origin, records, cfg.teacher.cot_format, schedule, Meter())
 
 
-def rl(run, name, cfg, origin, method=""):
-    """RL on correctness and format, with the switches of the stage's name if it is an algorithm's. Without chains to
-    imitate, as in `rl_zero` or from a pretrained model, the prompt alone asks for the tags."""
+def rl(run, name, cfg, origin, method="", part="train", teacher=None):
+    """RL on correctness and format, with the switches of the stage's name, for --rl-steps or for the FLOPs that
+    another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, the prompt alone asks for the
+    tags. part: of the world, that the prompts are of."""
     if not method:
         method = origin.method if origin.method in chat.FORMS else "asked"
     if not run.plan:
         memory.announce(name, origin.vlm, cfg, samples=True)
-    samples = run.samples("train", cfg.data.rl_prompts, "rl")
+    samples = run.samples(part, cfg.data.rl_prompts, "rl")
     rewards = run.rewards(cfg)
     if not run.progress:
-        preflight(run, name, cfg, origin.vlm, samples, method, rewards)
+        preflight(run, name, cfg, origin.vlm, samples, method, rewards, teacher)
     if cfg.run.explain:
         return
+    schedule = Schedule(cfg.rl.rl_steps, cfg.rl.rl_batch, cfg.rl.rl_lr, run.allowed(name))
     meter = Meter()
-    reinforce(run, name, cfg, origin.vlm, samples, method, rewards, meter)
+    reinforce(run, name, cfg, origin.vlm, samples, method, rewards, schedule, meter, teacher)
     run.finish_stage(name, cfg, method, meter, origin.towers, origin.vlm)
+
+
+def distilled(run, name, cfg, origin):
+    """On-policy distillation: reverse KL to a teacher, --distill-from, on the student's own samples; no reward."""
+    rl(run, name, cfg, origin, teacher=distillation_teacher(run, cfg, origin.vlm))
+
+
+def distillation_teacher(run, cfg, student):
+    """The model of --distill-from, frozen. Raises ValueError unless it reads the student's prompts and tokens."""
+    source = cfg.rl.distill_from
+    path = run.path(source) if source in STAGES else source
+    teacher, tok, _ = evaluation.load_vlm(path, run.device)
+    need(tok.saved == run.tokenizer.saved, "distill_from", source, "have the tokenizer of the student")
+    theirs, ours = teacher.config, student.config
+    need(theirs.pixels == ours.pixels and theirs.image_tokens == ours.image_tokens, "distill_from", source,
+         f"make {ours.image_tokens} tokens of a picture of {ours.clip.image_size} pixels, as the student does")
+    need(theirs.llm.vocab == ours.llm.vocab, "distill_from", source, f"have the student's {ours.llm.vocab} tokens")
+    return teacher.to(run.dtype)
 
 
 # ---------------------------------------------------------------- training records
 
-def chains(run, cfg, origin, stream, flawless=False, sees_answer=False):
+def chains(run, cfg, origin, stream, flawless=False, sees_answer=False, part="train"):
     """Training records with a teacher's chain as target: ours, biased; one's own; or flawless ones.
 
-    sees_answer: the teacher was shown the gold answer, as LLaVA-CoT's was. It concludes with it, wherever its chain
+    part: of the world, that the questions are of. sees_answer: the teacher was shown the gold answer, as LLaVA-CoT's was. It concludes with it, wherever its chain
     leads."""
     forget_close = cfg.teacher.forget_close
     if flawless or cfg.data.data.startswith("records:"):        # a record's four sections are closed
         forget_close = 0.0
     if run.supply.teach and not flawless:
         forget_close = 0.0          # its mistakes are its own
-        samples = run.supply.taught(run.samples("train", cfg.data.traces, stream), stream)
+        samples = run.supply.taught(run.samples(part, cfg.data.traces, stream), stream)
     elif run.real:
         samples = real_chains(run, cfg, origin, stream, flawless)
     else:
-        teacher = teachers.PERFECT if flawless else run.supply.teacher
-        samples = run.samples("train", cfg.data.traces, stream, teacher)
+        teacher = run.supply.flawless if flawless else run.supply.teacher
+        samples = run.samples(part, cfg.data.traces, stream, teacher)
     if sees_answer:
         samples = [replace(sample, conclusion=sample.answer) for sample in samples]
     records, message = teachers.records(samples, run.tokenizer, forget_close, (cfg.run.seed, STREAMS[stream]),
@@ -749,9 +828,9 @@ def real_chains(run, cfg, origin, stream, flawless):
     return teachers.candidate_chains(samples, nearest, error, run.supply.stream(stream), answers)
 
 
-def checked_chains(run, cfg, origin, stream):
+def checked_chains(run, cfg, origin, stream, part="train"):
     """Chains of the teacher, only those that the checker finds right and well-formed."""
-    records = [record for record in chains(run, cfg, origin, stream) if is_right_and_formed(*record)]
+    records = [record for record in chains(run, cfg, origin, stream, part=part) if is_right_and_formed(*record)]
     print(f"  filtered: {len(records)} chains are right and well-formed")
     return records
 
@@ -760,9 +839,9 @@ def is_right_and_formed(sample, text):
     return bool(correctness(sample, text) and format_reward(sample, text))
 
 
-def gold_answers(run, cfg, origin):
+def gold_answers(run, cfg, origin, stream="cot", part="train"):
     """Question to gold answer, without a chain."""
-    samples = run.samples("train", cfg.data.traces, "cot")
+    samples = run.samples(part, cfg.data.traces, stream)
     return [(sample, chat.target_text(sample.answer)) for sample in samples]
 
 
@@ -803,10 +882,10 @@ def schedule_within(budget, run, cfg, vlm, records, method, meter):
     return Schedule(steps, batch_size, cfg.supervised.cot_lr)
 
 
-def rejection(run, name, cfg, origin, stream):
+def rejection(run, name, cfg, origin, stream, part="train"):
     """One of two rounds of learning from the model's own correct samples, half of RL's FLOPs each, sampling counted."""
     method = cfg.teacher.cot_format
-    samples = run.samples("train", cfg.data.rl_prompts, stream)
+    samples = run.samples(part, cfg.data.rl_prompts, stream)
     budget = run.spent(STAGES[stage_of(name)].costs_like) / 2
     meter = Meter()
     sampler = Sampler(origin.vlm, meter)
@@ -831,10 +910,11 @@ def rejection(run, name, cfg, origin, stream):
 @dataclass(frozen=True)
 class Stage:
     """train(run, name, cfg, origin); the stages it may start from, first choice first; the stages whose FLOPs together
-    it is given."""
+    it is given; those whose models it reads besides."""
     train: Callable
     starts_from: tuple = ()
     costs_like: tuple = ()
+    reads: tuple = ()
 
 
 continued_chains = partial(chains, stream="continued")
@@ -865,6 +945,9 @@ STAGES = {
     "llava_o1": Stage(partial(matched, records_of=seen_chains), ("sft",), ("rl_from_base",)),
     "llava_o1_blind": Stage(partial(matched, records_of=blind_chains), ("sft",), ("rl_from_base",)),
     "rl_from_o1": Stage(rl, ("llava_o1_blind",)),
+    # RL with one thing changed, at its FLOPs; a teacher model instead of a reward
+    **{name: Stage(rl, ("cot",), ("rl",)) for name in algorithms.ARMS},
+    "distilled": Stage(distilled, ("cot",), ("rl",), ("perfect",)),
     # RL by another paper's switches, or for another reward
     **{name: Stage(rl, ("cot",)) for name in (*algorithms.ALGORITHMS, *algorithms.REWARD_STAGES)},
 }
@@ -1027,8 +1110,12 @@ def open_run(run):
         starts_from[stages[0]] = ()
     elif cfg.clip.clip and not cfg.run.init:
         starts_from["align"] = ()
-    costs_like = {name: stage.costs_like for name, stage in STAGES.items()}
+    costs_like = {}
+    for name, stage in STAGES.items():
+        costs_like[name] = () if name in algorithms.STAGES else stage.costs_like    # RL has --rl-steps without
     run.check_origins(stages, starts_from, costs_like, cfg.run.init)
+    if "distilled" in stages:
+        check_distillation(run, stages)
     run.prepare_tokenizer()
     notes = []
     if run.real:
@@ -1040,6 +1127,17 @@ def open_run(run):
     if isinstance(run.tokenizer.saved, bytes):
         checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
     return notes
+
+
+def check_distillation(run, stages):
+    """Raises ValueError unless the teacher of stage distilled is there, or will be."""
+    source = run.cfg.rl.distill_from
+    if source not in STAGES:
+        checkpoint.load(source)
+        return
+    comes_before = source in stages[:stages.index("distilled")]
+    need(comes_before or run.path(source).exists(), "distill_from", source,
+         "be a stage that comes before distilled, or a checkpoint")
 
 
 def train_and_compare(run, notes):
@@ -1111,7 +1209,7 @@ def needed_for(stage, stages):
     given, and what those need."""
     needed = set()
     begins_at = [name for name in STAGES[stage].starts_from if name in stages][:1]
-    for other in [*begins_at, *STAGES[stage].costs_like]:
+    for other in [*begins_at, *STAGES[stage].costs_like, *STAGES[stage].reads]:
         needed |= {other, *needed_for(other, stages)}
     return [name for name in stages if name in needed]
 
@@ -1141,11 +1239,71 @@ def compare_methods(run):
     has_teacher = bool(run.supply.teach) or not run.real
     to = learned[0] if learned else ""
     tests = run.supply.tests(count_of_tests(cfg))
+    if cfg.run.curve:
+        points = follow_curves(run, [name for name in stages if labels[name] in contenders], labels, tests)
+        contenders |= best_along(run, points)
     trained = None
     if cfg.run.compare == "routes":
         flops = {labels[name]: run.spent(path_of(name, stages)) for name in stages}
         trained = {name: flops.get(name.partition("+")[0], 0) for name in contenders}       # nothing: the base
     evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained)
+
+
+# ---------------------------------------------------------------- along the curves
+
+def is_arm(stage):
+    """Whether a stage is one of those that are compared, not one that they start from."""
+    return stage_of(stage) not in ("clip", "align", "sft", "cot", "rejection_first")
+
+
+POINT = dict(most=100, samples=2)       # what a point of a curve is asked: there are many
+
+
+def follow_curves(run, stages, labels, tests):
+    """Evaluates every arm at each point of its curve, and what it starts from as point 0, on the tests and, as split
+    "validation", on prompts that nothing is reported on -> the rows of curve.json."""
+    cfg = run.cfg
+    path = run.folder / "curve.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    validation = run.supply.tests(2 * POINT["most"], "val")
+    home = statistics.main_split(list(validation))
+    asked = {"validation": validation[home], **tests}
+    done = {(row["stage"], row["point"]) for row in rows}
+    for stage in filter(is_arm, stages):
+        before = path_of(stage, cfg.stages())[:-1]
+        spent = run.spent(before)
+        ways = {0: run.path((before or ["sft"])[-1])}
+        ways |= {point: run.point(stage, point) for point in range(1, cfg.run.curve + 1)}
+        for point, model in ways.items():
+            if (stage, point) in done or not model.exists():    # a stage of few steps has fewer points
+                continue
+            flops = spent + (checkpoint.load(model)["flops"] if point else 0)
+            found = evaluation.scores_of(Contender(model, **POINT), cfg, asked)
+            for split, decodings in found.items():
+                for decoding, raw in decodings.items():
+                    rows.append(dict(method=labels[stage], stage=stage, point=point, split=split, decoding=decoding,
+                                     metric="curve", value=float(np.mean(raw["right"])), flops=flops, seed=cfg.run.seed))
+        write_json(path, rows)
+        print(f"followed {labels[stage]}", flush=True)
+    return rows
+
+
+def best_along(run, points):
+    """{"NAME@best": Contender} of the supervised arms: the point of the curve that is best on validation prompts, the
+    first of equals."""
+    decoding = run.cfg.judge.decoding
+    best = {}                           # stage -> its best row
+    for row in points:
+        counts = row["split"] == "validation" and row["decoding"] == decoding and row["point"]
+        if not counts or row["stage"] in algorithms.STAGES:
+            continue
+        if row["stage"] not in best or row["value"] > best[row["stage"]]["value"]:
+            best[row["stage"]] = row
+    contenders = {}
+    for stage, row in best.items():
+        print(f"{stage}@best: point {row['point']} of {run.cfg.run.curve}, {row['value']:.3f} on validation prompts")
+        contenders[f"{stage}@best"] = Contender(run.point(stage, row["point"]))
+    return contenders
 
 
 # What prompting and search are asked: they cost many tokens an answer.
@@ -1238,7 +1396,8 @@ def run_bench(cfg, steps=6):
             print(bench.prefix_text(setting, bench.shared_prefix(vlm, batch, completions)))
             return
         rewards = Rewards(cfg.reward, functions={"bench": bench.varied})
-        reinforce(run, "bench", cfg, vlm, samples, "direct", rewards, Meter())
+        schedule = Schedule(cfg.rl.rl_steps, P, cfg.rl.rl_lr)
+        reinforce(run, "bench", cfg, vlm, samples, "direct", rewards, schedule, Meter())
         lines = read_log(run.log_path)[1:]
     print(bench.step_text(setting, lines))
 

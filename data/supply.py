@@ -3,7 +3,7 @@
     supply = Supply(cfg.data, cfg.teacher, cfg.run.seed)
     supply.samples("align", 16000, "align")     # drawn scenes; pictures of a folder or file; or a LLaVA file's records
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from data import chat, images, jsonl, llava, records, scenes, skills, teachers, worlds
@@ -92,12 +92,13 @@ class Supply:
         self.staged = teacher_options.cot_format == "llava_cot"
         self.world = worlds.WORLDS[options.world]
         self.teacher = scene_teacher(teacher_options, self.world)
+        self.flawless = scene_teacher(replace(teacher_options, slip=0.0, confuse=0.0, drop_hop=0.0), self.world)
         self.teach = None                               # the function of --teacher
         if teacher_options.teacher:
             self.teach = teachers.own_teacher(teacher_options.teacher)
         self.real, self.found = real_data(options.data, options.val_percent)
         self.records = []
-        self._tests = {}                                # count of prompts -> what `tests` returns
+        self._tests = {}                                # (count of prompts, eval_set) -> what `tests` returns
         self.bad = llava.Bad(options.bad_records)
         source, where = source_of(options.data)
         if source == "llava":
@@ -127,15 +128,17 @@ class Supply:
         samples = self.samples("sft", count, "sft")
         return [(sample, chat.target_text(sample.answer)) for sample in samples]
 
-    def tests(self, count):
+    def tests(self, count, eval_set=""):
         """{split: samples} to evaluate on, never trained on; `count` scenes of each, the same for every seed. With a
-        teacher's chains where there is one, which are the same for every seed, too."""
-        if count not in self._tests:
-            self._tests[count] = self._make_tests(count)
-        return self._tests[count]
+        teacher's chains where there is one, which are the same for every seed, too. eval_set: of TEST_SEED, instead of
+        --eval-set."""
+        key = count, eval_set or self.options.eval_set
+        if key not in self._tests:
+            self._tests[key] = self._make_tests(*key)
+        return self._tests[key]
 
-    def _make_tests(self, count):
-        seed = scenes.TEST_SEED[self.options.eval_set]
+    def _make_tests(self, count, eval_set):
+        seed = scenes.TEST_SEED[eval_set]
         if self.real:
             tests = {split: samples for split, samples in self.real.items() if split != "train"}
         else:

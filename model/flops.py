@@ -281,14 +281,26 @@ def reference(vlm, batch, shape=None, with_head=True):
     return total
 
 
-def exact_kl(vlm, shape, backward):
-    """`VLM.kl` between two models of one size: two heads; a backward computes both again, then the
-    gradient of the states and, where it trains, of the head."""
+def teacher(vlm, batch, shape, with_head=True):
+    """The same of a frozen model of another's: with the image tower where the batch has no
+    features."""
+    total = forward(vlm, batch, shape, with_head)
+    if not len(batch.features):
+        total += tower(vlm, len(batch.pixels))
+    return total
+
+
+def exact_kl(vlm, reference, shape, backward):
+    """`VLM.kl`: the heads of both models; a backward computes both again, then the gradient of the
+    states and, where it trains, of the policy's head."""
     P, G, C = shape
-    heads = 2
+    policy_heads = 1
+    reference_heads = 1
     if backward:
-        heads = 5 + vlm.llm.head.requires_grad
-    return heads * head(vlm.llm, P * G * C)
+        policy_heads = 3 + vlm.llm.head.requires_grad
+        reference_heads = 2
+    rows = P * G * C
+    return policy_heads * head(vlm.llm, rows) + reference_heads * head(reference.llm, rows)
 
 
 # ---------------------------------------------------------------- backward: what needs a gradient
@@ -509,8 +521,11 @@ class Meter:
     def reference(self, vlm, batch, shape=None, with_head=True):
         self.total += reference(vlm, batch, shape, with_head)
 
-    def exact_kl(self, vlm, shape, backward):
-        self.total += exact_kl(vlm, shape, backward)
+    def teacher(self, vlm, batch, shape, with_head=True):
+        self.total += teacher(vlm, batch, shape, with_head)
+
+    def exact_kl(self, vlm, reference, shape, backward):
+        self.total += exact_kl(vlm, reference, shape, backward)
 
     def update(self, vlm, batch, shape=None, with_head=True):
         self.total += update(vlm, batch, shape, with_head)

@@ -1,6 +1,8 @@
 """From what completions earned to the advantage of every token.
 
     mean, leave_one_out   a completion against the others of its prompt (kernels/group_advantage.py)
+    zero, one             REINFORCE against a constant: of rewards 1 and 0 only the right completions train, with
+                          advantage 1, or only the wrong ones, with -1
     batch                 REINFORCE++ (arXiv 2501.03262, eq. 5-7): reward still to come, whitened over all tokens
     critic                PPO (arXiv 1707.06347): GAE over the critic's values (kernels/gae.py)
 
@@ -10,7 +12,8 @@ import torch
 
 from kernels import gae, group_advantage, kl_estimates
 
-BASELINES = ("mean", "leave_one_out", "batch", "critic")
+CONSTANTS = {"zero": 0.0, "one": 1.0}
+BASELINES = ("mean", "leave_one_out", "batch", "critic", *CONSTANTS)
 
 
 def whiten(x, mask, scale=True, eps=1e-6):
@@ -53,8 +56,8 @@ def advantages(experience, weights, baseline="mean", std="group", combine="sum",
     """
     reward = (experience.rewards * weights).sum(-1)
     no_returns = torch.zeros(0)
-    if baseline in ("mean", "leave_one_out"):
-        per_completion = against_the_group(experience, reward, weights, baseline, std, combine, kl_coef)
+    if baseline not in ("batch", "critic"):
+        per_completion = of_completions(experience, reward, weights, baseline, std, combine, kl_coef)
         return per_completion[..., None].expand(experience.mask.shape), no_returns
     per_token = token_rewards(reward, experience.kl, experience.mask, kl_coef)
     if baseline == "batch":
@@ -66,8 +69,8 @@ def advantages(experience, weights, baseline="mean", std="group", combine="sum",
     return advantage, returns
 
 
-def against_the_group(experience, reward, weights, baseline, std, combine, kl_coef):
-    """reward (P, G), weights (R,) -> advantage of each completion (P, G) over those of its prompt."""
+def of_completions(experience, reward, weights, baseline, std, combine, kl_coef):
+    """reward (P, G), weights (R,) -> advantage of each completion (P, G), over those of its prompt or a constant."""
     rewards = experience.rewards
     if len(experience.kl):          # of the whole completion, as RLOO has it (arXiv 2402.14740, eq. 1)
         penalty = (experience.kl * experience.mask).sum(-1)
@@ -76,6 +79,8 @@ def against_the_group(experience, reward, weights, baseline, std, combine, kl_co
         weights = torch.cat([weights, weights.new_tensor([float(kl_coef)])])
     if combine == "each":
         return normalised_then_summed(rewards, weights)
+    if baseline in CONSTANTS:
+        return reward - CONSTANTS[baseline]
     return group_advantage(reward, std, baseline)
 
 

@@ -4,10 +4,11 @@ An algorithm is a value of `Algorithm`, whose defaults are those of `grpo_token`
 epochs or mini-batches. What a stage of reinforcement learning made is called by its algorithm everywhere, and no two
 settings share a name: `label`.
 """
+import math
 from dataclasses import dataclass, fields
 
 from model.runs.config import change, check_fields, choice, flag, get, need, number
-from rl.advantages import BASELINES
+from rl.advantages import BASELINES, CONSTANTS
 from rl.learner import CRITICS
 from rl.losses import LOSSES, NORMS
 from rl.rewards import RewardOptions
@@ -22,7 +23,7 @@ class Algorithm:
     clip_high: float = number(0.2, "[0, 1000000]")  # ratio clip above
     bound: float = number(0.0, "[0, 1000000]")      # largest ratio before a negative advantage (dual clip); 0: none
     norm: str = choice("token", *NORMS)             # what counts alike: rl/losses.py has the table
-    baseline: str = choice("mean", *BASELINES)      # group's mean | the others' (RLOO) | REINFORCE++ | PPO
+    baseline: str = choice("mean", *BASELINES)      # group's mean | the others' (RLOO) | REINFORCE++ | PPO | 0 | 1
     flat: str = choice("drop", "count")             # groups of equal rewards: left out | denominators only
     std: str = choice("group", "batch", "none")     # advantages over its deviation | the batch's | undivided
     combine: str = choice("sum", "each")            # rewards summed, then normalised | each first (GDPO)
@@ -55,6 +56,7 @@ class Algorithm:
              f"be 0 or at least 1 + --clip-high={self.clip_high}")
         need(self.std != "group" or not self.compares_groups, "baseline", self.baseline,
              "come with --std=batch or --std=none")
+        need(self.std == "none" or self.baseline not in CONSTANTS, "baseline", self.baseline, "come with --std=none")
         need(self.combine == "sum" or self.baseline == "mean", "baseline", self.baseline,
              "be mean with --combine=each")
         need(not self.refill or not (self.compares_groups or self.combine == "each"), "refill", self.refill,
@@ -64,8 +66,14 @@ class Algorithm:
 
     @property
     def compares_groups(self):
-        """Whether rewards are compared with those of other groups, so that a group of one can teach."""
-        return self.baseline in ("batch", "critic")
+        """Whether rewards are compared with those of other groups, or with a constant, so that a group of one can
+        teach."""
+        return self.baseline in ("batch", "critic", *CONSTANTS)
+
+    @property
+    def without_advantage(self):
+        """The reward of completions that teach nothing; nan where it takes a comparison to tell."""
+        return CONSTANTS.get(self.baseline, math.nan)
 
 
 ALGORITHMS = {
@@ -104,9 +112,25 @@ REWARD_STAGES = {
     "format_gated": RewardOptions(rewards="correctness:1,format:0.1", gated=True),
 }
 
+# Arms that differ from `grpo_token` in one thing, and are given its FLOPs: name -> the options that do it.
+ONE_OR_ZERO = dict(rewards="correctness:1", gated=True, std="none")     # right and well-formed, or not
+ARMS = {
+    "grpo_token_kl": dict(kl_coef=0.04),
+    # REINFORCE: right completions alone, or (arXiv 2506.01347) wrong ones alone
+    "reinforce": ONE_OR_ZERO | dict(baseline="zero"),
+    "negative": ONE_OR_ZERO | dict(baseline="one"),
+    # many short rounds of fine-tuning on the model's own right completions: with its ratio held at 1, CISPO's loss is
+    # their log-likelihood
+    "rejection_iterated": ONE_OR_ZERO | dict(baseline="zero", loss="cispo", clip_low=0.0, clip_high=0.0,
+                                             mini_batches=2, epochs=2),
+    # on-policy distillation (arXiv 2306.13649, reverse KL on the student's own samples): no reward, and as reference a
+    # teacher, --distill-from
+    "distilled": dict(rewards="correctness:0", std="none", kl="exact", kl_coef=1.0),
+}
+
 # Stages of one algorithm that start elsewhere, and what that adds to its name.
 STARTS = {"rl_zero": "_zero", "rl_from_base": "_from_base", "rl_from_o1": "_from_o1"}
-STAGES = ("rl", *STARTS, *ALGORITHMS, *REWARD_STAGES)         # all stages of train.py that are reinforcement learning
+STAGES = ("rl", *STARTS, *ALGORITHMS, *REWARD_STAGES, *ARMS)  # all stages of train.py that are reinforcement learning
 
 
 @dataclass(frozen=True)
@@ -119,6 +143,7 @@ class RlOptions:
     epochs: int = number(1, "[1, 10000]")           # passes over a rollout
     mini_batches: int = number(1, "[1, 10000]")     # optimizer steps a pass, at most
     bad_steps: int = number(3, "[1, 1000000]")      # losses or gradients in a row, not finite, that end the run
+    distill_from: str = "perfect"                   # of stage distilled the teacher: a stage of the run, or FILE.pt
 
     def __post_init__(self):
         check_fields(self)
@@ -134,14 +159,19 @@ def of_flags(given):
     return vars(algorithm) if algorithm else {}
 
 
-def of_stage(cfg, stage):
-    """The config of a stage: one named after an algorithm or rewards has their switches, but for flags that were
-    given."""
-    switches = {}
+def switches_of(stage):
+    """{option: value} that the name of a stage stands for; {} for none."""
     if stage in ALGORITHMS:
-        switches = vars(ALGORITHMS[stage])
-    elif stage in REWARD_STAGES:
-        switches = dict(rewards=REWARD_STAGES[stage].rewards, gated=REWARD_STAGES[stage].gated)
+        return vars(ALGORITHMS[stage])
+    if stage in REWARD_STAGES:
+        return dict(rewards=REWARD_STAGES[stage].rewards, gated=REWARD_STAGES[stage].gated)
+    return ARMS.get(stage, {})
+
+
+def of_stage(cfg, stage):
+    """The config of a stage: one named after an algorithm, rewards or an arm has their switches, but for flags that
+    were given."""
+    switches = switches_of(stage)
     given = cfg.run.flags.split()
     return change(cfg, **{name: value for name, value in switches.items() if name not in given})
 
@@ -151,22 +181,20 @@ def label(cfg, stage):
 
     A supervised stage has its own name. One of reinforcement learning is called by its algorithm, and by the switches
     in which it differs from that, "grpo[kl_coef=0.0]"; one that only asks for the tags "grpo_token_zero"; one named
-    after rewards by that name, behind its algorithm's unless that is the default. What all stages of a run share is in
+    after rewards, or an arm, by that name, behind its algorithm's unless that is the default. What all stages of a run share is in
     its config.json: rates, epochs, sampling and, unless stages are named after them, rewards.
     """
     if stage not in STAGES:
         return stage
     algorithm = stage if stage in ALGORITHMS else cfg.rl.algorithm
     default = type(cfg.rl).algorithm
-    if stage in REWARD_STAGES:
+    if stage in REWARD_STAGES or stage in ARMS:
         name = stage if algorithm == default else f"{algorithm}_{stage}"
     elif stage in STARTS:
         name = algorithm + STARTS[stage]
     else:
         name = algorithm
-    wanted = dict(vars(ALGORITHMS[algorithm]))
-    if stage in REWARD_STAGES:
-        wanted.update(rewards=REWARD_STAGES[stage].rewards, gated=REWARD_STAGES[stage].gated)
+    wanted = vars(ALGORITHMS[algorithm]) | switches_of(stage)
     used = of_stage(cfg, stage)
     differing = [f"{switch}={get(used, switch)}" for switch in wanted if get(used, switch) != wanted[switch]]
     return f"{name}[{','.join(differing)}]" if differing else name
@@ -180,7 +208,7 @@ def labels(cfg, stages):
         if stage in STAGES:
             # What starts elsewhere is another setting; the name of the algorithm that set the switches is none.
             used = of_stage(cfg, stage)
-            setting = (STARTS.get(stage, ""), used.algorithm, used.reward)
+            setting = (STARTS.get(stage, ""), stage == "distilled", used.algorithm, used.reward, used.rl)
         if setting in settings:
             raise ValueError(f"--stage={','.join(stages)}: {settings[setting]} and {stage} are one setting, "
                              f"{label(cfg, stage)}; name it once")

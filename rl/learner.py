@@ -63,16 +63,22 @@ class Critic(nn.Module):
 class Learner(nn.Module):
     """What a stage under way consists of, and its checkpoint holds.
 
-    policy; reference, a frozen copy of it, or None; critic, or None; kl_coef (), of the penalty, adapted or not;
+    policy; reference, a frozen copy of it, a teacher in its place, or None; critic, or None; kl_coef (), of the penalty, adapted or not;
     samples (), completions drawn so far; bad_steps (), steps in a row that a Guard skipped. moves: the reference will
     be synced with the policy.
     """
 
-    def __init__(self, policy, kl_coef=0.0, critic=None, moves=False):
+    def __init__(self, policy, kl_coef=0.0, critic=None, moves=False, teacher=None):
         super().__init__()
         self.policy = policy
         self.critic = critic
-        self.reference = make_reference(policy, moves) if kl_coef else None
+        self.reference = None
+        self.has_teacher = teacher is not None
+        if self.has_teacher:
+            self.reference = teacher.requires_grad_(False)
+        elif kl_coef:
+            self.reference = make_reference(policy, moves)
+        self.shares_tower = not self.has_teacher or has_same_tower(policy, teacher)
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef), dtype=torch.float64))
         self.register_buffer("samples", torch.zeros((), dtype=torch.long))
         self.register_buffer("bad_steps", torch.zeros((), dtype=torch.long))
@@ -111,12 +117,24 @@ def make_reference(policy, moves):
     return policy.twin().requires_grad_(False) if base is None else base
 
 
-def make_learner(policy, width, switches):
-    """policy, of decoder width `width`, with the reference and the critic that an Algorithm's switches ask for."""
+def has_same_tower(policy, teacher):
+    """Whether a teacher sees what the policy sees, now and after its steps: one encoding of a picture is then enough."""
+    ours = policy.visual.state_dict()
+    theirs = teacher.visual.state_dict()
+    if any(p.requires_grad for p in policy.visual.parameters()) or ours.keys() != theirs.keys():
+        return False
+    if policy.config.clip != teacher.config.clip or policy.config.feature_layer != teacher.config.feature_layer:
+        return False
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def make_learner(policy, width, switches, teacher=None):
+    """policy, of decoder width `width`, with the reference and the critic that an Algorithm's switches ask for.
+    teacher: a model that takes the place of the reference."""
     critic = None
     if switches.baseline == "critic":
         critic = Critic(policy, switches.critic, width, switches.return_norm)
-    return Learner(policy, switches.kl_coef, critic, bool(switches.ref_sync))
+    return Learner(policy, switches.kl_coef, critic, bool(switches.ref_sync), teacher)
 
 
 class Guard:

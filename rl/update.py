@@ -26,8 +26,9 @@ def select_groups(batch, rollout, cfg, keep_all=False):
 
         its rewards differ                          always
         they are equal (a flat group)               with --baseline=batch or critic, or --combine=each, which compare
-                                                    rewards across groups; with a KL penalty or an entropy bonus, but
-                                                    not under --refill, which replaces flat groups
+                                                    rewards across groups; with --baseline=zero or one, unless they
+                                                    equal that; with a KL penalty or an entropy bonus, but not under
+                                                    --refill, which replaces flat groups
 
     The others are dropped under --flat=drop, so that P shrinks. Under --flat=count they stay and count in denominators
     and in the deviation of the batch, without a forward pass. keep_all: every group is active.
@@ -42,6 +43,8 @@ def select_groups(batch, rollout, cfg, keep_all=False):
     flat_groups_teach = across_groups or (has_penalty and not switches.refill)
     if not flat_groups_teach:
         active = active & ~is_flat(rollout.reward)
+    if not has_penalty:             # equal to the constant that rewards are compared with: advantages of 0
+        active = active & (rollout.reward != switches.without_advantage).any(1)
     if keep_all:
         active = torch.ones_like(active)
     experience = Experience(
@@ -122,12 +125,22 @@ def score_micro_batch(learner, experience, index, filled, cfg, meter):
 
 
 def exact_kl(learner, micro, out, temperature, meter):
-    """KL(policy || reference) (P, G, C) over the whole vocabulary; differentiable in the policy."""
+    """KL(policy || reference) (P, G, C) over the whole vocabulary; differentiable in the policy.
+
+    With a teacher as reference, on completions of the policy: on-policy distillation (arXiv 2306.13649, eq. 4 with the
+    reverse KL and lambda = 1)."""
     shape = micro.ids.shape
-    meter.reference(learner.policy, micro.batch, shape, with_head=False)    # before: it fills in pictures' features
+    batch = micro.batch
+    if not learner.shares_tower:
+        batch = replace(batch, features=batch.features[:0])
+    # Counted before: a forward fills in the features of pictures.
+    if learner.has_teacher:
+        meter.teacher(learner.reference, batch, shape, with_head=False)
+    else:
+        meter.reference(learner.policy, batch, shape, with_head=False)
     with torch.no_grad():
-        ref_hidden = learner.reference.states(micro.batch, micro.ids)
-    meter.exact_kl(learner.policy, shape, backward=out.logp.requires_grad)
+        ref_hidden = learner.reference.states(batch, micro.ids)
+    meter.exact_kl(learner.policy, learner.reference, shape, backward=out.logp.requires_grad)
     return learner.policy.kl(out.hidden, ref_hidden, learner.reference, temperature)
 
 

@@ -462,9 +462,9 @@ def test_exact_kl(choose):
         ref_hidden = other.states(batch, IDS)
     hidden = vlm.states(batch, IDS).detach().requires_grad_()
     trained = counted(lambda: vlm.kl(hidden, ref_hidden, other).sum().backward())
-    assert trained == flops.exact_kl(vlm, IDS.shape, True)
+    assert trained == flops.exact_kl(vlm, other, IDS.shape, True)
     with torch.no_grad():
-        assert counted(lambda: vlm.kl(hidden, ref_hidden, other)) == flops.exact_kl(vlm, IDS.shape, False)
+        assert counted(lambda: vlm.kl(hidden, ref_hidden, other)) == flops.exact_kl(vlm, other, IDS.shape, False)
 
 
 @KINDS
