@@ -2,6 +2,7 @@
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from torch import nn
 from data.sample import Batch
 from model.runs.config import change, from_command_line, options
 from model.vlm import Output
-from rl.algorithms import ALGORITHMS, STAGES, labels, of_flags, of_stage
+from rl.algorithms import ALGORITHMS, ARMS, STAGES, labels, of_flags, of_stage
 from rl.learner import Guard, make_learner
 from rl.rewards import RewardOptions, Rewards
 from rl.types import Experience, Rollout
@@ -311,6 +312,57 @@ def test_flat_groups_count_as_the_paper_counts_them(name, minis):
         assert len(taken) == (2 if drops or not cfg.algorithm.kl_coef else 3)
 
 
+def reinforce(x, constant=0.0):
+    """Against a constant: of rewards 1 and 0 only right completions, or with 1 only wrong ones, have an advantage."""
+    return -sum(x.clipped(x.ratio(i, t), x.R[i] - constant) for i in x.all for t in range(x.n[i])) / x.tokens()
+
+
+def weighted_likelihood(x):
+    return -sum(x.R[i] * x.logp[i][t] for i in x.all for t in range(x.n[i])) / x.tokens()
+
+
+def grpo_token_kl(x):
+    total = 0
+    for i in x.all:
+        for t in range(x.n[i]):
+            off = x.ref[i][t] - x.logp[i][t]
+            total += x.clipped(x.ratio(i, t), x.A(i)) - 0.04 * (off.exp() - off - 1)
+    return -total / x.tokens()
+
+
+IN_LOOPS = {"reinforce": reinforce, "negative": partial(reinforce, constant=1.0), "grpo_token_kl": grpo_token_kl,
+            "rejection_iterated": weighted_likelihood}
+
+
+@pytest.mark.parametrize("name", IN_LOOPS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_arm_equals_its_formula_in_value_and_gradient(name, seed):
+    policy, experience = problem(seed)
+    cfg = change(of_stage(config(), name), epochs=1, mini_batches=1)
+    wanted = IN_LOOPS[name](Paper(policy, experience, cfg))
+    (taken,), found, *_ = run_update(policy, experience, cfg)
+    assert difference(taken["policy.logits"], torch.autograd.grad(wanted, policy.logits)[0]) < 1e-12
+    assert found["loss"] == pytest.approx(wanted.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name, kept", [("reinforce", [0, 2]), ("negative", [1, 2]), ("grpo_token", [2]),
+                                        ("grpo_token_kl", [0, 1, 2])])
+def test_groups_that_teach_an_arm_nothing_are_left_out(name, kept):
+    policy, experience = problem()
+    reward = torch.tensor([[1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 1.0]])
+    rollout = Rollout(experience.ids, experience.mask, experience.sampled_logp, experience.ended, [], [], {},
+                      reward[..., None], reward)
+    found = select_groups(experience.batch, rollout, of_stage(config(), name))
+    assert found.batch.ids[:, 0].tolist() == kept
+
+
+def test_an_arm_is_another_setting_than_the_default_and_its_options_exist():
+    for name, switches in ARMS.items():
+        arm = of_stage(Config(), name)
+        assert arm != Config() and {*switches} <= {*options(Config)}, name
+    assert {*IN_LOOPS, "distilled"} == {*ARMS}
+
+
 def test_every_algorithm_has_a_paper():
     assert set(PAPERS) == set(ALGORITHMS)
 
@@ -348,7 +400,7 @@ def test_a_label_names_the_setting_that_made_it(argv, wanted):
 
 
 @pytest.mark.parametrize("compare", COMPARISONS)
-@pytest.mark.parametrize("more", [(), ("--kl-coef=0.1",), ("--norm=sum", "--std=none")], ids=str)
+@pytest.mark.parametrize("more", [(), ("--entropy-coef=0.1",), ("--norm=sum", "--gamma=0.9")], ids=str)
 def test_no_two_settings_of_a_comparison_share_a_label(compare, more):
     cfg = from_command_line(Config, PRESETS, [f"--compare={compare}", *more], "", more=of_flags)
     found = labels(cfg, cfg.stages())
@@ -364,7 +416,7 @@ def test_no_two_settings_of_a_comparison_share_a_label(compare, more):
 @pytest.mark.parametrize("argv", [
     ["--stage=cot,rl,grpo_token"], ["--stage=cot,rl,rl"], ["--stage=cot,ppo,cot"], ["--stage=rl,format_gated"],
     ["--stage=right,right_gated", "--gated=True"], ["--compare=rewards", "--rewards=format:1"],
-    ["--stage=rl,right", "--rewards=correctness:1", "--gated=False"]])
+    ["--stage=rl,right", "--rewards=correctness:1", "--gated=False"], ["--compare=evidence", "--kl-coef=0.1"]])
 def test_a_setting_that_is_named_twice_is_one_sentence(argv):
     cfg = from_command_line(Config, PRESETS, argv, "", more=of_flags)
     with pytest.raises(ValueError, match="--stage=.*: .* are one setting, .*; name it once"):
