@@ -19,7 +19,9 @@ STYLE = {
     "grpo": ("#9E2A2B", "<"), "dr_grpo": ("#D99400", "^"), "dapo": ("#009E73", "v"),
     "gspo": ("#CC79A7", "P"), "cispo": ("#7A4B00", "X"), "rloo": ("#3D9FDC", "s"),
     "ppo": ("#000000", "*"), "sapo": ("#0072B2", "o"), "luspo": ("#777777", "p"),
-    "reinforce++": ("#8A2BE2", "d"),
+    "reinforce++": ("#8A2BE2", "d"), "grpo_token_kl": ("#9E2A2B", "<"),
+    "reinforce": ("#8A2BE2", "d"), "negative": ("#7A4B00", "X"),
+    "rejection_iterated": ("#00604A", ">"), "distilled": ("#6B6B00", "p"),
     "base": ("#0072B2", "o"), "llava_o1": ("#D99400", "^"), "llava_o1_blind": ("#CC79A7", "P"),
     "rl_from_base": ("#009E73", "v"), "rl_from_o1": ("#D55E00", "D"),
     "right": ("#0072B2", "s"), "right_gated": ("#3D9FDC", "^"),
@@ -109,13 +111,15 @@ def draw(log, results):
 
 def on_every_split(rows):
     """The rows of the teacher, and of methods that were asked on every split: the others, of which
-    routes have a dozen, would leave no room, and the tables have them."""
+    routes have a dozen, would leave no room, and the tables have them, and the best points of
+    curves."""
     splits = {row["split"] for row in rows}
     asked = {}                                    # method -> its splits
     for row in rows:
         asked.setdefault(row["method"], set()).add(row["split"])
     asked["teacher"] = splits
-    return [row for row in rows if asked[row["method"]] == splits]
+    shown = [method for method in asked if asked[method] == splits and "@" not in method]
+    return [row for row in rows if row["method"] in shown]
 
 
 def _teacher(rows):
