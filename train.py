@@ -750,8 +750,8 @@ def cot(run, name, cfg, origin):
 
 def rl(run, name, cfg, origin, method="", part="train", teacher=None):
     """RL on correctness and format, with the switches of the stage's name, for --rl-steps or for the FLOPs that
-    another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, the prompt alone asks for the
-    tags. part: of the world, that the prompts are of."""
+    another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, the prompt
+    alone asks for the tags. part: of the world, that the prompts are of."""
     if not method:
         method = origin.method if origin.method in chat.FORMS else "asked"
     if not run.plan:
@@ -791,8 +791,8 @@ def distillation_teacher(run, cfg, student):
 def chains(run, cfg, origin, stream, flawless=False, sees_answer=False, part="train"):
     """Training records with a teacher's chain as target: ours, biased; one's own; or flawless ones.
 
-    part: of the world, that the questions are of. sees_answer: the teacher was shown the gold answer, as LLaVA-CoT's was. It concludes with it, wherever its chain
-    leads."""
+    part: of the world, that the questions are of. sees_answer: the teacher was shown the gold answer, as LLaVA-CoT's
+    was. It concludes with it, wherever its chain leads."""
     forget_close = cfg.teacher.forget_close
     if flawless or cfg.data.data.startswith("records:"):        # a record's four sections are closed
         forget_close = 0.0
@@ -1279,10 +1279,8 @@ def follow_curves(run, stages, labels, tests):
                 continue
             flops = spent + (checkpoint.load(model)["flops"] if point else 0)
             found = evaluation.scores_of(Contender(model, **POINT), cfg, asked)
-            for split, decodings in found.items():
-                for decoding, raw in decodings.items():
-                    rows.append(dict(method=labels[stage], stage=stage, point=point, split=split, decoding=decoding,
-                                     metric="curve", value=float(np.mean(raw["right"])), flops=flops, seed=cfg.run.seed))
+            place = dict(method=labels[stage], stage=stage, point=point, flops=flops, seed=cfg.run.seed)
+            rows += statistics.curve_rows(place, found)
         write_json(path, rows)
         print(f"followed {labels[stage]}", flush=True)
     return rows

@@ -181,8 +181,8 @@ def label(cfg, stage):
 
     A supervised stage has its own name. One of reinforcement learning is called by its algorithm, and by the switches
     in which it differs from that, "grpo[kl_coef=0.0]"; one that only asks for the tags "grpo_token_zero"; one named
-    after rewards, or an arm, by that name, behind its algorithm's unless that is the default. What all stages of a run share is in
-    its config.json: rates, epochs, sampling and, unless stages are named after them, rewards.
+    after rewards, or an arm, by that name, behind its algorithm's unless that is the default. What all stages of a run
+    share is in its config.json: rates, epochs, sampling and, unless stages are named after them, rewards.
     """
     if stage not in STAGES:
         return stage

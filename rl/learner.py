@@ -63,9 +63,9 @@ class Critic(nn.Module):
 class Learner(nn.Module):
     """What a stage under way consists of, and its checkpoint holds.
 
-    policy; reference, a frozen copy of it, a teacher in its place, or None; critic, or None; kl_coef (), of the penalty, adapted or not;
-    samples (), completions drawn so far; bad_steps (), steps in a row that a Guard skipped. moves: the reference will
-    be synced with the policy.
+    policy; reference, a frozen copy of it, a teacher in its place, or None; critic, or None; kl_coef (), of the
+    penalty, adapted or not; samples (), completions drawn so far; bad_steps (), steps in a row that a Guard skipped.
+    moves: the reference will be synced with the policy.
     """
 
     def __init__(self, policy, kl_coef=0.0, critic=None, moves=False, teacher=None):
@@ -118,7 +118,7 @@ def make_reference(policy, moves):
 
 
 def has_same_tower(policy, teacher):
-    """Whether a teacher sees what the policy sees, now and after its steps: one encoding of a picture is then enough."""
+    """Whether a teacher sees what the policy sees, now and after its steps: one encoding of a picture then does."""
     ours = policy.visual.state_dict()
     theirs = teacher.visual.state_dict()
     if any(p.requires_grad for p in policy.visual.parameters()) or ours.keys() != theirs.keys():

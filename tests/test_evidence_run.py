@@ -42,7 +42,8 @@ def test_an_arm_ends_with_the_step_in_which_its_flops_reach_those_of_rl(arms):
 
 
 def test_the_rate_of_an_arm_follows_the_share_of_its_flops(arms):
-    lines = [json.loads(line) for line in (arms / "log.jsonl").read_text().splitlines() if '"rejection_iterated"' in line]
+    lines = [json.loads(line) for line in (arms / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["stage"] == "rejection_iterated"]
     peak = train.Config().rl.rl_lr
     assert lines[0]["lr"] == pytest.approx(peak / 50)           # of 1000 shares 50 warm up
     share = lines[-2]["flops"] / spent(arms, "rl")              # before the last step

@@ -209,7 +209,7 @@ def test_the_seed_decides_a_run_bit_by_bit(tmp_path, monkeypatch):
 def test_seeds_side_by_side_equal_runs_of_their_own_and_resume_repeats_no_finished_stage(tmp_path):
     root, alone = tmp_path / "seeds", tmp_path / "alone"
     said = command_line(*SHORT, "--seeds=2", "--seed=3", "--jobs=2", f"--out={root}")
-    assert "mean over 2 seeds [95 % t-interval] sd" in said
+    assert "mean over 2 seeds [95 % t-interval over seeds] sd" in said
     command_line(*SHORT, "--seed=4", f"--out={alone}")
     for stage in ("clip", "align", "cot", "rl"):
         states = [checkpoint.load(folder / f"{stage}.pt") for folder in (alone, root / "seed-4")]

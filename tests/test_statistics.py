@@ -1,5 +1,6 @@
 """From scores to rows, intervals, the result in three lines, and tables, by hand."""
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -31,8 +32,10 @@ def test_wilsons_interval_of_no_success_and_of_all():
 
 
 def test_the_interval_of_means_over_completions_is_over_prompts():
-    # 0, 0.5, 1, 0.5: mean 0.5, sd sqrt(0.5 / 3) = 0.408248, half 1.96 * 0.408248 / 2 = 0.400083
-    assert interval([0.0, 0.5, 1.0, 0.5]) == pytest.approx((0.5, 0.0999167, 0.9000833), abs=1e-6)
+    # Four draws of 0, 0.5, 1, 0.5 add up to half of a binomial(8, 0.5), 1 of which is its 2.5 % quantile (0: 0.4 %,
+    # up to 1: 3.5 %): means from 1/8 to 7/8, stretched by sqrt(4 / 3) around 0.5.
+    half = math.sqrt(4 / 3) * 3 / 8
+    assert interval([0.0, 0.5, 1.0, 0.5]) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-6)
 
 
 def test_one_value_that_is_not_0_or_1_has_no_interval():
@@ -40,13 +43,14 @@ def test_one_value_that_is_not_0_or_1_has_no_interval():
 
 
 def test_a_paired_difference_by_hand():
-    # Prompt by prompt 1 - 0, 0.5 - 0.5, 0 - 0.5, 1 - 0.5: mean 0.25, sd sqrt((0.5625 + 0.0625 + 0.5625 + 0.0625) / 3).
-    a, b = scored([[1, 1], [1, 0], [0, 0], [1, 1]]), scored([[0, 0], [0, 1], [1, 0], [1, 0]])
+    # Prompt by prompt 1 - 0, 0.5 - 0.5, 0 - 1, 1 - 1: mean 0, no skew, and every draw of four of them.
+    a, b = scored([[1, 1], [1, 0], [0, 0], [1, 1]]), scored([[0, 0], [0, 1], [1, 1], [1, 1]])
     [row] = differences({"cot": {"id": {"t1": a}}, "grpo": {"id": {"t1": b}}}, "grpo")
-    half = 1.96 * math.sqrt(1.25 / 3) / 2
+    means = [np.mean(draw) for draw in product([1.0, 0.0, -1.0, 0.0], repeat=4)]
+    low, high = math.sqrt(4 / 3) * np.percentile(means, [2.5, 97.5])
     assert (row["method"], row["split"], row["decoding"], row["metric"], row["n"]) == (
         "cot", "id", "t1", "accuracy - grpo", 4)
-    assert (row["value"], row["low"], row["high"]) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((0.0, low, high))
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals_when_methods_agree():
@@ -120,10 +124,10 @@ def test_a_table_of_many_kinds_shows_the_worst_five_a_line_each():
 # ---------------------------------------------------------------- tables
 
 def test_the_interval_over_seeds_by_hand():
-    # 0.4, 0.5, 0.6: mean 0.5, sd 0.1, t(0.975, 2) = 4.303: half 4.303 * 0.1 / sqrt(3)
+    # 0.4, 0.5, 0.6: mean 0.5, sd 0.1, t(0.975, 2) = 4.30265: half 4.30265 * 0.1 / sqrt(3)
     values = [dict(method="grpo", split="id", decoding="t1", metric="accuracy", value=v) for v in (0.4, 0.5, 0.6)]
     [row] = over_seeds(values)
-    half = 4.303 * 0.1 / math.sqrt(3)
+    half = 4.30265 * 0.1 / math.sqrt(3)
     assert (row["value"], row["sd"], row["n"]) == pytest.approx((0.5, 0.1, 3))
     assert (row["low"], row["high"]) == pytest.approx((0.5 - half, 0.5 + half))
     assert "0.500 [0.25, 0.75] 0.100" in seeds_table(values)
@@ -163,14 +167,14 @@ def test_the_table_prints_every_split_and_metric_and_the_methods_that_have_them(
     for title in ("Accuracy, greedy", "Accuracy, T = 1", "Paired difference to grpo in points, T = 1", "pass@2, T = 1",
                   "maj@2, T = 1", "format, T = 1", "length, T = 1", "Accuracy on id by question kind"):
         [part] = [part for part in text.split("\n\n") if part.startswith(title)]
-        names = [line.split()[0] for line in part.splitlines()[2:]]
+        names = [line.split()[0] for line in part.splitlines()[2:] if not line.startswith("(a constant)")]
         shown = [method for method in methods if "difference" not in title or method != "grpo"]
         if title.startswith(("Accuracy, T", "Paired", "Accuracy on")):
             shown.insert(0, "teacher")          # judged as one sampled completion, without a form or a length
         assert names == shown, title
     [accuracy] = [part for part in text.split("\n\n") if part.startswith("Accuracy, T = 1")]
     assert accuracy.splitlines()[1].split() == ["id", "crowded"]
-    assert "0.750 [0.26, 1.00]" in accuracy         # 0.75 -+ 1.96 * 0.353553 / sqrt(2), but no share is above 1
+    assert "0.750 [0.40, 1.00]" in accuracy         # 0.75 -+ 0.25 sqrt(2), but no share is above 1
 
 
 def test_training_rows_by_hand():
@@ -209,7 +213,8 @@ def test_tables_follow_from_the_decodings_that_were_sampled():
     titles = [part.splitlines()[0] for part in text.split("\n\n")]
     words = "T = 0.7, top-p 0.9"
     assert titles == ["Accuracy, greedy [95 % interval]", f"Accuracy, {words} [95 % interval]", f"maj@2, {words}",
-                      f"pass@2, {words}", f"format, {words}", f"length, {words}"]
+                      f"pass@2, {words}", f"format, {words}", f"length, {words}",
+                      f"pass@k and Cover@tau on far, {words} [95 % interval over prompts]"]
 
 
 def test_the_first_sampled_decoding_is_the_main_one():
@@ -312,9 +317,10 @@ def test_the_result_of_real_scores_agrees_with_rows_and_differences():
               "grpo": {"id": {"t1": scored([[1, 1], [1, 1], [1, 0]])}}}
     found = [line for method in scores for line in rows(method, "id", scores[method]["id"], 0)]
     first, second, third = result_lines(found, differences(scores, "grpo"), "grpo")
-    assert "grpo is right on 0.833 [0.51, 1.00]; cot, imitation alone, on 0.167 [0.00, 0.49]." in first
-    # -1, -1, 0: mean -2/3, sd .57735, half 1.96 * .57735 / sqrt(3) = .65333; no difference is under -1
-    assert "-66.7 points [-100.0, -1.3]." in second and "cot keeps the form in" in third
+    # Of 27 draws one is all 0.5 and makes 3.7 %: means from 0.5 to 1, stretched by sqrt(3 / 2) around 5/6.
+    assert "grpo is right on 0.833 [0.43, 1.00]; cot, imitation alone, on 0.167 [0.00, 0.57]." in first
+    # Of -1, -1, 0 likewise: means from -1 to 0 around -2/3; no difference is under -1
+    assert "-66.7 points [-100.0, +15.0], an interval that includes 0." in second and "cot keeps the form in" in third
 
 
 def test_a_result_of_nothing_is_three_lines_too():

@@ -11,8 +11,12 @@ from collections import Counter
 import numpy as np
 
 from data.chat import normalise
+from rl.report.inference import (bootstrap, constant_guess, cover_at, holm, macro_average, minimum_detectable,
+                                 pass_at_k, paired_t)
 
 CLASS_MEAN = "class-averaged accuracy"      # its rows have no interval; n is the number of classes
+MACRO = "macro average"                     # of the accuracies by question kind
+COVERS = (0.25, 0.5, 0.75, 1.0)             # thresholds of Cover@tau
 MOST_KINDS = 8                              # kinds of questions that a line of a table can hold
 WORST = 5                                   # those shown where there are more
 
@@ -97,7 +101,10 @@ def per_prompt(scores, metric):
         return np.mean(scores["right"], axis=1)
     completions = len(scores["right"][0])
     if metric.startswith("pass@"):
-        return np.max(scores["right"], axis=1).astype(float) if completions > 1 else None
+        k = int(metric.removeprefix("pass@"))
+        return pass_at_k(scores["right"], k) if 1 < k <= completions else None
+    if metric.startswith("cover@"):
+        return cover_at(scores["right"], float(metric.removeprefix("cover@"))) if completions > 1 else None
     if metric.startswith("maj@"):
         if "aliases" not in scores or completions < 2:
             return None
@@ -109,7 +116,7 @@ def per_prompt(scores, metric):
 def interval(values):
     """Mean of one value a prompt with its 95 % interval: (mean, low, high).
 
-    Wilson's interval for 0/1 values, the normal one otherwise (several completions of a prompt are
+    Wilson's interval for 0/1 values, the bootstrap otherwise (several completions of a prompt are
     not independent, so the prompt is the unit).
     """
     values = np.asarray(values, dtype=float)
@@ -120,15 +127,7 @@ def interval(values):
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         return mean, max(0.0, centre - half), min(1.0, centre + half)      # rounding may pass the ends
-    half = _half_width(values)
-    return mean, mean - half, mean + half
-
-
-def _half_width(values):
-    """Half of the normal 95 % interval of the mean of (n,) values; infinite for one value."""
-    if len(values) < 2:
-        return math.inf
-    return 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return bootstrap(values)
 
 
 def within(low, high, least, most):
@@ -144,7 +143,7 @@ def rows(method, split, scores, seed):
     for decoding, raw in scores.items():
         label = dict(method=method, split=split, decoding=decoding)
         completions = len(raw["right"][0])
-        for metric in ("accuracy", "format", "length", f"pass@{completions}", f"maj@{completions}"):
+        for metric in ("accuracy", "format", "length", *_of_many(completions)):
             values = per_prompt(raw, metric)
             if values is None:
                 continue
@@ -157,11 +156,40 @@ def rows(method, split, scores, seed):
             value, classes = of_classes
             out.append(dict(label, metric=CLASS_MEAN, value=value, low=None, high=None, n=classes,
                             seed=seed))
+        elif len({*raw["kind"]}) > 1:
+            value = macro_average(per_prompt(raw, "accuracy"), raw["kind"])
+            out.append(dict(label, metric=MACRO, value=value, low=None, high=None,
+                            n=len({*raw["kind"]}), seed=seed))
+    return out
+
+
+def _of_many(completions):
+    """Metrics of several completions of a prompt: pass@k for k of 2, 4, .. and all of them,
+    Cover@tau, and the majority."""
+    ks = []
+    k = 2
+    while k < completions:
+        ks.append(k)
+        k *= 2
+    metrics = [f"pass@{k}" for k in (*ks, completions)]
+    metrics += [f"cover@{tau:g}" for tau in COVERS]
+    return [*metrics, f"maj@{completions}"]
+
+
+def curve_rows(place, scores):
+    """{split: raw scores} of the model at a point of a stage's training -> rows of curve.json, accuracies; place: their
+    other fields."""
+    out = []
+    for split, decodings in scores.items():
+        for decoding, raw in decodings.items():
+            value = float(np.mean(raw["right"]))
+            out.append(dict(place, split=split, decoding=decoding, metric="curve", value=value))
     return out
 
 
 def differences(scores, to):
-    """Paired differences in accuracy, method minus `to`, on the prompts of both, with intervals.
+    """Paired differences in accuracy, method minus `to`, on the prompts of both, with intervals over
+    prompts (bootstrap).
 
     scores: method -> split -> raw scores. Rows like those of `rows`, metric "accuracy - {to}".
     """
@@ -174,9 +202,8 @@ def differences(scores, to):
         others = per_prompt(other, "accuracy")
         n = min(len(values), len(others))           # a method may be asked the first of the prompts
         delta = values[:n] - others[:n]
-        mean = float(delta.mean())
-        half = _half_width(delta)
-        low, high = within(mean - half, mean + half, -1.0, 1.0)
+        mean, low, high = bootstrap(delta)
+        low, high = within(low, high, -1.0, 1.0)
         out.append(dict(method=method, split=split, decoding=decoding, metric=f"accuracy - {to}",
                         value=mean, low=low, high=high, n=len(delta)))
     return out
@@ -449,12 +476,16 @@ def table(results, scores, to=""):
             heading = f"Paired difference to {to} in points, {title} [95 % interval]"
             tables.append(metric_grid(heading, others, decoding, f"accuracy - {to}", _points))
     metrics = {row["metric"] for row in results}
-    votes = sorted(metric for metric in metrics if metric.startswith(("pass@", "maj@")))
-    for metric in (*votes, "format", "length"):
+    passes = sorted((metric for metric in metrics if metric.startswith("pass@")), key=_k_of)
+    votes = [*sorted(metric for metric in metrics if metric.startswith("maj@")), *passes[-1:]]
+    for metric in (*votes, "format", "length"):     # of pass@k the largest k; the others follow
         form = _tokens if metric == "length" else share_text
         for decoding in sampled:
             heading = f"{metric}, {decoding_title(decoding)}"
             tables.append(metric_grid(heading, methods, decoding, metric, form))
+    home = main_split(splits) if splits else ""
+    for decoding in sampled:
+        tables.append(_spread(found, methods, home, decoding, passes[:-1]))
     for split in splits:
         for decoding in decodings:
             kinds = {}
@@ -462,13 +493,43 @@ def table(results, scores, to=""):
                 if decoding in of_split.get(split, {}):
                     kinds[method] = by_kind(of_split[split][decoding])
             heading = f"Accuracy on {split} by question kind, {decoding_title(decoding)} (n)"
-            tables.append(_kinds(heading, kinds))
+            tables.append(_kinds(heading, kinds, _constant(scores, split, decoding)))
     return "\n\n".join(text for text in tables if text)
 
 
-def _kinds(title, kinds):
-    """kinds: method -> {kind: (accuracy, n)} -> text; "" for one kind. Where a line cannot hold all
-    kinds, each of the worst ones has a line."""
+def _k_of(metric):
+    """"pass@8" -> 8."""
+    return int(metric.rpartition("@")[2])
+
+
+def _spread(found, methods, split, decoding, passes):
+    """How the right completions of a split lie: pass@k for the smaller k, and Cover@tau, the share of
+    prompts whose completions are right at least so often; "" without either."""
+    columns = [*passes, *(f"cover@{tau:g}" for tau in COVERS)]
+    lines = []
+    for method in methods:
+        rows = [found.get((method, split, decoding, column)) for column in columns]
+        if any(rows):
+            lines.append((method, ["" if row is None else share_text(row) for row in rows]))
+    title = f"pass@k and Cover@tau on {split}, {decoding_title(decoding)} [95 % interval over prompts]"
+    return grid(title, columns, lines) if lines else ""
+
+
+def _constant(scores, split, decoding):
+    """{kind: accuracy of always giving its commonest gold answer} on a split; {} where no method's
+    scores hold gold answers."""
+    for of_method in scores.values():
+        raw = of_method.get(split, {}).get(decoding, {})
+        if "gold" in raw:
+            guesses = constant_guess(raw["gold"], raw["kind"])
+            return {kind: share for kind, (_, share) in guesses.items()}
+    return {}
+
+
+def _kinds(title, kinds, constant):
+    """kinds: method -> {kind: (accuracy, n)} -> text, with the mean over kinds and, as a last line,
+    what a constant answer to each kind earns; "" for one kind. Where a line cannot hold all kinds,
+    each of the worst ones has a line."""
     accuracies = {}                             # kind -> that of each method
     for of_method in kinds.values():
         for kind, (accuracy, _) in of_method.items():
@@ -485,9 +546,14 @@ def _kinds(title, kinds):
 
     lines = []
     if len(names) <= MOST_KINDS:
-        for method in kinds:
-            lines.append((method, [cell(method, kind) for kind in names]))
-        return grid(title, names, lines)
+        for method, of_method in kinds.items():
+            mean = np.mean([accuracy for accuracy, _ in of_method.values()])
+            lines.append((method, [*(cell(method, kind) for kind in names), f"{mean:.3f}"]))
+        if constant:
+            shares = [f"{constant[kind]:.3f}" if kind in constant else "" for kind in names]
+            mean = np.mean(list(constant.values()))
+            lines.append(("(a constant)", [*shares, f"{mean:.3f}"]))
+        return grid(title, [*names, MACRO], lines)
     worst = sorted(names, key=lambda kind: np.mean(accuracies[kind]))[:WORST]
     for kind in worst:
         lines.append((kind, [cell(method, kind) for method in kinds]))
@@ -508,33 +574,19 @@ def training_table(rows):
 
 # ---------------------------------------------------------------- several seeds
 
-def t95(n):
-    """Student's 97.5 % quantile for the mean of n values."""
-    if n <= 10:
-        return {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-                10: 2.262}[n]
-    # Expansion around the normal quantile (Abramowitz & Stegun 26.7.5); off by less than 1e-4 here.
-    z = 1.959964
-    nu = n - 1
-    return (z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * nu**3))
-
-
 def over_seeds(results):
     """Rows of several seeds -> rows with mean, 95 % t-interval and standard deviation over the
-    seeds: value, low, high, sd, n."""
+    seeds, and for differences the p of none: value, low, high, sd, n, p."""
     grouped = {}                                # a row's names -> its value for each seed
     for row in results:
         names = row["method"], row["split"], row["decoding"], row["metric"]
         grouped.setdefault(names, []).append(row["value"])
     out = []
     for (method, split, decoding, metric), values in grouped.items():
-        n = len(values)
-        mean = float(np.mean(values))
-        sd = float(np.std(values, ddof=1)) if n > 1 else 0.0
-        half = t95(n) * sd / math.sqrt(n) if n > 1 else math.inf
-        out.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=mean,
-                        low=mean - half, high=mean + half, sd=sd, n=n))
+        found = paired_t(values)
+        out.append(dict(method=method, split=split, decoding=decoding, metric=metric,
+                        value=found.mean, low=found.low, high=found.high, sd=found.sd, n=found.n,
+                        p=found.p))
     return out
 
 
@@ -556,9 +608,34 @@ def seeds_table(results):
     for (decoding, metric), rows in grouped.items():
         count = rows[0]["n"]
         what = f"{metric}, {decoding_title(decoding)}"
-        title = f"{what}: mean over {count} seeds [95 % t-interval] sd"
-        tables.append(_seeds_grid(title, rows))
+        if metric.startswith("accuracy - ") and count > 1:
+            tables.append(_differences_grid(f"{what}, in points", rows))
+        else:
+            title = f"{what}: mean over {count} seeds [95 % t-interval over seeds] sd"
+            tables.append(_seeds_grid(title, rows))
     return "\n\n".join(tables)
+
+
+def _differences_grid(title, rows):
+    """Paired differences over seeds, each held against 0, and what they could have shown."""
+    adjusted = holm([row["p"] for row in rows])
+    methods = {}                                # method -> split -> text
+    for row, p in zip(rows, adjusted):
+        mark = " *" if p < 0.05 else "  "
+        interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        text = f"{100 * row['value']:+.1f} {interval} {p:.3f}{mark}"
+        methods.setdefault(row["method"], {})[row["split"]] = text
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    lines = []
+    for method, texts in methods.items():
+        lines.append((method, [texts.get(split, "") for split in splits]))
+    count = rows[0]["n"]
+    title = (f"{title}: mean over {count} seeds [95 % paired t-interval over seeds], p after Holm's correction over "
+             f"these {len(rows)} comparisons, * below .05")
+    smallest = [100 * minimum_detectable(row["sd"], count) for row in rows]
+    note = (f"A true difference would have been found, four times of five and before the correction, from "
+            f"{np.median(smallest):.1f} points on in half of these cells, from {max(smallest):.1f} in all.")
+    return f"{grid(title, splits, lines)}\n{note}"
 
 
 def _seeds_grid(title, rows):
