@@ -71,6 +71,7 @@ from rl.report import ladder
 from rl.report import seeds as seeds_report
 from rl.report import statistics
 from rl.report.log import read_log
+from rl.report.matched import frontier, matched_text
 from rl.rewards import RewardOptions, Rewards, correctness
 from rl.rewards import format as format_reward
 from rl.rollout import SamplingOptions, prompts, roll_out
@@ -267,7 +268,7 @@ class Config:
              self.clip.image_size, f"be {scenes.SIZE} for drawn scenes")
         for name in stages:
             need(name in STAGES, "stage", f"{self.run.stage}: {name!r}",
-                 f"be one of {', '.join(STAGES)}, or teach alone")
+                 "be one of clip, align, sft, cot, rl and the others that train.py's STAGES names, or teach alone")
         need(not self.run.explain or self.run.stage in algorithms.STAGES, "explain", self.run.explain,
              "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
         need(self.rl.algorithm == RlOptions.algorithm or not {*stages} & {*algorithms.ALGORITHMS}, "algorithm",
@@ -1247,6 +1248,8 @@ def compare_methods(run):
         flops = {labels[name]: run.spent(path_of(name, stages)) for name in stages}
         trained = {name: flops.get(name.partition("+")[0], 0) for name in contenders}       # nothing: the base
     evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained)
+    if cfg.run.curve:
+        show_curves(run, points)
 
 
 # ---------------------------------------------------------------- along the curves
@@ -1284,6 +1287,15 @@ def follow_curves(run, stages, labels, tests):
         write_json(path, rows)
         print(f"followed {labels[stage]}", flush=True)
     return rows
+
+
+def show_curves(run, points):
+    """Arms at equal accuracy in distribution, as text and as frontier.png."""
+    decoding = run.cfg.judge.decoding
+    print("\n" + matched_text(points, decoding))
+    picture = frontier(points, decoding)
+    if picture:
+        checkpoint.write_atomically(run.folder / "frontier.png", lambda file: file.write(picture))
 
 
 def best_along(run, points):

@@ -7,16 +7,19 @@ from pathlib import Path
 
 from rl.report.curves import curves
 from rl.report.log import mean_log, read_log
-from rl.report.statistics import over_seeds, result_lines, seeds_table
+from rl.report.matched import frontier, matched_text
+from rl.report.statistics import main_decoding, over_seeds, result_lines, seeds_table
 
-FILES = ("results", "differences", "kinds", "training", "routes")
+FILES = ("results", "differences", "kinds", "training", "routes", "curve")
+NOT_TABLES = ("curve",)             # rl/report/matched.py shows its rows
 
 
 def report_seeds(folder, seeds, write):
     """Joins what each seed left in `folder`/seed-N; -> text: three lines of result, probes, tables.
 
     Writes results.json, differences.json, kinds.json and training.json, each with the rows of all
-    seeds, and curves.png, by `write(path, bytes)`. A file that a seed's run did not leave is left
+    seeds, curves.png and, where arms were followed, curve.json and frontier.png, by `write(path,
+    bytes)`. A file that a seed's run did not leave is left
     out; where nothing was evaluated the text is "".
     """
     folder = Path(folder)
@@ -36,13 +39,20 @@ def report_seeds(folder, seeds, write):
         write(folder / "curves.png", picture)
 
     shown = []                  # all but question kinds by greedy decoding: there are tables enough
-    for rows in joint.values():
+    for rows in (rows for name, rows in joint.items() if name not in NOT_TABLES):
         for row in rows:
             if row["decoding"] != "greedy" or not row["metric"].startswith("accuracy on "):
                 shown.append(row)
     lines = result_lines(over_seeds(joint["results"]), over_seeds(joint.get("differences", [])),
                          _compared_to(joint.get("differences", [])), over="seeds")
-    return "\n".join([*lines, *_probes(runs), "", seeds_table(shown)])
+    text = "\n".join([*lines, *_probes(runs), "", seeds_table(shown)])
+    if "curve" not in joint:
+        return text
+    decoding = main_decoding(joint["results"])
+    picture = frontier(joint["curve"], decoding)
+    if picture:
+        write(folder / "frontier.png", picture)
+    return f"{text}\n\n{matched_text(joint['curve'], decoding)}"
 
 
 def _rows_of_all(runs, name):

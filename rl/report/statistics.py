@@ -603,8 +603,13 @@ def seeds_table(results):
         merged = [row for row in merged if row["metric"] not in kinds]
         tables.append(f"Accuracy by question kind, {len(kinds)} of them: see kinds.json")
     grouped = {}                                # (decoding, metric) -> its rows
+    spread = []                                 # those that share a table
     for row in merged:
-        grouped.setdefault((row["decoding"], row["metric"]), []).append(row)
+        if row["metric"].startswith(("pass@", "cover@")):
+            spread.append(row)
+        else:
+            grouped.setdefault((row["decoding"], row["metric"]), []).append(row)
+    tables += _spread_over_seeds(spread)
     for (decoding, metric), rows in grouped.items():
         count = rows[0]["n"]
         what = f"{metric}, {decoding_title(decoding)}"
@@ -614,6 +619,21 @@ def seeds_table(results):
             title = f"{what}: mean over {count} seeds [95 % t-interval over seeds] sd"
             tables.append(_seeds_grid(title, rows))
     return "\n\n".join(tables)
+
+
+def _spread_over_seeds(rows):
+    """Rows of pass@k and Cover@tau -> a table a decoding, of the split that is like training."""
+    if not rows:
+        return []
+    home = main_split(list(dict.fromkeys(row["split"] for row in rows)))
+    tables = []
+    for decoding in decodings_of(rows):
+        chosen = [dict(row, split=row["metric"]) for row in rows
+                  if (row["split"], row["decoding"]) == (home, decoding)]
+        title = (f"pass@k and Cover@tau on {home}, {decoding_title(decoding)}: mean over {rows[0]['n']} seeds [95 % "
+                 "t-interval over seeds] sd")
+        tables.append(_seeds_grid(title, chosen))
+    return tables
 
 
 def _differences_grid(title, rows):
