@@ -226,7 +226,7 @@ class Config:
     def check_rates(self, stages, source):
         """As `check`, of --rates, --tune and --compare=routes. source: the kind of --data."""
         for name in rates_of(self.run.rates):
-            need(name in STAGES, "rates", self.run.rates, f"name stages, among {', '.join(STAGES)}; {name!r} is none")
+            need(name in STAGES, "rates", self.run.rates, f"name stages of train.py's STAGES; {name!r} is none")
         for name in filter(None, self.run.tune.split(",")):
             need(name in stages, "tune", self.run.tune, f"name stages of this run, among {', '.join(stages)}; {name!r} "
                  "is none")
