@@ -961,19 +961,25 @@ def stage_of(name):
 
 def config_of(cfg, stage):
     """The config of a stage: with the switches of the algorithm that it is named after, and the rate that --rates has
-    for it."""
+    for it. A preset's rates give way to --cot-lr, --rl-lr and the like on the command line."""
     cfg = algorithms.of_stage(cfg, stage)
     rates = rates_of(cfg.run.rates)
-    if stage in rates:
+    given = cfg.run.flags.split()
+    if stage in rates and ("rates" in given or rate_option(stage) not in given):
         cfg = at_rate(cfg, stage, rates[stage])
     return cfg
 
 
 def at_rate(cfg, stage, rate):
     """The config with this peak learning rate for a stage."""
+    return change(cfg, **{rate_option(stage): rate})
+
+
+def rate_option(stage):
+    """The option that a stage reads its peak learning rate from."""
     if stage in ("clip", "align", "sft"):
-        return change(cfg, **{f"{stage}_lr": rate})
-    return change(cfg, cot_lr=rate, rl_lr=rate)     # a stage of the comparison reads one of the two
+        return f"{stage}_lr"
+    return "rl_lr" if stage in algorithms.STAGES else "cot_lr"
 
 
 # ---------------------------------------------------------------- a teacher's records

@@ -57,14 +57,23 @@ def test_an_arm_needs_what_it_starts_from_and_what_its_budget_is_taken_from():
 def test_a_rate_of_rates_is_its_stages_own_and_no_others():
     cfg = train.change(train.Config(), rates="sft:0.5,llava_o1:0.25")
     assert train.config_of(cfg, "sft").supervised.sft_lr == 0.5
-    assert train.config_of(cfg, "llava_o1").supervised.cot_lr == train.config_of(cfg, "llava_o1").rl.rl_lr == 0.25
+    llava_o1 = train.config_of(cfg, "llava_o1")
+    assert (llava_o1.supervised.cot_lr, llava_o1.rl.rl_lr) == (0.25, cfg.rl.rl_lr)
     assert train.config_of(cfg, "rl_from_base") == cfg
+
+
+def test_the_rates_of_a_preset_give_way_to_a_rate_on_the_command_line():
+    cfg = train.change(train.Config(), rates="rl:0.5,filtered:0.25", rl_lr=0.1, flags="rl_lr")
+    assert train.config_of(cfg, "rl").rl.rl_lr == 0.1
+    assert train.config_of(cfg, "filtered").supervised.cot_lr == 0.25
+    cfg = train.change(cfg, flags="rl_lr rates")
+    assert train.config_of(cfg, "rl").rl.rl_lr == 0.5
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--rates=cot"], "--rates=cot: 'cot' must be NAME:RATE, as in llava_o1:5e-4"),
     (["--rates=cot:0"], "--rates=cot:0 must hold rates in (0, 10000]"),
-    (["--rates=cott:1"], "--rates=cott:1 must name stages, among clip"),
+    (["--rates=cott:1"], "--rates=cott:1 must name stages of train.py's STAGES; 'cott' is none"),
     (["--tune=cot", "--eval-set=val"], "--seed=0 must be at least 100 with --tune"),
     (["--tune=cot", "--seed=100"], "--eval-set=test must be val with --tune"),
     (["--tune=ppo", "--seed=100", "--eval-set=val"], "--tune=ppo must name stages of this run, among clip"),
