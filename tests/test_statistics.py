@@ -1,13 +1,16 @@
 """From scores to rows, intervals, the result in three lines, and tables, by hand."""
 import math
-from itertools import product
 
 import numpy as np
 import pytest
 
+from rl.report.inference import bootstrap
 from rl.report.statistics import (by_kind, decoding_name, decoding_title, differences, interval, main_decoding,
                                   main_split, majority_right, over_seeds, per_prompt, result_lines, rows, seeds_table,
                                   table, training_rows, training_table)
+
+
+OVER_PROMPTS = "[95 % interval over prompts]"
 
 
 def scored(right, answer=None, gold="two", **more):
@@ -32,10 +35,11 @@ def test_wilsons_interval_of_no_success_and_of_all():
 
 
 def test_the_interval_of_means_over_completions_is_over_prompts():
-    # Four draws of 0, 0.5, 1, 0.5 add up to half of a binomial(8, 0.5), 1 of which is its 2.5 % quantile (0: 0.4 %,
-    # up to 1: 3.5 %): means from 1/8 to 7/8, stretched by sqrt(4 / 3) around 0.5.
-    half = math.sqrt(4 / 3) * 3 / 8
-    assert interval([0.0, 0.5, 1.0, 0.5]) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-6)
+    # Wilson's of a half of 4 prompts, not of 8 or more completions: 1.96 / (2 sqrt(4 + 3.8416))
+    assert interval([0.0, 0.5, 1.0, 0.5]) == pytest.approx((0.5, 0.150036, 0.849964), abs=1e-6)
+    # Each of two hundred prompts is one value, not eight: as many completions of a prompt as there may be.
+    many = np.linspace(0, 1, 200)
+    assert interval(many) == bootstrap(many)
 
 
 def test_one_value_that_is_not_0_or_1_has_no_interval():
@@ -43,22 +47,28 @@ def test_one_value_that_is_not_0_or_1_has_no_interval():
 
 
 def test_a_paired_difference_by_hand():
-    # Prompt by prompt 1 - 0, 0.5 - 0.5, 0 - 1, 1 - 1: mean 0, no skew, and every draw of four of them.
+    # Prompt by prompt 1 - 0, 0.5 - 0.5, 0 - 1, 1 - 1: 1/4 above 0 and 1/4 below, correlation -1/3. Wilson's limits of 1
+    # in 4 are 0.045587 and 0.699363, at distances a = 0.204413 and b = 0.449363: sqrt(a^2 + 2/3 a b + b^2) = 0.552223.
     a, b = scored([[1, 1], [1, 0], [0, 0], [1, 1]]), scored([[0, 0], [0, 1], [1, 1], [1, 1]])
     [row] = differences({"cot": {"id": {"t1": a}}, "grpo": {"id": {"t1": b}}}, "grpo")
-    means = [np.mean(draw) for draw in product([1.0, 0.0, -1.0, 0.0], repeat=4)]
-    low, high = math.sqrt(4 / 3) * np.percentile(means, [2.5, 97.5])
     assert (row["method"], row["split"], row["decoding"], row["metric"], row["n"]) == (
         "cot", "id", "t1", "accuracy - grpo", 4)
-    assert (row["value"], row["low"], row["high"]) == pytest.approx((0.0, low, high))
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((0.0, -0.552223, 0.552223), abs=1e-5)
+
+
+def test_arms_that_agree_on_every_prompt_may_still_differ_on_others():
+    right = [[n % 2] for n in range(200)]
+    [row] = differences({"cot": {"id": {"greedy": scored(right)}}, "grpo": {"id": {"greedy": scored(right)}}}, "grpo")
+    # Wilson's upper limit of none of 200, 3.8416 / 203.8416, to either side
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((0, -0.018846, 0.018846), abs=1e-6)
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals_when_methods_agree():
-    right = [[n % 2] for n in range(40)]
+    right = [[n % 2] for n in range(200)]
     other = [[1 - right[0][0]], *right[1:]]
     [row] = differences({"cot": {"id": {"t1": scored(other)}}, "grpo": {"id": {"t1": scored(right)}}}, "grpo")
     _, low, high = interval([group[0] for group in right])
-    assert row["value"] == pytest.approx(1 / 40) and row["high"] - row["low"] < (high - low) / 2
+    assert row["value"] == pytest.approx(1 / 200) and row["high"] - row["low"] < (high - low) / 2
 
 
 def test_a_method_without_its_counterpart_has_no_difference():
@@ -167,14 +177,34 @@ def test_the_table_prints_every_split_and_metric_and_the_methods_that_have_them(
     for title in ("Accuracy, greedy", "Accuracy, T = 1", "Paired difference to grpo in points, T = 1", "pass@2, T = 1",
                   "maj@2, T = 1", "format, T = 1", "length, T = 1", "Accuracy on id by question kind"):
         [part] = [part for part in text.split("\n\n") if part.startswith(title)]
-        names = [line.split()[0] for line in part.splitlines()[2:] if not line.startswith("(a constant)")]
+        names = [line.split()[0] for line in part.splitlines()[2:]
+                 if not line.startswith(("(a constant)", "One constant answer"))]
         shown = [method for method in methods if "difference" not in title or method != "grpo"]
         if title.startswith(("Accuracy, T", "Paired", "Accuracy on")):
             shown.insert(0, "teacher")          # judged as one sampled completion, without a form or a length
         assert names == shown, title
     [accuracy] = [part for part in text.split("\n\n") if part.startswith("Accuracy, T = 1")]
     assert accuracy.splitlines()[1].split() == ["id", "crowded"]
-    assert "0.750 [0.40, 1.00]" in accuracy         # 0.75 -+ 0.25 sqrt(2), but no share is above 1
+    # Wilson's of .75 of 2 prompts: (.75 + 3.8416/4) / 2.9208 = .5856; 1.96/2.9208 sqrt(.1875/2 + 3.8416/16) = .3878
+    assert "0.750 [0.20, 0.97]" in accuracy
+
+
+def test_a_table_of_differences_corrects_for_all_its_cells_that_have_two_seeds():
+    # Of three seeds t = 2 sqrt(3), p = 1 - sqrt(12 / 14) = .0742; of 1, 2, 3 and -1, -2, -3 points twice that.
+    values = {("cot", "id"): (0.01, 0.02, 0.03), ("cot", "far"): (-0.01, -0.02, -0.03), ("ppo", "id"): (0.5,)}
+    found = [dict(method=method, split=split, decoding="t1", metric="accuracy - grpo", value=value)
+             for (method, split), of_seeds in values.items() for value in of_seeds]
+    title, _, cot, note = seeds_table(found).splitlines()
+    assert "over these 2 comparisons" in title and "mean over 3 seeds" in title
+    assert cot.split() == ["cot", "+2.0", "[-0.5,", "+4.5]", "0.148", "-2.0", "[-4.5,", "+0.5]", "0.148"]
+    assert "from 3.3 points on in half of these cells, from 3.3 in all" in note     # 3.26 sd: power of t, 2 degrees
+
+
+def test_a_star_stands_where_the_corrected_p_is_below_a_twentieth():
+    found = [dict(method=method, split="id", decoding="t1", metric="accuracy - grpo", value=value)
+             for method, of_seeds in (("cot", (0.10, 0.11, 0.12)), ("ppo", (0.01, 0.03, -0.02))) for value in of_seeds]
+    _, _, cot, ppo, _ = seeds_table(found).splitlines()
+    assert cot.endswith(" *") and not ppo.endswith("*")
 
 
 def test_training_rows_by_hand():
@@ -212,9 +242,21 @@ def test_tables_follow_from_the_decodings_that_were_sampled():
     text = table(rows("cot", "far", scores["cot"]["far"], 0), scores)
     titles = [part.splitlines()[0] for part in text.split("\n\n")]
     words = "T = 0.7, top-p 0.9"
-    assert titles == ["Accuracy, greedy [95 % interval]", f"Accuracy, {words} [95 % interval]", f"maj@2, {words}",
-                      f"pass@2, {words}", f"format, {words}", f"length, {words}",
-                      f"pass@k and Cover@tau on far, {words} [95 % interval over prompts]"]
+    assert titles == [f"Accuracy, greedy {OVER_PROMPTS}", f"Accuracy, {words} {OVER_PROMPTS}",
+                      f"maj@2, {words} {OVER_PROMPTS}", f"pass@2, {words} {OVER_PROMPTS}",
+                      f"format, {words} {OVER_PROMPTS}", f"length, {words}",
+                      f"pass@k and Cover@tau on far, {words} {OVER_PROMPTS}"]
+
+
+def test_accuracies_stand_over_what_one_constant_answer_earns():
+    # Of one kind of question there is no table by kind, and skewed answers are most to be feared there.
+    scores = {"cot": {}}
+    for split, gold in (("id", ["two", "two", "two", "one"]), ("far", ["six", "two", "one", "five"])):
+        scores["cot"][split] = {"t1": dict(scored([[1, 0]] * 4), gold=gold)}
+    text = table([row for split, raw in scores["cot"].items() for row in rows("cot", split, raw, 0)], scores)
+    accuracy, *_ = text.split("\n\n")
+    assert accuracy.splitlines()[-1] == ("One constant answer to all prompts would be right on: id 0.750 (two), "
+                                         "far 0.250 (five)")
 
 
 def test_the_first_sampled_decoding_is_the_main_one():
@@ -317,10 +359,10 @@ def test_the_result_of_real_scores_agrees_with_rows_and_differences():
               "grpo": {"id": {"t1": scored([[1, 1], [1, 1], [1, 0]])}}}
     found = [line for method in scores for line in rows(method, "id", scores[method]["id"], 0)]
     first, second, third = result_lines(found, differences(scores, "grpo"), "grpo")
-    # Of 27 draws one is all 0.5 and makes 3.7 %: means from 0.5 to 1, stretched by sqrt(3 / 2) around 5/6.
-    assert "grpo is right on 0.833 [0.43, 1.00]; cot, imitation alone, on 0.167 [0.00, 0.57]." in first
-    # Of -1, -1, 0 likewise: means from -1 to 0 around -2/3; no difference is under -1
-    assert "-66.7 points [-100.0, +15.0], an interval that includes 0." in second and "cot keeps the form in" in third
+    # Wilson's of 1/6 of 3 prompts: (.1667 + 3.8416/6) / 2.2805 = .3538; 1.96/2.2805 sqrt(.1389/3 + 3.8416/36) = .3362
+    assert "grpo is right on 0.833 [0.31, 0.98]; cot, imitation alone, on 0.167 [0.02, 0.69]." in first
+    # 2 of 3 lost, .2077 to .9385, and none won, at most .5615: up to -.6667 + sqrt(.4590^2 + .5615^2)
+    assert "-66.7 points [-93.9, +5.9], an interval that includes 0." in second and "cot keeps the form in" in third
 
 
 def test_a_result_of_nothing_is_three_lines_too():

@@ -11,7 +11,8 @@ from collections import Counter
 
 import numpy as np
 
-from rl.report.statistics import decoding_title, decodings_of, grid, interval, main_split, per_prompt, share_text
+from rl.report.inference import interval
+from rl.report.statistics import decoding_title, decodings_of, grid, main_split, per_prompt, share_text
 
 PROCEDURES = ("list", "walk", "none")
 COSTS = "costs and failures"

@@ -46,7 +46,7 @@ def report_seeds(folder, seeds, write):
     lines = result_lines(over_seeds(joint["results"]), over_seeds(joint.get("differences", [])),
                          _compared_to(joint.get("differences", [])), over="seeds")
     text = "\n".join([*lines, *_probes(runs), "", seeds_table(shown)])
-    if "curve" not in joint:
+    if not joint.get("curve"):
         return text
     decoding = main_decoding(joint["results"])
     picture = frontier(joint["curve"], decoding)

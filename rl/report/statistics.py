@@ -11,8 +11,8 @@ from collections import Counter
 import numpy as np
 
 from data.chat import normalise
-from rl.report.inference import (bootstrap, constant_guess, cover_at, holm, macro_average, minimum_detectable,
-                                 pass_at_k, paired_t)
+from rl.report.inference import (best_constant, bootstrap, constant_guess, cover_at, holm, interval,
+                                 interval_of_differences, macro_average, minimum_detectable, paired_t, pass_at_k)
 
 CLASS_MEAN = "class-averaged accuracy"      # its rows have no interval; n is the number of classes
 MACRO = "macro average"                     # of the accuracies by question kind
@@ -113,23 +113,6 @@ def per_prompt(scores, metric):
     return np.mean(scores[metric], axis=1) if metric in scores else None
 
 
-def interval(values):
-    """Mean of one value a prompt with its 95 % interval: (mean, low, high).
-
-    Wilson's interval for 0/1 values, the bootstrap otherwise (several completions of a prompt are
-    not independent, so the prompt is the unit).
-    """
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    mean = float(values.mean())
-    if set(np.unique(values)) <= {0.0, 1.0}:
-        z = 1.96
-        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return mean, max(0.0, centre - half), min(1.0, centre + half)      # rounding may pass the ends
-    return bootstrap(values)
-
-
 def within(low, high, least, most):
     """An interval cut to what the quantity can be; None in place of an end that is infinite."""
     low = max(low, least)
@@ -147,7 +130,7 @@ def rows(method, split, scores, seed):
             values = per_prompt(raw, metric)
             if values is None:
                 continue
-            value, low, high = interval(values)
+            value, low, high = bootstrap(values) if metric == "length" else interval(values)
             low, high = within(low, high, 0.0, math.inf if metric == "length" else 1.0)
             out.append(dict(label, metric=metric, value=value, low=low, high=high, n=len(values),
                             seed=seed))
@@ -189,7 +172,7 @@ def curve_rows(place, scores):
 
 def differences(scores, to):
     """Paired differences in accuracy, method minus `to`, on the prompts of both, with intervals over
-    prompts (bootstrap).
+    prompts.
 
     scores: method -> split -> raw scores. Rows like those of `rows`, metric "accuracy - {to}".
     """
@@ -202,7 +185,7 @@ def differences(scores, to):
         others = per_prompt(other, "accuracy")
         n = min(len(values), len(others))           # a method may be asked the first of the prompts
         delta = values[:n] - others[:n]
-        mean, low, high = bootstrap(delta)
+        mean, low, high = interval_of_differences(delta)
         low, high = within(low, high, -1.0, 1.0)
         out.append(dict(method=method, split=split, decoding=decoding, metric=f"accuracy - {to}",
                         value=mean, low=low, high=high, n=len(delta)))
@@ -436,8 +419,8 @@ def _tokens(row):
 
 
 def table(results, scores, to=""):
-    """The whole comparison as text: accuracies with intervals, differences to the method `to`,
-    votes, format, length, question kinds."""
+    """The whole comparison as text: accuracies with intervals and what one constant answer to a
+    split earns, differences to the method `to`, votes, format, length, question kinds."""
     accuracies = [row for row in results if row["metric"] == "accuracy"]
     splits = list(dict.fromkeys(row["split"] for row in accuracies))
     methods = list(dict.fromkeys(row["method"] for row in accuracies))
@@ -464,8 +447,9 @@ def table(results, scores, to=""):
     tables = []
     for decoding in decodings:
         title = decoding_title(decoding)
-        heading = f"Accuracy, {title} [95 % interval]"
-        tables.append(metric_grid(heading, methods, decoding, "accuracy", share_text))
+        heading = f"Accuracy, {title} [95 % interval over prompts]"
+        accuracy = metric_grid(heading, methods, decoding, "accuracy", share_text)
+        tables.append("\n".join([accuracy, *_best_constants(scores, splits, decoding)]))
         of_classes = {row["method"] for row in results
                       if row["metric"] == CLASS_MEAN and row["decoding"] == decoding}
         if of_classes:
@@ -473,15 +457,16 @@ def table(results, scores, to=""):
             heading = f"{CLASS_MEAN.capitalize()}, {title} (classes)"
             tables.append(metric_grid(heading, chosen, decoding, CLASS_MEAN, _classes))
         if to in scores and others:
-            heading = f"Paired difference to {to} in points, {title} [95 % interval]"
+            heading = f"Paired difference to {to} in points, {title} [95 % interval over prompts]"
             tables.append(metric_grid(heading, others, decoding, f"accuracy - {to}", _points))
     metrics = {row["metric"] for row in results}
     passes = sorted((metric for metric in metrics if metric.startswith("pass@")), key=_k_of)
     votes = [*sorted(metric for metric in metrics if metric.startswith("maj@")), *passes[-1:]]
     for metric in (*votes, "format", "length"):     # of pass@k the largest k; the others follow
         form = _tokens if metric == "length" else share_text
+        named = "" if metric == "length" else " [95 % interval over prompts]"
         for decoding in sampled:
-            heading = f"{metric}, {decoding_title(decoding)}"
+            heading = f"{metric}, {decoding_title(decoding)}{named}"
             tables.append(metric_grid(heading, methods, decoding, metric, form))
     home = main_split(splits) if splits else ""
     for decoding in sampled:
@@ -515,15 +500,35 @@ def _spread(found, methods, split, decoding, passes):
     return grid(title, columns, lines) if lines else ""
 
 
-def _constant(scores, split, decoding):
-    """{kind: accuracy of always giving its commonest gold answer} on a split; {} where no method's
-    scores hold gold answers."""
+def _asked(scores, split, decoding):
+    """Gold answers and kinds of the prompts of a split, of the method that was asked the most; two
+    empty lists where no method's scores hold gold answers."""
+    gold = []
+    kinds = []
     for of_method in scores.values():
         raw = of_method.get(split, {}).get(decoding, {})
-        if "gold" in raw:
-            guesses = constant_guess(raw["gold"], raw["kind"])
-            return {kind: share for kind, (_, share) in guesses.items()}
-    return {}
+        if len(raw.get("gold", [])) > len(gold):
+            gold = raw["gold"]
+            kinds = raw["kind"]
+    return gold, kinds
+
+
+def _constant(scores, split, decoding):
+    """{kind: accuracy of always giving its commonest gold answer} on a split; {} without gold
+    answers."""
+    guesses = constant_guess(*_asked(scores, split, decoding))
+    return {kind: share for kind, (_, share) in guesses.items()}
+
+
+def _best_constants(scores, splits, decoding):
+    """A line on what one constant answer to all prompts of a split earns; [] without gold answers."""
+    words = []
+    for split in splits:
+        gold, _ = _asked(scores, split, decoding)
+        if gold:
+            answer, share = best_constant(gold)
+            words.append(f"{split} {share:.3f} ({answer})")
+    return [f"One constant answer to all prompts would be right on: {', '.join(words)}"] if words else []
 
 
 def _kinds(title, kinds, constant):
@@ -611,7 +616,7 @@ def seeds_table(results):
             grouped.setdefault((row["decoding"], row["metric"]), []).append(row)
     tables += _spread_over_seeds(spread)
     for (decoding, metric), rows in grouped.items():
-        count = rows[0]["n"]
+        count = max(row["n"] for row in rows)
         what = f"{metric}, {decoding_title(decoding)}"
         if metric.startswith("accuracy - ") and count > 1:
             tables.append(_differences_grid(f"{what}, in points", rows))
@@ -637,7 +642,9 @@ def _spread_over_seeds(rows):
 
 
 def _differences_grid(title, rows):
-    """Paired differences over seeds, each held against 0, and what they could have shown."""
+    """Paired differences over seeds, each held against 0, and what they could have shown; those of one
+    seed are left out."""
+    rows = [row for row in rows if row["n"] > 1]
     adjusted = holm([row["p"] for row in rows])
     methods = {}                                # method -> split -> text
     for row, p in zip(rows, adjusted):
@@ -649,10 +656,10 @@ def _differences_grid(title, rows):
     lines = []
     for method, texts in methods.items():
         lines.append((method, [texts.get(split, "") for split in splits]))
-    count = rows[0]["n"]
+    count = max(row["n"] for row in rows)
     title = (f"{title}: mean over {count} seeds [95 % paired t-interval over seeds], p after Holm's correction over "
              f"these {len(rows)} comparisons, * below .05")
-    smallest = [100 * minimum_detectable(row["sd"], count) for row in rows]
+    smallest = [100 * minimum_detectable(row["sd"], row["n"]) for row in rows]
     note = (f"A true difference would have been found, four times of five and before the correction, from "
             f"{np.median(smallest):.1f} points on in half of these cells, from {max(smallest):.1f} in all.")
     return f"{grid(title, splits, lines)}\n{note}"
