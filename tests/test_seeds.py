@@ -18,11 +18,11 @@ def leave(folder, name, rows):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two finished runs: grpo is right on .4 and .6, cot on .1 less each time."""
-    for seed, value in ((3, 0.4), (4, 0.6)):
+    """Two finished runs: grpo is right on .4 and .6, cot on .05 and .15 less."""
+    for seed, value, less in ((3, 0.4, 0.05), (4, 0.6, 0.15)):
         run = tmp_path / f"seed-{seed}"
-        leave(run, "results.json", [row("cot", value - 0.1, seed=seed), row("grpo", value, seed=seed)])
-        leave(run, "differences.json", [row("cot", -0.1, "accuracy - grpo", seed=seed)])
+        leave(run, "results.json", [row("cot", value - less, seed=seed), row("grpo", value, seed=seed)])
+        leave(run, "differences.json", [row("cot", -less, "accuracy - grpo", seed=seed)])
         leave(run, "kinds.json", [row("cot", value, "accuracy on at", seed=seed),
                                   row("cot", value, "accuracy on at", decoding="greedy", seed=seed)])
         leave(run, "training.json", [])
@@ -66,7 +66,8 @@ def test_the_text_is_the_result_the_probes_and_the_tables(runs):
     head, *tables = text.split("\n\n")
     first, second, third, probes = head.splitlines()
     assert first.startswith("Result on id, T = 1 [95 % interval over 2 seeds]: grpo is right on 0.500 [")
-    assert "cot minus grpo, paired by prompt, -10.0 points [-10.0, -10.0]." in second
+    # t of one degree 12.706, times a deviation of .0707 / sqrt(2)
+    assert "cot minus grpo, paired by prompt, -10.0 points [-73.5, +53.5], an interval that includes 0." in second
     assert third == "Form and length were not measured."
     assert probes == "shape probe, seed by seed: id 0.400, pairs 0.500; id 0.600, pairs 0.500"
     titles = [table.splitlines()[0] for table in tables]
@@ -91,9 +92,16 @@ def test_seeds_that_evaluated_nothing_have_rows_but_no_report(runs):
     assert text == "" and json.loads(written["results.json"]) == [] and "curves.png" not in written
 
 
+def test_curves_without_a_point_are_no_picture(runs):
+    for seed in (3, 4):
+        leave(runs / f"seed-{seed}", "curve.json", [])
+    text, written = report(runs)
+    assert text and "frontier.png" not in written and json.loads(written["curve.json"]) == []
+
+
 def test_one_seed_alone_has_no_interval(runs):
     text, _ = report(runs, [4])
     first, second, *_ = text.splitlines()
     assert first == ("Result on id, T = 1 [95 % interval over 1 seed]: grpo is right on 0.600; cot, imitation alone, "
-                     "on 0.500.")
-    assert second.endswith("-10.0 points, without an interval.")
+                     "on 0.450.")
+    assert second.endswith("-15.0 points, without an interval.")

@@ -191,13 +191,23 @@ def test_the_table_prints_every_split_and_metric_and_the_methods_that_have_them(
 
 def test_a_table_of_differences_corrects_for_all_its_cells_that_have_two_seeds():
     # Of three seeds t = 2 sqrt(3), p = 1 - sqrt(12 / 14) = .0742; of 1, 2, 3 and -1, -2, -3 points twice that.
-    values = {("cot", "id"): (0.01, 0.02, 0.03), ("cot", "far"): (-0.01, -0.02, -0.03), ("ppo", "id"): (0.5,)}
+    values = {("cot", "id"): (0.01, 0.02, 0.03), ("cot", "far"): (-0.01, -0.02, -0.03), ("ppo", "id"): (0.5,),
+              ("ppo", "far"): (0.4, 0.4, 0.4)}
     found = [dict(method=method, split=split, decoding="t1", metric="accuracy - grpo", value=value)
              for (method, split), of_seeds in values.items() for value in of_seeds]
-    title, _, cot, note = seeds_table(found).splitlines()
+    title, _, cot, ppo, note, untested = seeds_table(found).splitlines()
     assert "over these 2 comparisons" in title and "mean over 3 seeds" in title
     assert cot.split() == ["cot", "+2.0", "[-0.5,", "+4.5]", "0.148", "-2.0", "[-4.5,", "+0.5]", "0.148"]
-    assert "from 3.3 points on in half of these cells, from 3.3 in all" in note     # 3.26 sd: power of t, 2 degrees
+    assert "from 3.3 points on in half of these comparisons, from 3.3 in all" in note     # 3.26 sd: t, 2 degrees
+    assert ppo.split() == ["ppo", "+50.0", "+40.0"] and untested.startswith("Without an interval: 2, ")
+
+
+def test_differences_that_are_equal_with_every_seed_are_not_shown():
+    equal = [dict(method="cot", split="id", decoding="t1", metric="accuracy - grpo", value=0.4) for _ in range(3)]
+    [over] = over_seeds(equal)
+    assert (over["value"], over["low"], over["high"]) == (pytest.approx(0.4), -math.inf, math.inf)
+    found = [row("cot", "id", 0.9, 0.8, 1.0), row("grpo", "id", 0.5, 0.4, 0.6)]
+    assert "a difference is not shown: cot minus grpo" in result_lines(found, [over], "grpo", over="seeds")[1]
 
 
 def test_a_star_stands_where_the_corrected_p_is_below_a_twentieth():
@@ -257,6 +267,9 @@ def test_accuracies_stand_over_what_one_constant_answer_earns():
     accuracy, *_ = text.split("\n\n")
     assert accuracy.splitlines()[-1] == ("One constant answer to all prompts would be right on: id 0.750 (two), "
                                          "far 0.250 (five)")
+    # A method that was asked the first prompts alone does not decide it.
+    first = dict(few={"far": {"t1": dict(scored([[1, 0]]), gold=["six"])}}, **scores)
+    assert "far 0.250 (five)" in table(rows("cot", "far", scores["cot"]["far"], 0), first)
 
 
 def test_the_first_sampled_decoding_is_the_main_one():

@@ -66,7 +66,8 @@ def _incomplete_beta(x, a, b):
 
 class Paired(NamedTuple):
     """Differences of two methods, one a seed: their mean, its 95 % t-interval, the two-sided p of no difference, their
-    standard deviation and number. Of one seed the interval is infinite and p is nan."""
+    standard deviation and number. Of one seed the interval is infinite. Without any spread there is no test, and p is
+    nan."""
     mean: float
     low: float
     high: float
@@ -76,7 +77,7 @@ class Paired(NamedTuple):
 
 
 def paired_t(differences):
-    """(n,) differences, one a seed -> Paired. Differences without any spread have p 0, or 1 where they are 0."""
+    """(n,) differences, one a seed -> Paired."""
     differences = np.asarray(differences, dtype=float)
     n = len(differences)
     mean = float(differences.mean())
@@ -85,17 +86,17 @@ def paired_t(differences):
     sd = float(differences.std(ddof=1))
     error = sd / math.sqrt(n)
     half = t_quantile(0.975, n - 1) * error
-    if error > 0:
+    if error > 1e-12:                           # of equal differences rounding leaves less
         p = 2 * t_cdf(-abs(mean) / error, n - 1)
     else:
-        p = float(mean == 0)
+        p = math.nan
     return Paired(mean, mean - half, mean + half, p, sd, n)
 
 
 def holm(ps):
     """p-values of one family -> adjusted ones, each to be held against the level of the whole family (Holm 1979).
 
-    Raises ValueError for a p that is none, as that of one seed.
+    Raises ValueError for a p that is none, as that of one seed or without spread.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]

@@ -581,7 +581,8 @@ def training_table(rows):
 
 def over_seeds(results):
     """Rows of several seeds -> rows with mean, 95 % t-interval and standard deviation over the
-    seeds, and for differences the p of none: value, low, high, sd, n, p."""
+    seeds, and for differences the p of none: value, low, high, sd, n, p. Differences that are equal
+    with every seed have no interval: its ends are infinite."""
     grouped = {}                                # a row's names -> its value for each seed
     for row in results:
         names = row["method"], row["split"], row["decoding"], row["metric"]
@@ -589,6 +590,8 @@ def over_seeds(results):
     out = []
     for (method, split, decoding, metric), values in grouped.items():
         found = paired_t(values)
+        if metric.startswith("accuracy - ") and math.isnan(found.p):
+            found = found._replace(low=-math.inf, high=math.inf)
         out.append(dict(method=method, split=split, decoding=decoding, metric=metric,
                         value=found.mean, low=found.low, high=found.high, sd=found.sd, n=found.n,
                         p=found.p))
@@ -642,27 +645,34 @@ def _spread_over_seeds(rows):
 
 
 def _differences_grid(title, rows):
-    """Paired differences over seeds, each held against 0, and what they could have shown; those of one
-    seed are left out."""
-    rows = [row for row in rows if row["n"] > 1]
-    adjusted = holm([row["p"] for row in rows])
-    methods = {}                                # method -> split -> text
-    for row, p in zip(rows, adjusted):
+    """Paired differences over seeds, each held against 0, and what they could have shown. Cells that are equal with
+    every seed, or are of one seed, have neither interval nor test."""
+    tested = [row for row in rows if not math.isnan(row["p"])]
+    cells = {}                                  # (method, split) -> text
+    for row in rows:
+        cells[row["method"], row["split"]] = f"{100 * row['value']:+.1f}"
+    for row, p in zip(tested, holm([row["p"] for row in tested])):
         mark = " *" if p < 0.05 else "  "
-        interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-        text = f"{100 * row['value']:+.1f} {interval} {p:.3f}{mark}"
-        methods.setdefault(row["method"], {})[row["split"]] = text
+        interval_text = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        cells[row["method"], row["split"]] += f" {interval_text} {p:.3f}{mark}"
     splits = list(dict.fromkeys(row["split"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = []
-    for method, texts in methods.items():
-        lines.append((method, [texts.get(split, "") for split in splits]))
+    for method in methods:
+        lines.append((method, [cells.get((method, split), "") for split in splits]))
     count = max(row["n"] for row in rows)
     title = (f"{title}: mean over {count} seeds [95 % paired t-interval over seeds], p after Holm's correction over "
-             f"these {len(rows)} comparisons, * below .05")
-    smallest = [100 * minimum_detectable(row["sd"], row["n"]) for row in rows]
-    note = (f"A true difference would have been found, four times of five and before the correction, from "
-            f"{np.median(smallest):.1f} points on in half of these cells, from {max(smallest):.1f} in all.")
-    return f"{grid(title, splits, lines)}\n{note}"
+             f"these {len(tested)} comparisons, * below .05")
+    notes = [grid(title, splits, lines)]
+    if tested:
+        smallest = [100 * minimum_detectable(row["sd"], row["n"]) for row in tested]
+        notes.append(f"A true difference would have been found, four times of five and before the correction, from "
+                     f"{np.median(smallest):.1f} points on in half of these comparisons, from {max(smallest):.1f} in "
+                     "all.")
+    untested = len(rows) - len(tested)
+    if untested:
+        notes.append(f"Without an interval: {untested}, whose seeds do not differ, so that there is no test.")
+    return "\n".join(notes)
 
 
 def _seeds_grid(title, rows):
