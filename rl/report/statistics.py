@@ -646,12 +646,14 @@ def _spread_over_seeds(rows):
 
 def _differences_grid(title, rows):
     """Paired differences over seeds, each held against 0, and what they could have shown. Cells that are equal with
-    every seed, or are of one seed, have neither interval nor test."""
+    every seed, or are of one seed, have neither interval nor test, but count as comparisons: the
+    family is not chosen by what came out."""
     tested = [row for row in rows if not math.isnan(row["p"])]
+    adjusted = holm([*(row["p"] for row in tested), *[1.0] * (len(rows) - len(tested))])
     cells = {}                                  # (method, split) -> text
     for row in rows:
         cells[row["method"], row["split"]] = f"{100 * row['value']:+.1f}"
-    for row, p in zip(tested, holm([row["p"] for row in tested])):
+    for row, p in zip(tested, adjusted):
         mark = " *" if p < 0.05 else "  "
         interval_text = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
         cells[row["method"], row["split"]] += f" {interval_text} {p:.3f}{mark}"
@@ -662,13 +664,12 @@ def _differences_grid(title, rows):
         lines.append((method, [cells.get((method, split), "") for split in splits]))
     count = max(row["n"] for row in rows)
     title = (f"{title}: mean over {count} seeds [95 % paired t-interval over seeds], p after Holm's correction over "
-             f"these {len(tested)} comparisons, * below .05")
+             f"these {len(rows)} comparisons, * below .05")
     notes = [grid(title, splits, lines)]
     if tested:
         smallest = [100 * minimum_detectable(row["sd"], row["n"]) for row in tested]
         notes.append(f"A true difference would have been found, four times of five and before the correction, from "
-                     f"{np.median(smallest):.1f} points on in half of these comparisons, from {max(smallest):.1f} in "
-                     "all.")
+                     f"{np.median(smallest):.1f} points on in half of those tested, from {max(smallest):.1f} in all.")
     untested = len(rows) - len(tested)
     if untested:
         notes.append(f"Without an interval: {untested}, whose seeds do not differ, so that there is no test.")
