@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import chat, scenes, tokenizer, worlds
+from data import chat, scenes, tokenizer, transfer, worlds
 from data.answers import commonest_answer
 from data.jinja import jinja
 from data.prompting import METHODS
@@ -36,7 +36,8 @@ from model.runs.config import check_fields, choice, from_command_line, number
 from model.runs.device import pick_device, pick_dtype
 from model.runs.folder import write_json
 from model.vlm import VLM
-from rl.report import curves, page, routes, statistics
+from rl import measures
+from rl.report import curves, generalisation, page, routes, statistics
 from rl.report.log import read_log
 from rl.report.statistics import decoding_name
 from rl.rollout import prompts, read
@@ -338,12 +339,13 @@ class Contender:
                        eval_sampled=min(most, options.eval_sampled), eval_samples=self.samples or options.eval_samples)
 
 
-def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained=None):
+def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained=None, probes=None):
     """Evaluates every method on every split; writes results.json, scores.json, differences.json and the report.
 
     cfg: train.py's; contenders: method -> Contender; tests: split -> samples; rewards: a Rewards, for the page of
     samples; has_teacher: whether the samples carry a teacher's chains; to: the method that the others' differences are
-    to, "" for none; trained: of the routes method -> FLOPs of its training, else None. A method that scores.json
+    to, "" for none; trained: of the routes method -> FLOPs of its training, else None; probes: of post-training on a
+    part of the questions a Probes, else None. A method that scores.json
     already holds is not evaluated again. Returns the rows of results.json.
     """
     folder = Path(folder)
@@ -374,6 +376,11 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     if trained:
         found = routes.rows(scores, trained, is_leak, procedure, seed)
         write_json(folder / "routes.json", found)
+    if probes:
+        found = generalisation_rows(folder, cfg, contenders, tests, scores, probes)
+        write_json(folder / "generalisation.json", found)
+        if any(row["metric"] == "gain" for row in found):
+            write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
     write_json(folder / "results.json", results)      # last: a run that has it is finished
 
     print("\n" + "\n".join(statistics.result_lines(results, differences, to)))
@@ -385,6 +392,8 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
         print(without_looking(split, asked), end="")
     if trained:
         print("\n" + routes.routes_text(scores, found))
+    if probes:
+        print("\n" + generalisation.generalisation_text([*results, *found], transfer.PARTS))
     return results
 
 
@@ -408,11 +417,101 @@ def write_report(folder, cfg, tests, scores, rewards, log, results):
     title = f"Samples of {folder.name}, {statistics.decoding_title(decoding)}"
     html = page.samples_page(title, tests, scores, rewards, decoding)
     checkpoint.write_atomically(folder / "samples.html", lambda file: file.write(html))
-    picture = curves.curves(log, results)
+    write_picture(folder / "curves.png", curves.curves(log, results))
+
+
+def write_picture(path, picture):
+    """Writes the bytes of a PNG; None, without matplotlib, is noted."""
     if picture:
-        checkpoint.write_atomically(folder / "curves.png", lambda file: file.write(picture))
+        checkpoint.write_atomically(path, lambda file: file.write(picture))
     else:
-        print('no curves.png: pip install -e ".[report]" brings matplotlib')
+        print(f'no {path.name}: pip install -e ".[report]" brings matplotlib')
+
+
+# ---------------------------------------------------------------- post-training on a part of the questions
+
+@dataclass(frozen=True)
+class Probes:
+    """What is asked of post-training on a part of the questions, beside the splits.
+
+    start: the method that all were trained from; parts: part -> prompts, on which models are compared; begun: kind of
+    question -> samples with flawless chains, which thoughts begin with; looking: questions that are answered at once;
+    captioned: pictures with captions in reading order.
+    """
+    start: str
+    parts: dict
+    begun: dict
+    looking: list
+    captioned: list
+
+
+def probes_of(supply, options, start):
+    """A Supply and JudgeOptions -> Probes, from prompts that nothing trains on."""
+    seed = scenes.TEST_SEED[supply.options.eval_set]
+    count = options.eval_greedy
+    begun = {}
+    for kind in transfer.KINDS:
+        begun[kind] = scenes.load(kind, count, seed, supply.flawless, world=supply.world)
+    parts = supply.of_parts(options.eval_sampled)
+    captioned = [sample for samples in parts.values() for sample in samples]
+    return Probes(start, parts, begun, scenes.load("sft", count, seed), captioned)
+
+
+def generalisation_rows(folder, cfg, contenders, tests, scores, probes):
+    """The rows of generalisation.json. Arguments as those of `compare`. What measures.json already holds is not
+    measured again."""
+    device = pick_device(cfg.machine.device)
+    dtype = pick_dtype(cfg.machine.dtype)
+    path = folder / "measures.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    start, tok, state = load_vlm(contenders[probes.start].path, device)
+    start = start.to(dtype)
+    for method, contender in contenders.items():
+        if method not in measured:
+            began = time.perf_counter()
+            vlm, _, _ = load_vlm(contender.path, device)
+            measured[method] = probe(vlm.to(dtype), start, tok, probes, state["method"], cfg)
+            write_json(path, measured)
+            print(f"measured {method} {time.perf_counter() - began:7.1f} s", flush=True)
+    decoys = {}
+    for split in transfer.RULES:
+        decoys[split] = [chat.normalise(sample.decoy) for sample in tests[split]]
+    guesses = {kind: commonest_answer(tests[kind])[1] for kind in transfer.KINDS}
+    return generalisation.rows(scores, measured, decoys, guesses, probes.start, transfer.PARTS, cfg.run.seed)
+
+
+def probe(vlm, start, tok, probes, method, cfg):
+    """One model beside the start, both asked by `method`, the start's -> rows (split, decoding, metric, value)."""
+    template = cfg.data.template
+    max_new = cfg.sampling.max_new
+    rows = []
+
+    # 1. Retention: captions, and questions that are answered at once.
+    logp = measures.caption_logp(vlm, tok, probes.captioned, template)
+    rows.append(dict(split="captions", decoding="log-prob", metric=generalisation.RETAINED, value=logp))
+    answers = complete(vlm, tok, probes.looking, Prompting("direct", template, max_new), cfg.judge.eval_batch)
+    rows.append(dict(split="looking", decoding="greedy", metric=generalisation.RETAINED,
+                     value=float(np.mean(judge(probes.looking, answers.texts)["right"]))))
+
+    # 2. How far it moved, on the prompts of each part.
+    for part, samples in probes.parts.items():
+        def compared(speaker, other):
+            generator = torch.Generator(vlm.llm.head.device).manual_seed(1)
+            return measures.divergence(Sampler(speaker), other, tok, samples, method, template, max_new, generator)
+        forward = compared(start, vlm)
+        reverse = compared(vlm, start)
+        found = {generalisation.FORWARD: np.mean(forward.kl), generalisation.REVERSE: np.mean(reverse.kl),
+                 generalisation.ENTROPY: reverse.entropy}
+        for metric, value in found.items():
+            rows.append(dict(split=part, decoding="t1", metric=metric, value=float(value)))
+
+    # 3. What it does once its thought has begun as a flawless one.
+    for kind, samples in probes.begun.items():
+        beginnings = [f"<think> {transfer.beginning(sample)}" for sample in samples]
+        texts = measures.begun(Sampler(vlm), tok, samples, beginnings, method, template, max_new)
+        right = judge(samples, [[text] for text in texts])["right"]
+        rows.append(dict(split=kind, decoding="greedy", metric=generalisation.BEGUN, value=float(np.mean(right))))
+    return rows
 
 
 # ---------------------------------------------------------------- command line

@@ -8,6 +8,7 @@
     python train.py --preset=llava-1.5-7b --data=llava:FILE --image-root=DIR       # a published recipe
     python train.py --stage=rl --init=out/NAME/cot.pt  # one stage, from a checkpoint
     python train.py --preset=routes                    # staged prompting, LLaVA-o1, RL: three routes to reasoning
+    python train.py --preset=generalisation            # post-training on some kinds of question, tested on the others
     python train.py --stage=teach --teacher=http://HOST/v1 --teacher-model=NAME --records=FILE --data=jsonl:FILE
                                                        # a teacher's chains of thought, checked, into --records
     python train.py --resume                           # go on with the last interrupted run
@@ -30,17 +31,17 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import chat, llava, scenes, teachers, teaching, tokenizer
+from data import chat, llava, scenes, teachers, teaching, tokenizer, transfer
 from data.prompting import METHODS
 from data.records import export_llava
-from data.sample import batch_indices, collate
+from data.sample import Sample, batch_indices, collate
 from data.shape_probe import shape_probe
 from data.supply import STREAMS, DataOptions, Supply, source_of
 from data.teachers import TeacherOptions
@@ -67,7 +68,7 @@ from rl import algorithms, bench, metrics
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, preflight_text
 from rl.learner import Guard, make_learner
-from rl.report import ladder
+from rl.report import generalisation, ladder
 from rl.report import seeds as seeds_report
 from rl.report import statistics
 from rl.report.log import read_log
@@ -91,6 +92,9 @@ COMPARISONS = {
     # one thing varied at a time, all after cot at RL's FLOPs: where samples come from, their sign, KL, a teacher model
     "evidence": ["rl", "grpo_token_kl", "reinforce", "negative", "rejection_first", "rejection", "rejection_iterated",
                  "cot_continued", "filtered", "sft_direct", "perfect", "distilled"],
+    # each on the walks alone and on the looks alone; then tested on all: world transfer
+    "generalisation": [f"{arm}_{part}" for part in transfer.PARTS for arm in
+                       ("rl", "rl_kl", "filtered", "replay", "rejection", "continued", "gold")],
 }
 
 
@@ -241,6 +245,16 @@ class Config:
              "be exact, and --kl-in loss, with the stage distilled")
         need(source == "scenes" or self.run.compare != "routes", "compare", "routes",
              "come with drawn scenes, whose small skills the base learns")
+        generalises = self.run.compare == "generalisation"
+        need(self.data.world == "transfer" or not generalises, "world", self.data.world,
+             "be transfer with --compare=generalisation, whose arms learn from its parts")
+        need(self.teacher.cot_format == "think" or not generalises, "cot_format", self.teacher.cot_format,
+             "be think with --compare=generalisation, which begins thoughts in its tags")
+        parts = {part for part in transfer.PARTS for name in stages if name.endswith(f"_{part}")}
+        need(not parts or self.data.world == "transfer", "world", self.data.world,
+             f"be transfer with stages of its parts, {', '.join(sorted(parts))}")
+        need(source == "scenes" or not self.data.replay, "replay", self.data.replay,
+             "be 0 with data of your own, which has no captions and looking questions apart")
         if self.run.compare == "routes" and not (self.data.skills and self.teacher.cot_format == "llava_cot"):
             return ["--compare=routes is made for --skills=true --cot-format=llava_cot, as --preset=routes has them: "
                     "without them the base does not know what it is asked, or llava_o1 has other tags"]
@@ -482,9 +496,23 @@ class Run(RunFolder):
 
 # ---------------------------------------------------------------- the two loops
 
+class Record(NamedTuple):
+    """What supervised training learns from. target: the text to say, None for the sample's caption; method: how the
+    question is asked, of data.chat's PROMPTS; "" as the whole stage asks."""
+    sample: Sample
+    target: str | None
+    method: str = ""
+
+    def encoded(self, tok, image_tokens, method, template):
+        """-> (ids, target mask, images), as `collate` takes them; method: of the stage."""
+        if self.target is None:
+            return chat.encode_plain(self.sample, tok, image_tokens, template)
+        return chat.encode(self.sample, tok, image_tokens, self.method or method, template, self.target)
+
+
 def fit(run, name, cfg, origin, records, method, schedule, meter):
-    """Supervised training of a stage on records (sample, target text), or on captions where the text is None; CLIP
-    frozen. Without records the model stays as it is."""
+    """Supervised training of a stage on records, or (sample, target text), as Record; CLIP frozen. Without records the
+    model stays as it is."""
     vlm = origin.vlm
     tok = run.tokenizer
     image_tokens = vlm.config.image_tokens
@@ -496,15 +524,12 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
         lengths = run.records.lengths(image_tokens)
 
     def encode(number, record):
-        sample, target = record
-        sample = run.supply.decoded(sample, vlm.config.pixels)
-        if target is None:
-            row = chat.encode_plain(sample, tok, image_tokens, cfg.data.template)
-        else:
-            row = chat.encode(sample, tok, image_tokens, method, cfg.data.template, target)
+        record = Record(*record)
+        record = record._replace(sample=run.supply.decoded(record.sample, vlm.config.pixels))
+        row = record.encoded(tok, image_tokens, method, cfg.data.template)
         if not cfg.data.max_length:
             return row
-        return llava.shortened(row, cfg.data.max_length, image_tokens, tok.image_id, number, sample.id)
+        return llava.shortened(row, cfg.data.max_length, image_tokens, tok.image_id, number, record.sample.id)
 
     snapshot = partial(run.snapshot, name, cfg, method, meter, vlm)
     for step, lr in run.steps(name, schedule, vlm, optimizer, meter, snapshot=snapshot):
@@ -741,9 +766,9 @@ def sft(run, name, cfg, origin):
 
 
 def cot(run, name, cfg, origin):
-    """Fine-tuning on the teacher's chains of thought."""
+    """Fine-tuning on the teacher's chains of thought, and on what --replay keeps of the stages before."""
     options = cfg.supervised
-    records = chains(run, cfg, origin, "cot")
+    records = with_replay(run, cfg, chains(run, cfg, origin, "cot"), "replay")
     steps = steps_of(options.cot_steps, 0, records, options.batch)
     schedule = Schedule(steps, options.batch, options.cot_lr)
     fit(run, name, cfg, origin, records, cfg.teacher.cot_format, schedule, Meter())
@@ -846,6 +871,34 @@ def gold_answers(run, cfg, origin, stream="cot", part="train"):
     return [(sample, chat.target_text(sample.answer)) for sample in samples]
 
 
+def with_replay(run, cfg, records, stream):
+    """The records, and as many captions and looking questions, half each, that these are --replay of all."""
+    share = cfg.data.replay
+    count = round(len(records) * share / (1 - share))
+    if count < 2:
+        return records
+    captions = [Record(sample, None) for sample in run.samples("align", count // 2, stream)]
+    looks = []
+    for sample in run.samples("sft", count - count // 2, stream):
+        looks.append(Record(sample, chat.target_text(sample.answer), "direct"))
+    return [*records, *captions, *looks]
+
+
+REPLAYED = 0.2              # share of the arm `replay` that is of the start's mix
+
+
+def checked_with_replay(run, cfg, origin, part):
+    """Checked chains of a part of the world; REPLAYED of the records are of what the start learned from, all kinds of
+    question with --replay, their chains checked as well."""
+    records = checked_again(run, cfg, origin, part=part)
+    mix = with_replay(run, cfg, checked_again(run, cfg, origin), "replay_again")
+    if not mix:
+        return records
+    count = round(len(records) * REPLAYED / (1 - REPLAYED))
+    rng = np.random.default_rng([cfg.run.seed, STREAMS["replay_again"]])
+    return [*records, *(mix[i] for i in rng.integers(len(mix), size=count))]
+
+
 # ---------------------------------------------------------------- what reinforcement learning is compared with
 
 def matched(run, name, cfg, origin, records_of, method=""):
@@ -870,8 +923,8 @@ def schedule_within(budget, run, cfg, vlm, records, method, meter):
     for _ in range(8):
         rows = []
         for i in rng.integers(len(records), size=batch_size):
-            sample, target = records[i]
-            rows.append(chat.encode(sample, run.tokenizer, vlm.config.image_tokens, method, cfg.data.template, target))
+            record = Record(*records[i])
+            rows.append(record.encoded(run.tokenizer, vlm.config.image_tokens, method, cfg.data.template))
         rows.sort(key=lambda row: len(row[0]))
         batch = collate(rows, run.tokenizer.pad_id, **vlm.config.pixels)
         cost = Meter()
@@ -883,11 +936,12 @@ def schedule_within(budget, run, cfg, vlm, records, method, meter):
     return Schedule(steps, batch_size, cfg.supervised.cot_lr)
 
 
-def rejection(run, name, cfg, origin, stream, part="train"):
-    """One of two rounds of learning from the model's own correct samples, half of RL's FLOPs each, sampling counted."""
+def rejection(run, name, cfg, origin, stream, part="train", rounds=2):
+    """One of `rounds` rounds of learning from the model's own correct samples, which share RL's FLOPs, sampling
+    counted."""
     method = cfg.teacher.cot_format
     samples = run.samples(part, cfg.data.rl_prompts, stream)
-    budget = run.spent(STAGES[stage_of(name)].costs_like) / 2
+    budget = run.spent(STAGES[stage_of(name)].costs_like) / rounds
     meter = Meter()
     sampler = Sampler(origin.vlm, meter)
     clock = metrics.Clock(run.device)
@@ -924,6 +978,28 @@ seen_chains = partial(chains, stream="cot", sees_answer=True)
 blind_chains = partial(checked_chains, stream="cot")
 flawless_chains = partial(chains, stream="cot", flawless=True)
 
+
+def arms_of(part):
+    """{name: Stage} of --compare=generalisation: every one learns from a part of the world's questions, at the FLOPs
+    that RL on it took."""
+    rl_of_part = f"rl_{part}"
+
+    def arm(train, **options):
+        return Stage(partial(train, **options), ("cot",), (rl_of_part,))
+
+    return {
+        rl_of_part: Stage(partial(rl, part=part), ("cot",)),
+        f"rl_kl_{part}": arm(rl, part=part),
+        # the teacher's chains that are right; the same with a little of the start's mix; own samples that are right
+        f"filtered_{part}": arm(matched, records_of=partial(checked_again, part=part)),
+        f"replay_{part}": arm(matched, records_of=partial(checked_with_replay, part=part)),
+        f"rejection_{part}": arm(rejection, stream="rejection", part=part, rounds=1),
+        # the teacher's chains as they are; the gold answers without a chain
+        f"continued_{part}": arm(matched, records_of=partial(continued_chains, part=part)),
+        f"gold_{part}": arm(matched, records_of=partial(gold_answers, stream="continued", part=part), method="direct"),
+    }
+
+
 STAGES = {
     "clip": Stage(clip),
     "align": Stage(align, ("clip",)),
@@ -949,6 +1025,8 @@ STAGES = {
     # RL with one thing changed, at its FLOPs; a teacher model instead of a reward
     **{name: Stage(rl, ("cot",), ("rl",)) for name in algorithms.ARMS},
     "distilled": Stage(distilled, ("cot",), ("rl",), ("perfect",)),
+    # on a part of the questions
+    **{name: stage for part in transfer.PARTS for name, stage in arms_of(part).items()},
     # RL by another paper's switches, or for another reward
     **{name: Stage(rl, ("cot",)) for name in (*algorithms.ALGORITHMS, *algorithms.REWARD_STAGES)},
 }
@@ -1181,11 +1259,12 @@ def train_stage(run, stage, name, cfg):
 
 def tune(run):
     """--tune: trains each of these stages, and first what it needs, at every rate of the ladder, and prints which is
-    best on the validation prompts that are like training. The best one stands for its stage in what comes after it.
-    Writes ladder.json; evaluates nothing else. Raises ValueError for own data without a split that is left to report
-    on."""
+    best on the validation prompts that are like its training. The best one stands for its stage in what comes after it.
+    Writes ladder.json; evaluates nothing else, but for --compare=generalisation, which compares all rungs. Raises
+    ValueError for own data without a split that is left to report on."""
     cfg = run.cfg
     [(home, samples), *others] = run.supply.tests(count_of_tests(cfg)).items()
+    rungs_of_all = {}                   # "NAME@RATE" -> Contender
     if run.real and not others:
         raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but {home} to report on, and "
                          "nothing is tuned on what is reported; a test split of your own would be one")
@@ -1193,12 +1272,18 @@ def tune(run):
     for arm in cfg.run.tune.split(","):
         for name in needed_for(arm, cfg.stages()):
             train_stage(run, name, name, config_of(cfg, name))
+        asked = {home: samples}
+        _, part, _ = generalisation.trained_on(arm, transfer.PARTS)
+        if part:                        # judged by what it is trained on
+            asked = {part: run.supply.of_parts(count_of_tests(cfg))[part]}
 
         def measure(rate):
             name = f"{arm}@{rate:g}"
+            rungs_of_all[name] = Contender(run.path(name))
             train_stage(run, arm, name, at_rate(algorithms.of_stage(cfg, arm), arm, rate))
-            raw = evaluation.scores_of(Contender(run.path(name)), cfg, {home: samples})[home]
-            rows = statistics.rows(arm, home, {cfg.judge.decoding: raw[cfg.judge.decoding]}, cfg.run.seed)
+            raw = evaluation.scores_of(Contender(run.path(name)), cfg, asked)
+            [(split, raw)] = raw.items()
+            rows = statistics.rows(arm, split, {cfg.judge.decoding: raw[cfg.judge.decoding]}, cfg.run.seed)
             return dict(rows[0], rate=rate)         # the first is accuracy
 
         best, rungs = ladder.climb(measure)
@@ -1208,6 +1293,9 @@ def tune(run):
         if not run.path(arm).exists():
             data = run.path(f"{arm}@{best:g}").read_bytes()
             checkpoint.write_atomically(run.path(arm), lambda file: file.write(data))
+    if cfg.run.compare == "generalisation":
+        judge_methods(run, {"cot": Contender(run.path("cot")), **rungs_of_all})
+        return
     write_json(run.folder / "results.json", [])         # none: but the run is finished
 
 
@@ -1243,7 +1331,6 @@ def compare_methods(run):
         write_json(run.folder / "results.json", [])     # none: but the run is finished
         return
     learned = [labels[name] for name in stages if name in algorithms.STAGES]
-    has_teacher = bool(run.supply.teach) or not run.real
     to = learned[0] if learned else ""
     tests = run.supply.tests(count_of_tests(cfg))
     if cfg.run.curve:
@@ -1253,9 +1340,20 @@ def compare_methods(run):
     if cfg.run.compare == "routes":
         flops = {labels[name]: run.spent(path_of(name, stages)) for name in stages}
         trained = {name: flops.get(name.partition("+")[0], 0) for name in contenders}       # nothing: the base
-    evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained)
+    judge_methods(run, contenders, to, trained)
     if cfg.run.curve:
         show_curves(run, points)
+
+
+def judge_methods(run, contenders, to="", trained=None):
+    """As evaluation.compare, on the tests of the run."""
+    cfg = run.cfg
+    has_teacher = bool(run.supply.teach) or not run.real
+    tests = run.supply.tests(count_of_tests(cfg))
+    probes = None
+    if cfg.run.compare == "generalisation" and "cot" in contenders:
+        probes = evaluation.probes_of(run.supply, cfg.judge, "cot")
+    evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained, probes)
 
 
 # ---------------------------------------------------------------- along the curves

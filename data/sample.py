@@ -41,6 +41,7 @@ class Sample:
     conclusion: str = ""
     choices: tuple = ()
     aliases: tuple = ()         # other spellings of `answer` that count as right
+    decoy: str = ""             # right without the rule that the question states; never counted
     tolerance: float = 0.0
     unit: str = ""
     boxes: tuple = ()

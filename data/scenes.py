@@ -13,7 +13,7 @@ Splits: the table `SPLITS`, below. What a whole world asks, in training and in t
 data/worlds.py has them.
 """
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -58,6 +58,15 @@ class Split:
         if len(set(shares)) == 1:
             return rng.choice(kinds)
         return rng.choices(kinds, shares)[0]
+
+    def make(self, rng):
+        """A scene of the split."""
+        return make_scene(rng, self.draw_kind(rng), *self.objects, self.held_out)
+
+    def finish(self, picture, rng):
+        """A drawn picture (48, 48, 3) uint8 -> the one that is shown; rng: a numpy Generator of the
+        sample's own."""
+        return picture
 
 
 TRAIN = Split()             # of train and val
@@ -129,14 +138,25 @@ class Question:
     word: str = ""              # count: the colour or shape that is counted
     start: Thing = None         # walks: where they begin ..
     hops: tuple = ()            # .. and where they go
+    swap: tuple = ()            # a rule that it states: two words that mean each other here
 
     @property
     def text(self):
+        rule = f"swap {' '.join(self.swap)} : " if self.swap else ""
         if self.kind == "at":
-            return f"what is at {name(self.cell)} ?"
+            return f"{rule}what is at {name(self.cell)} ?"
         if self.kind == "count":
-            return f"how many {self.word} things ?"
-        return f"from the {self.start.words} go {' '.join(self.hops)} ?"
+            return f"{rule}how many {self.word} things ?"
+        return f"{rule}from the {self.start.words} go {' '.join(self.hops)} ?"
+
+    def meant(self, text):
+        """A text with the words of the rule exchanged.
+
+        >>> Question("at", swap=("red", "blue")).meant("red circle")
+        'blue circle'
+        """
+        other = dict(zip(self.swap, reversed(self.swap)))
+        return " ".join(other.get(word, word) for word in text.split())
 
 
 @dataclass(frozen=True)
@@ -144,6 +164,12 @@ class Scene:
     things: tuple               # in reading order
     question: Question
     by_cell: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, things, question):
+        """A scene of things in any order."""
+        order = tuple(sorted(things, key=lambda thing: (thing.cell[1], thing.cell[0])))
+        return cls(order, question, {thing.cell: thing for thing in order})
 
     def at(self, cell):
         """Words of what stands in a cell."""
@@ -162,16 +188,23 @@ def step(cell, hop):
 
 
 def gold(scene):
-    """The right answer."""
+    """The right answer, under the rule that the question states."""
     question = scene.question
     if question.kind == "at":
-        return scene.at(question.cell)
+        return question.meant(scene.at(question.cell))
     if question.kind == "count":
         return NUMBERS[sum(thing.has(question.word) for thing in scene.things)]
     cell = question.start.cell
     for hop in question.hops:
-        cell = step(cell, hop)
+        cell = step(cell, question.meant(hop))
     return scene.at(cell)
+
+
+def decoy(scene):
+    """What would be right without the rule that the question states; "" where it states none."""
+    if not scene.question.swap:
+        return ""
+    return gold(replace(scene, question=replace(scene.question, swap=())))
 
 
 # ---------------------------------------------------------------- making a scene
@@ -221,8 +254,7 @@ def make_scene(rng, kind, low, high, held_out=False):
         question = Question(kind, start=things[0], hops=hops)
     else:
         raise ValueError(f"question kind {kind!r} must be at, count or walkN with N of 1 or more")
-    order = tuple(sorted(things, key=lambda thing: (thing.cell[1], thing.cell[0])))
-    return Scene(order, question, {thing.cell: thing for thing in order})
+    return Scene.of(things, question)
 
 
 def _things(rng, cells, amount, held_out, asked):
@@ -395,19 +427,19 @@ def load(split, count, seed, teacher=None, staged=False, world=GRID):
         if split in LOOKING:
             scenes.append(make_scene(rng, "at", 1, LOOKING[split]))
         else:
-            settings = asking[split]
-            kind = settings.draw_kind(rng)
-            scenes.append(make_scene(rng, kind, *settings.objects, settings.held_out))
+            scenes.append(asking[split].make(rng))
     images = pictures(scenes, split, seed)
     samples = []
     for i, scene in enumerate(scenes[:count]):
         words = random.Random(f"words {split} {seed} {i}")
         if split in LOOKING:
             texts = _looking_texts(split, scene, words)
+            image = images[i]
         else:
             chain = random.Random(f"chain {split} {seed} {i}")
             texts = _asking_texts(scene, chain, teacher, staged)
-        samples.append(Sample(id=f"{split}-{seed}-{i}", images=(images[i],), split=split,
+            image = asking[split].finish(images[i], np.random.default_rng([seed, i, *f"shown {split}".encode()]))
+        samples.append(Sample(id=f"{split}-{seed}-{i}", images=(image,), split=split,
                               source=f"scenes/{scene.question.kind}", **texts))
     return samples
 
@@ -451,7 +483,7 @@ def _looking_texts(split, scene, rng):
 
 def _asking_texts(scene, rng, teacher, staged):
     """The fields of a sample of one of the other splits that hold its texts."""
-    texts = dict(question=scene.question.text, answer=gold(scene), caption=caption(scene))
+    texts = dict(question=scene.question.text, answer=gold(scene), decoy=decoy(scene), caption=caption(scene))
     if teacher and staged:
         sections = teacher.sections(scene, rng)
         texts |= zip(SECTIONS, sections)

@@ -15,7 +15,7 @@ from model.runs.config import check_fields, choice, number
 # Random streams by name: what is drawn for one purpose stays the same whatever else a run draws. The numbers are part
 # of every seed and never change.
 STREAMS = {"clip": 1, "align": 2, "sft": 3, "cot": 4, "continued": 5, "rl": 6, "rejection": 7, "tokenizer": 9,
-           "budget": 11, "records": 12}
+           "budget": 11, "records": 12, "replay": 13, "replay_again": 14}
 
 # source -> load(folder or file, val_percent) -> ({"train": samples, "val": samples, ..}, what was found). For one that
 # yields Samples row by row: functools.partial(data.splits.divide, its function).
@@ -31,6 +31,7 @@ class DataOptions:
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
     questions: int = number(12000, "[1, 100000000]")  # drawn for sft
     skills: bool = False                            # sft on drawn scenes teaches small skills beside looking
+    replay: float = number(0.0, "[0, 1)")           # drawn scenes: share of cot's records that are captions or looking
     traces: int = number(10000, "[1, 100000000]")   # teacher's chains for cot, and as many fresh ones to continue
     rl_prompts: int = number(4800, "[1, 100000000]")  # drawn for rl
     eval_set: str = choice(*scenes.TEST_SEED)       # prompts of the evaluation: test | val, for tuning
@@ -149,6 +150,11 @@ class Supply:
             for split, samples in tests.items():
                 tests[split] = teachers.taught(samples, self.teach, seed)
         return tests
+
+    def of_parts(self, count, eval_set=""):
+        """{part of the world: prompts of --eval-set}, `count` of each; nothing trains on them."""
+        seed = scenes.TEST_SEED[eval_set or self.options.eval_set]
+        return {part: scenes.load(part, count, seed, world=self.world) for part in self.world.parts}
 
     def taught(self, samples, stream):
         """Samples with the chains of the user's own teacher."""

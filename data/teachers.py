@@ -66,7 +66,7 @@ class SceneTeacher:
         """-> (entries of a caption, reasoning, conclusion)"""
         question = scene.question
         if question.kind == "at":
-            read = self._read(scene, question.cell, rng)
+            read = question.meant(self._read(scene, question.cell, rng))
             noticed = f"{scenes.name(question.cell)} {read}"
             return [noticed], noticed, read
         if question.kind == "count":
@@ -105,6 +105,7 @@ class SceneTeacher:
         if len(hops) > 1 and rng.random() < self.drop_hop:
             hops = hops[:-1]
         for hop in hops:
+            hop = question.meant(hop)
             goes = hop if rng.random() >= self.slip else rng.choice(list(scenes.HOPS))
             cell = scenes.step(cell, goes) or cell  # a slip may run into the edge, where it stays
             steps += [hop, scenes.name(cell)]

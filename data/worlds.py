@@ -1,6 +1,7 @@
 """The worlds of drawn scenes that `--world` names. A new one is a `scenes.World` and a line here."""
-from data import scenes
+from data import scenes, transfer
 
 WORLDS = {
     "grid": scenes.GRID,
+    "transfer": transfer.WORLD,
 }

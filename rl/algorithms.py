@@ -128,9 +128,16 @@ ARMS = {
     "distilled": dict(rewards="correctness:0", std="none", kl="exact", kl_coef=1.0),
 }
 
+# Stages that learn from a part of the questions: name -> (part, options).
+OF_PARTS = {
+    "rl_walks": ("walks", {}), "rl_kl_walks": ("walks", ARMS["grpo_token_kl"]),
+    "rl_looks": ("looks", {}), "rl_kl_looks": ("looks", ARMS["grpo_token_kl"]),
+}
+
 # Stages of one algorithm that start elsewhere, and what that adds to its name.
 STARTS = {"rl_zero": "_zero", "rl_from_base": "_from_base", "rl_from_o1": "_from_o1"}
-STAGES = ("rl", *STARTS, *ALGORITHMS, *REWARD_STAGES, *ARMS)  # all stages of train.py that are reinforcement learning
+# All stages of train.py that are reinforcement learning.
+STAGES = ("rl", *STARTS, *ALGORITHMS, *REWARD_STAGES, *ARMS, *OF_PARTS)
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,8 @@ def switches_of(stage):
         return vars(ALGORITHMS[stage])
     if stage in REWARD_STAGES:
         return dict(rewards=REWARD_STAGES[stage].rewards, gated=REWARD_STAGES[stage].gated)
+    if stage in OF_PARTS:
+        return OF_PARTS[stage][1]
     return ARMS.get(stage, {})
 
 
@@ -188,7 +197,7 @@ def label(cfg, stage):
         return stage
     algorithm = stage if stage in ALGORITHMS else cfg.rl.algorithm
     default = type(cfg.rl).algorithm
-    if stage in REWARD_STAGES or stage in ARMS:
+    if stage in (*REWARD_STAGES, *ARMS, *OF_PARTS):
         name = stage if algorithm == default else f"{algorithm}_{stage}"
     elif stage in STARTS:
         name = algorithm + STARTS[stage]
@@ -206,9 +215,11 @@ def labels(cfg, stages):
     for stage in stages:
         setting = stage
         if stage in STAGES:
-            # What starts elsewhere is another setting; the name of the algorithm that set the switches is none.
+            # What starts elsewhere, or learns from other questions, is another setting; the name of the algorithm that
+            # set the switches is none.
             used = of_stage(cfg, stage)
-            setting = (STARTS.get(stage, ""), stage == "distilled", used.algorithm, used.reward, used.rl)
+            part, _ = OF_PARTS.get(stage, ("", {}))
+            setting = (STARTS.get(stage, ""), part, stage == "distilled", used.algorithm, used.reward, used.rl)
         if setting in settings:
             raise ValueError(f"--stage={','.join(stages)}: {settings[setting]} and {stage} are one setting, "
                              f"{label(cfg, stage)}; name it once")

@@ -60,6 +60,9 @@ PRESETS = {
     "routes": dict(compare="routes", cot_format="llava_cot", skills=True, max_new=64, sft_steps=400, rl_steps=200,
                    rates="rl_from_base:2.5e-4,llava_o1:2e-3,llava_o1_blind:2e-3,rl_from_o1:2.5e-4",
                    eval_greedy=200, eval_sampled=100),
+    # post-training on walks alone or on looks alone, tested on all; no rate is tuned yet
+    "generalisation": dict(compare="generalisation", world="transfer", replay=0.25, rl_steps=100, eval_greedy=200,
+                           eval_sampled=100, eval_samples=4),
     # LLaVA-1.5's training of whatever parts are named; a part that is not is a small one, from nothing
     "llava": LLAVA_15 | dict(template="auto", image_positions=False, dtype="float32", checkpointing=False),
     **RECIPES,
