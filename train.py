@@ -1397,9 +1397,7 @@ def show_curves(run, points):
     """Arms at equal accuracy in distribution, as text and as frontier.png."""
     decoding = run.cfg.judge.decoding
     print("\n" + matched_text(points, decoding))
-    picture = frontier(points, decoding)
-    if picture:
-        checkpoint.write_atomically(run.folder / "frontier.png", lambda file: file.write(picture))
+    evaluation.write_picture(run.folder / "frontier.png", frontier(points, decoding))
 
 
 def best_along(run, points):
@@ -1485,6 +1483,10 @@ def many_seeds(cfg):
             checkpoint.write_atomically(path, lambda file: file.write(data))
 
         print(seeds_report.report_seeds(run.folder, seeds, write))
+        joint = run.folder / "generalisation.json"
+        if joint.exists():
+            picture = generalisation.picture(json.loads(joint.read_text()), transfer.PARTS)
+            evaluation.write_picture(run.folder / "generalisation.png", picture)
 
 
 def run_bench(cfg, steps=6):

@@ -157,7 +157,7 @@ def run(finished, tmp_path):
     ("--projector=x", r"--projector=x must be one of linear, mlp2x_gelu"),
     ("--clip-stem=x", r"--clip-stem=x must be one of mlp, conv"),
     ("--template=x", r"--template=x must be one of brief, auto, vicuna_v1, llama_2, chatml"),
-    ("--preset=huge", r"--preset=huge must be one of embedded, routes, generalisation, llava, "),
+    ("--preset=huge", r"--preset=huge must be one of embedded, evidence, routes, generalisation, "),
     ("--dtype=int8", r"--dtype=int8 must be one of float32, bfloat16, float64"),
     ("--device=tpu", r"--device=tpu is not available here"),
     ("--rewards=", r"--rewards=: '' must be one of correctness, format"),

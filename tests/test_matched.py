@@ -38,6 +38,10 @@ def test_a_table_holds_the_arms_that_reach_a_level_with_every_seed():
     assert matched_text(rows("rl", 0, [0.6, 0.8], [0.0, 0.4]), "t1") == ""
 
 
+def test_nothing_followed_is_no_table_and_no_picture():
+    assert matched_text([], "t1") == "" and frontier([], "t1") is None
+
+
 def test_the_picture_has_a_panel_for_every_other_split_and_every_arm_a_line():
     pytest.importorskip("matplotlib")
     from rl.report.matched import draw

@@ -36,7 +36,8 @@ def curves_of(rows, decoding):
     curves = {}
     for method, of_seeds in found.items():
         curves[method] = {seed: [points[place] for place in sorted(points)] for seed, points in of_seeds.items()}
-    return main_split(list(dict.fromkeys(splits))), curves
+    home = main_split(list(dict.fromkeys(splits))) if splits else ""
+    return home, curves
 
 
 def at_level(points, home, level):
@@ -101,7 +102,9 @@ def _over(values):
 def frontier(rows, decoding):
     """The curves as the bytes of a PNG, 1600 pixels wide: accuracy in distribution to the right, out of distribution
     upwards, a panel for each other split, an arm a line from what it starts from. Over several seeds points are means.
-    None without matplotlib."""
+    None without matplotlib, or without rows."""
+    if not rows:
+        return None
     try:
         from matplotlib import rc_context
     except ImportError:

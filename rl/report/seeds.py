@@ -10,7 +10,7 @@ from rl.report.log import mean_log, read_log
 from rl.report.matched import frontier, matched_text
 from rl.report.statistics import main_decoding, over_seeds, result_lines, seeds_table
 
-FILES = ("results", "differences", "kinds", "training", "routes", "curve")
+FILES = ("results", "differences", "kinds", "training", "routes", "generalisation", "curve")
 NOT_TABLES = ("curve",)             # rl/report/matched.py shows its rows
 
 
