@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import chat, scenes, tokenizer, transfer, worlds
+from data import chat, long_walks, scenes, tokenizer, transfer, worlds
 from data.answers import commonest_answer
 from data.jinja import jinja
 from data.prompting import METHODS
@@ -37,7 +37,7 @@ from model.runs.device import pick_device, pick_dtype
 from model.runs.folder import write_json
 from model.vlm import VLM
 from rl import measures
-from rl.report import curves, generalisation, page, routes, statistics
+from rl.report import curves, generalisation, growth, page, routes, statistics
 from rl.report.log import read_log
 from rl.report.statistics import decoding_name
 from rl.rollout import prompts, read
@@ -247,26 +247,42 @@ def judge(samples, texts):
     return scores
 
 
+# World -> (sample, completion) -> {name: number} that a report on it reads; each stands in the raw scores, (n, G).
+NOTES = {"long_walks": long_walks.noted}
+
+
+def notes(samples, texts, note):
+    """n samples, n lists of G texts -> {name: (n, G) list} of what note(sample, text) says; {} without a `note`."""
+    found = {}
+    if note is None:
+        return found
+    for sample, group in zip(samples, texts):
+        of_group = [note(sample, text) for text in group]
+        for name in of_group[0]:
+            found.setdefault(name, []).append([said[name] for said in of_group])
+    return found
+
+
 def kinds(samples):
     """The question kind of each, or the class of its picture."""
     return [sample.source.rpartition("/")[2] for sample in samples]
 
 
-def evaluate(vlm, tok, samples, prompting, options):
+def evaluate(vlm, tok, samples, prompting, options, note=None):
     """Scores of one method on one split: {"greedy": {...}, options.decoding: {...}}, raw, one entry a prompt.
 
-    options: JudgeOptions. A search has no greedy decoding, since its candidates are sampled.
+    options: JudgeOptions; note: of NOTES. A search has no greedy decoding, since its candidates are sampled.
     """
     scores = {}
     if not prompting.search:
         greedy = samples[:options.eval_greedy]
         answers = complete(vlm, tok, greedy, prompting, options.eval_batch, seed=1)
-        scores["greedy"] = raw_scores(greedy, answers)
+        scores["greedy"] = raw_scores(greedy, answers, note)
     sampled = samples[:options.eval_sampled]
     answers = complete(
         vlm, tok, sampled, prompting, options.eval_batch, options.eval_samples, options.eval_temperature,
         options.eval_top_k, options.eval_top_p, seed=1)
-    scores[options.decoding] = raw_scores(sampled, answers)
+    scores[options.decoding] = raw_scores(sampled, answers, note)
     aliases = []
     for sample in sampled:
         aliases.append([chat.normalise(alias) for alias in sample.aliases])
@@ -274,10 +290,10 @@ def evaluate(vlm, tok, samples, prompting, options):
     return scores
 
 
-def raw_scores(samples, answers):
+def raw_scores(samples, answers, note=None):
     """What rl/report/statistics.py reads: of each prompt what was right, how long, what was cut off, its kind, gold
-    answer and first text."""
-    scores = judge(samples, answers.texts)
+    answer and first text; and what is noted."""
+    scores = judge(samples, answers.texts) | notes(samples, answers.texts, note)
     scores["length"] = answers.lengths.tolist()
     scores["cut"] = answers.cut.astype(int).tolist()
     if answers.spent is not None:
@@ -290,12 +306,13 @@ def raw_scores(samples, answers):
     return scores
 
 
-def teacher_scores(samples, options):
-    """The teacher's own chains, judged as one sampled completion a prompt."""
+def teacher_scores(samples, options, note=None):
+    """The teacher's own chains, judged as one sampled completion a prompt; note: of NOTES."""
     asked = samples[:options.eval_sampled]
     texts = [[chat.target_text(sample.conclusion, sample.reasoning)] for sample in asked]
     scores = judge(asked, texts)
-    return {options.decoding: {"right": scores["right"], "text": [group[0] for group in texts], "kind": kinds(asked)}}
+    raw = {"right": scores["right"], "text": [group[0] for group in texts], "kind": kinds(asked)}
+    return {options.decoding: raw | notes(asked, texts, note)}
 
 
 def without_looking(split, samples):
@@ -353,7 +370,8 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     saved = folder / "scores.json"
     scores = json.loads(saved.read_text()) if saved.exists() else {}
     if has_teacher and "teacher" not in scores:
-        scores["teacher"] = {split: teacher_scores(samples, cfg.judge) for split, samples in tests.items()}
+        note = note_of(cfg)
+        scores["teacher"] = {split: teacher_scores(samples, cfg.judge, note) for split, samples in tests.items()}
     width = max([15, *map(len, contenders)])
     for method, contender in contenders.items():
         if method not in scores:
@@ -373,6 +391,9 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     write_json(folder / "training.json", training)
     write_json(folder / "differences.json", differences)
     write_report(folder, cfg, tests, scores, rewards, log, results)
+    grown = growth.rows(scores, seed)
+    if grown:
+        write_growth(folder, grown)
     if trained:
         found = routes.rows(scores, trained, is_leak, procedure, seed)
         write_json(folder / "routes.json", found)
@@ -394,7 +415,14 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
         print("\n" + routes.routes_text(scores, found))
     if probes:
         print("\n" + generalisation.generalisation_text([*results, *found], transfer.PARTS))
+    if grown:
+        print("\n" + growth.growth_text(grown))
     return results
+
+
+def note_of(cfg):
+    """What is noted of completions in the world of a run; None for nothing."""
+    return NOTES.get(cfg.data.world) if cfg.data.data == "scenes" else None
 
 
 def scores_of(contender, cfg, tests):
@@ -407,8 +435,16 @@ def scores_of(contender, cfg, tests):
     options = contender.judge(cfg.judge)
     scores = {}
     for split, samples in contender.tests(tests).items():
-        scores[split] = evaluate(vlm, tok, samples, prompting, options)
+        scores[split] = evaluate(vlm, tok, samples, prompting, options, note_of(cfg))
     return scores
+
+
+def write_growth(folder, grown):
+    """growth.json and growth.png; grown: rows of rl/report/growth.py."""
+    write_json(folder / "growth.json", grown)
+    picture = growth.growth_picture(grown)
+    if picture:
+        checkpoint.write_atomically(folder / "growth.png", lambda file: file.write(picture))
 
 
 def write_report(folder, cfg, tests, scores, rewards, log, results):

@@ -64,7 +64,7 @@ from model.runs.folder import RunFolder, choose, resumed, write_json
 from model.runs.presets import PRESETS
 from model.runs.seeds import run_seeds
 from model.vlm import VLM, VlmConfig, VlmOptions
-from rl import algorithms, bench, metrics
+from rl import algorithms, bench, curriculum, metrics
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, preflight_text
 from rl.learner import Guard, make_learner
@@ -95,6 +95,8 @@ COMPARISONS = {
     # each on the walks alone and on the looks alone; then tested on all: world transfer
     "generalisation": [f"{arm}_{part}" for part in transfer.PARTS for arm in
                        ("rl", "rl_kl", "filtered", "replay", "rejection", "continued", "gold")],
+    # --world=long_walks: does thinking grow? RL, and what may make it grow more
+    "long_walks": ["rl", "rl_slow", "rl_curriculum", "rl_pass_at_k", "filtered", "cot_continued"],
 }
 
 
@@ -276,6 +278,8 @@ class Config:
             shape = VlmConfig(self.clip.config(vocab=1), self.llm.config(vocab=1), **self.vlm.shape())
             need(shape.image_tokens >= 1, "projector", self.vlm.projector, "make at least one token of a picture")
         source, _ = source_of(self.data.data)
+        need(self.run.compare != "long_walks" or (source, self.data.world) == ("scenes", "long_walks"), "compare",
+             self.run.compare, "come with drawn scenes and --world=long_walks")
         need(source != "llava" or not self.teacher.teacher, "teacher", self.teacher.teacher,
              "be left out with --data=llava:FILE, whose stages take no chains")
         need(source != "scenes" or self.clip.image_size == scenes.SIZE or self.run.bench, "image_size",
@@ -294,6 +298,9 @@ class Config:
             group_can_teach = self.sampling.group >= 2 or variant.algorithm.compares_groups
             need(group_can_teach or stage not in algorithms.STAGES, "group", self.sampling.group,
                  "be at least 2: a group of one has no baseline but itself (--baseline=batch and critic need none)")
+            algorithms.check_pass_at_k(variant)
+            need(source == "scenes" or not variant.rl.curriculum, "curriculum", variant.rl.curriculum,
+                 f"be false with --data={self.data.data}: only drawn scenes have a difficulty, the hops of their walks")
             notes += algorithms.idle_notes(variant)
         rewards = Rewards(self.reward)
         if self.reward.gated and "correctness" in rewards.weights and "format" not in rewards.weights:
@@ -577,16 +584,21 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
     sampler = Sampler(vlm, meter)
     attempts = 1 + switches.refill
     snapshot = partial(run.snapshot, name, cfg, method, meter, vlm)
+    if cfg.rl.curriculum:
+        samples = curriculum.by_difficulty(samples, scenes.difficulty)
 
     for step, lr in run.steps(name, schedule, learner, optimizer, meter, generator, snapshot):
         clock = metrics.Clock(run.device)
         failed_before = rewards.failures
+        open_to_it = len(samples)
+        if cfg.rl.curriculum:       # in thousandths of the stage, whose steps are not known where its FLOPs are given
+            open_to_it = curriculum.open_prompts(int(1000 * schedule.share(step, meter.total)), 1000, len(samples))
 
         # 1. Sample. Groups of equal rewards teach nothing; with --refill others take their place.
         rollouts = []
         experiences = []
         for attempt in range(attempts):
-            indices = batch_indices(len(samples), schedule.batch, step * attempts + attempt, run.seed_of(name, "order"))
+            indices = batch_indices(open_to_it, schedule.batch, step * attempts + attempt, run.seed_of(name, "order"))
             asked = [samples[i] for i in indices]
             batch, rollout = roll_out(sampler, run.tokenizer, asked, method, cfg, rewards, generator, clock)
             rollouts.append(rollout)

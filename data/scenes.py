@@ -500,3 +500,12 @@ def guess(sample):
     if not others:
         others = [NOTHING]
     return others.count(sample.answer) / len(others)
+
+
+def difficulty(sample):
+    """Hops of a drawn sample's walk, 0 of another question. Raises ValueError for a sample that was not drawn."""
+    if not sample.source.startswith("scenes/"):
+        raise ValueError(f"sample {sample.id!r} of {sample.source!r} has no difficulty; expected a drawn "
+                         "scene, whose walk has hops")
+    kind = sample.source.removeprefix("scenes/")
+    return int(kind.removeprefix("walk")) if kind.startswith("walk") else 0

@@ -11,7 +11,7 @@ from model.runs.config import change, check_fields, choice, flag, get, need, num
 from rl.advantages import BASELINES, CONSTANTS
 from rl.learner import CRITICS
 from rl.losses import LOSSES, NORMS
-from rl.rewards import RewardOptions
+from rl.rewards import RewardOptions, Rewards
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Algorithm:
     clip_high: float = number(0.2, "[0, 1000000]")  # ratio clip above
     bound: float = number(0.0, "[0, 1000000]")      # largest ratio before a negative advantage (dual clip); 0: none
     norm: str = choice("token", *NORMS)             # what counts alike: rl/losses.py has the table
-    baseline: str = choice("mean", *BASELINES)      # group's mean | the others' (RLOO) | REINFORCE++ | PPO | 0 | 1
+    baseline: str = choice("mean", *BASELINES)      # group's mean | others' (RLOO) | REINFORCE++ | PPO | 0 | 1 | pass@k
+    pass_k: int = number(4, "[1, 10000]")           # k of --baseline=pass_at_k, which raises the expected pass@k
     flat: str = choice("drop", "count")             # groups of equal rewards: left out | denominators only
     std: str = choice("group", "batch", "none")     # advantages over its deviation | the batch's | undivided
     combine: str = choice("sum", "each")            # rewards summed, then normalised | each first (GDPO)
@@ -57,6 +58,10 @@ class Algorithm:
         need(self.std != "group" or not self.compares_groups, "baseline", self.baseline,
              "come with --std=batch or --std=none")
         need(self.std == "none" or self.baseline not in CONSTANTS, "baseline", self.baseline, "come with --std=none")
+        if self.baseline == "pass_at_k":        # divides by a deviation of its own, and only knows right and wrong
+            need(self.std == "group", "std", self.std, "be group with --baseline=pass_at_k")
+            need(not self.overlong_share, "overlong_share", self.overlong_share, "be 0 with --baseline=pass_at_k")
+            need(not self.kl_coef or self.kl_in == "loss", "kl_in", self.kl_in, "be loss with --baseline=pass_at_k")
         need(self.combine == "sum" or self.baseline == "mean", "baseline", self.baseline,
              "be mean with --combine=each")
         need(not self.refill or not (self.compares_groups or self.combine == "each"), "refill", self.refill,
@@ -126,6 +131,12 @@ ARMS = {
     # on-policy distillation (arXiv 2306.13649, reverse KL on the student's own samples): no reward, and as reference a
     # teacher, --distill-from
     "distilled": dict(rewards="correctness:0", std="none", kl="exact", kl_coef=1.0),
+    # a quarter of the default rate
+    "rl_slow": dict(rl_lr=1.25e-4),
+    # short walks first
+    "rl_curriculum": dict(curriculum=True),
+    # pass@k in place of pass@1 (arXiv 2508.10751)
+    "rl_pass_at_k": dict(baseline="pass_at_k"),
 }
 
 # Stages that learn from a part of the questions: name -> (part, options).
@@ -150,6 +161,7 @@ class RlOptions:
     epochs: int = number(1, "[1, 10000]")           # passes over a rollout
     mini_batches: int = number(1, "[1, 10000]")     # optimizer steps a pass, at most
     bad_steps: int = number(3, "[1, 1000000]")      # losses or gradients in a row, not finite, that end the run
+    curriculum: bool = False                        # drawn scenes: prompts of few hops first, all from half time on
     distill_from: str = "perfect"                   # of stage distilled the teacher: a stage of the run, or FILE.pt
 
     def __post_init__(self):
@@ -227,6 +239,23 @@ def labels(cfg, stages):
     return {stage: label(cfg, stage) for stage in stages}
 
 
+YES_OR_NO = ("correctness", "format", "format_think", "format_llava_cot", "consistency")    # rewards of 0 or 1
+
+
+def check_pass_at_k(cfg):
+    """Raises ValueError, one sentence, where --baseline=pass_at_k cannot tell right completions from wrong ones."""
+    switches = cfg.algorithm
+    if switches.baseline != "pass_at_k":
+        return
+    need(switches.pass_k <= cfg.sampling.group, "pass_k", switches.pass_k,
+         f"not exceed --group={cfg.sampling.group} with --baseline=pass_at_k")
+    for name, weight in Rewards(cfg.reward).weights.items():
+        binary = name in YES_OR_NO and weight > 0
+        need(binary or weight == 0, "rewards", cfg.reward.rewards,
+             f"hold with --baseline=pass_at_k only {', '.join(YES_OR_NO)}, or others of weight 0: right is what earns "
+             "all of them in full")
+
+
 # ---------------------------------------------------------------- switches that have no effect together
 
 def idle_notes(cfg):
@@ -254,6 +283,8 @@ def idle_notes(cfg):
     if switches.baseline != "critic":
         note(("critic", "gamma", "lam", "value_lr", "value_coef", "value_clip", "return_norm", "bootstrap"),
              "without --baseline=critic")
+    if switches.baseline != "pass_at_k":
+        note(("pass_k",), "without --baseline=pass_at_k")
     if switches.combine == "each":
         note(("std",), "with --combine=each, which divides each reward by its group's deviation")
     if switches.correct == "none":

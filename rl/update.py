@@ -15,7 +15,8 @@ import torch
 
 from kernels import is_flat
 from rl import losses, metrics
-from rl.advantages import advantages, sampled_kl
+from rl.advantages import advantages, is_full, pass_at_k, sampled_kl
+from rl.rewards import Rewards
 from rl.types import Experience
 
 
@@ -30,6 +31,8 @@ def select_groups(batch, rollout, cfg, keep_all=False):
                                                     equal that; with a KL penalty or an entropy bonus, but not under
                                                     --refill, which replaces flat groups
 
+    With --baseline=pass_at_k a group is flat when all of it is wrong, or fewer than k of it are.
+
     The others are dropped under --flat=drop, so that P shrinks. Under --flat=count they stay and count in denominators
     and in the deviation of the batch, without a forward pass. keep_all: every group is active.
     """
@@ -42,7 +45,7 @@ def select_groups(batch, rollout, cfg, keep_all=False):
     has_penalty = bool(switches.kl_coef or switches.entropy_coef)
     flat_groups_teach = across_groups or (has_penalty and not switches.refill)
     if not flat_groups_teach:
-        active = active & ~is_flat(rollout.reward)
+        active = active & ~teaches_nothing(rollout, cfg)
     if not has_penalty:             # equal to the constant that rewards are compared with: advantages of 0
         active = active & (rollout.reward != switches.without_advantage).any(1)
     if keep_all:
@@ -53,6 +56,15 @@ def select_groups(batch, rollout, cfg, keep_all=False):
     if switches.flat == "count" or keep_all:
         return experience
     return experience.rows(active.nonzero()[:, 0])
+
+
+def teaches_nothing(rollout, cfg):
+    """Rollout -> (P,) bool: the flat groups, by comparison with the group alone."""
+    switches = cfg.algorithm
+    if switches.baseline != "pass_at_k":
+        return is_flat(rollout.reward)
+    weights = rollout.rewards.new_tensor(list(Rewards(cfg.reward).weights.values()))
+    return (pass_at_k(is_full(rollout.rewards, weights), switches.pass_k) == 0).all(1)
 
 
 # ---------------------------------------------------------------- scoring before the update
@@ -161,7 +173,7 @@ def estimate_advantages(learner, experience, rewards, cfg):
     advantage, returns = advantages(
         experience, weights, baseline=switches.baseline, std=switches.std, combine=switches.combine,
         kl_coef=learner.kl_coef.item() if kl_in_reward else 0.0, gamma=switches.gamma, lam=switches.lam,
-        bootstrap=switches.bootstrap)
+        bootstrap=switches.bootstrap, pass_k=switches.pass_k)
     mask = experience.mask & experience.active[:, None, None]
     found = metrics.of_advantages(advantage, mask)
     if len(experience.kl):

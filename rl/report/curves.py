@@ -22,6 +22,7 @@ STYLE = {
     "reinforce++": ("#8A2BE2", "d"), "grpo_token_kl": ("#9E2A2B", "<"),
     "reinforce": ("#8A2BE2", "d"), "negative": ("#7A4B00", "X"),
     "rejection_iterated": ("#00604A", ">"), "distilled": ("#6B6B00", "p"),
+    "rl_slow": ("#9E2A2B", "<"), "rl_curriculum": ("#009E73", "v"), "rl_pass_at_k": ("#8A2BE2", "d"),
     "base": ("#0072B2", "o"), "llava_o1": ("#D99400", "^"), "llava_o1_blind": ("#CC79A7", "P"),
     "rl_from_base": ("#009E73", "v"), "rl_from_o1": ("#D55E00", "D"),
     "right": ("#0072B2", "s"), "right_gated": ("#3D9FDC", "^"),

@@ -1,0 +1,240 @@
+"""Whether thinking grows: how long thoughts are, whether they walk as far as they are asked, and what a second look at
+the start is worth.
+
+    found = rows(scores, seed)                          # for growth.json
+    print(growth_text(found))
+    growth_picture(found)                               # the bytes of growth.png
+
+Raw scores as in rl/report/statistics.py. Besides, of each completion (n, G), as data.long_walks.noted says: asked and
+walked, hops of the question and of the thought; rechecks, how often it says "wait"; first and last, whether the first
+and the last look found the start, -1 for a look at no cell.
+"""
+import io
+
+import numpy as np
+
+from rl.report.curves import LOOK, style
+from rl.report.statistics import decoding_title, decodings_of, grid, main_decoding, main_split, per_prompt
+
+GROWTH = "growth: "             # in front of a metric, so that no other table takes its rows for its own
+PASS = "pass@8"
+# A table each, a column a split.
+BY_SPLIT = {
+    "accuracy": "accuracy",
+    PASS: "pass@8, unbiased",
+    "tokens": "tokens of a completion",
+    "hops": "hops walked in the thought",
+    "as asked": "share that walks exactly as many hops as asked",
+    "re-checks": "share that looks again at the start, or at a hop",
+}
+# Columns of one table a split.
+OF_LOOKS = ("n", "first look right", "re-check after wrong", "re-check after right", "mended", "right with re-check",
+            "right without")
+SHOWN_LOOKS = ("crowded", "walk6")      # splits whose looks are shown beside those of the one that is like training
+
+
+def rows(scores, seed):
+    """method -> split -> raw scores -> rows: method, split, decoding, metric, value, seed.
+
+    A share of no completion at all has no row. Methods whose completions were not noted have none.
+    """
+    out = []
+    for method, splits in scores.items():
+        for split, decodings in splits.items():
+            for decoding, raw in decodings.items():
+                label = dict(method=method, split=split, decoding=decoding)
+                for metric, value in (by_length(raw) | of_looks(raw)).items():
+                    out.append(dict(label, metric=GROWTH + metric, value=value, seed=seed))
+    return out
+
+
+def by_length(raw):
+    """Raw scores of a decoding -> {name of BY_SPLIT: value}."""
+    if "walked" not in raw:
+        return {}
+    asked, walked, rechecks = (np.array(raw[name]) for name in ("asked", "walked", "rechecks"))
+    found = {"accuracy": np.mean(raw["right"]), "hops": walked.mean(), "as asked": (walked == asked).mean(),
+             "re-checks": (rechecks > 0).mean()}
+    if "length" in raw:
+        found["tokens"] = np.mean(raw["length"])
+    if asked.shape[1] >= 8:
+        found[PASS] = per_prompt(raw, PASS).mean()
+    return {name: float(found[name]) for name in BY_SPLIT if name in found}
+
+
+def of_looks(raw):
+    """Raw scores of a decoding -> {name of OF_LOOKS: value}.
+
+    n: completions that look again. first look right: of those that look at a cell at all. re-check after wrong, after
+    right: of the completions whose first look was so, the share that looks again. mended: of those that look again
+    after a wrong first look, the share whose last look is right. right with re-check, without: their accuracy.
+    """
+    if "walked" not in raw:
+        return {}
+    right, first, last = (np.array(raw[name]) for name in ("right", "first", "last"))
+    again = np.array(raw["rechecks"]) > 0
+    found = {
+        "n": float(again.sum()),
+        "first look right": _share(first == 1, first >= 0),
+        "re-check after wrong": _share(again, first == 0),
+        "re-check after right": _share(again, first == 1),
+        "mended": _share(last == 1, again & (first == 0)),
+        "right with re-check": _share(right == 1, again),
+        "right without": _share(right == 1, ~again),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _share(what, of):
+    """The share of `what` among `of`, both of one shape, bool; None among none."""
+    return float(what[of].mean()) if of.any() else None
+
+
+def means(found):
+    """Rows of one seed or several -> {(method, split, decoding, metric without GROWTH): mean over the seeds}."""
+    values = {}
+    for row in found:
+        key = row["method"], row["split"], row["decoding"], row["metric"].removeprefix(GROWTH)
+        values.setdefault(key, []).append(row["value"])
+    return {key: float(np.mean(of_seeds)) for key, of_seeds in values.items()}
+
+
+def _names(found, field):
+    return list(dict.fromkeys(row[field] for row in found))
+
+
+# ---------------------------------------------------------------- as text
+
+def growth_text(found):
+    """A table a decoding and metric of BY_SPLIT; then, of the sampled decoding, what looks are worth."""
+    if not found:
+        return ""
+    values = means(found)
+    tables = []
+    for decoding in decodings_of(found):
+        for metric, title in BY_SPLIT.items():
+            if any((where, what) == (decoding, metric) for _, _, where, what in values):
+                tables.append(length_table(found, values, decoding, metric, title))
+    decoding = main_decoding(found)
+    splits = _names(found, "split")
+    for split in dict.fromkeys((main_split(splits), *SHOWN_LOOKS)):
+        if split in splits:
+            tables.append(looks_table(found, values, decoding, split))
+    return "\n\n".join(tables)
+
+
+def length_table(found, values, decoding, metric, title):
+    """A line a method, a column a split."""
+    splits = _names(found, "split")
+    lines = []
+    for method in _names(found, "method"):
+        cells = [_text(values.get((method, split, decoding, metric)), metric) for split in splits]
+        if any(cells):
+            lines.append((method, cells))
+    return grid(f"Growth, {decoding_title(decoding)}: {title}", splits, lines)
+
+
+def looks_table(found, values, decoding, split):
+    """A line a method, a column of OF_LOOKS each."""
+    lines = []
+    for method in _names(found, "method"):
+        cells = [_text(values.get((method, split, decoding, name)), name) for name in OF_LOOKS]
+        if any(cells):
+            lines.append((method, cells))
+    title = f"Looks on {split}, {decoding_title(decoding)}: n, completions that look again, and shares"
+    return grid(title, OF_LOOKS, lines)
+
+
+def _text(value, metric):
+    if value is None:
+        return ""
+    if metric == "n":
+        return f"{value:g}"
+    if metric in ("tokens", "hops"):
+        return f"{value:.1f}"
+    return f"{value:.3f}"
+
+
+# ---------------------------------------------------------------- as a picture
+
+def growth_picture(found):
+    """The rows of growth.json as the bytes of a PNG, 1600 pixels wide; over several seeds points are means. None
+    without matplotlib, or without walks of two lengths."""
+    if len(lengths_of(found)) < 2:
+        return None
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        return None
+    with rc_context(LOOK):
+        file = io.BytesIO()
+        draw(found).savefig(file, facecolor="white")
+    return file.getvalue()
+
+
+def lengths_of(found):
+    """{hops: split} of the splits that hold walks of one length, "walk3" for instance, in order of their hops."""
+    lengths = {}
+    for split in _names(found, "split"):
+        hops = split.removeprefix("walk")
+        if hops != split and hops.isdigit():
+            lengths[int(hops)] = split
+    return dict(sorted(lengths.items()))
+
+
+# Metrics that are drawn, and the titles of their panels.
+PANELS = {
+    "accuracy": "Accuracy",
+    "hops": "Hops walked (dashed: asked)",
+    "tokens": "Tokens of a completion",
+    "as asked": "Walks as many hops as asked",
+    "re-check after wrong": "Looks again if wrong (dotted: if right)",
+    PASS: "pass@8",
+}
+
+
+def draw(found):
+    """The picture of `growth_picture` as a matplotlib Figure: a panel a metric, hops to the right, a method a line."""
+    from matplotlib.figure import Figure
+    values = means(found)
+    decoding = main_decoding(found)
+    lengths = lengths_of(found)
+    hops = list(lengths)
+    figure = Figure(figsize=(12.8, 7.6), dpi=125, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    axes = figure.subplots(2, 3).flatten()
+    for ax, (metric, title) in zip(axes, PANELS.items()):
+        if metric == "hops":
+            ax.plot(hops, hops, color="#888888", linestyle="--", linewidth=1.4)
+        for method in _names(found, "method"):
+            _line(ax, values, method, decoding, lengths, metric)
+            if metric == "re-check after wrong":
+                _line(ax, values, method, decoding, lengths, "re-check after right", linestyle=":", label="")
+        ax.set_title(title, fontsize=11)
+        ax.set_xticks(hops)
+        highest = ax.dataLim.y1 if ax.has_data() else 1.0
+        ax.set_ylim(0, max(1.05 if metric in ("accuracy", "as asked", PASS) else 1e-3, 1.1 * highest))
+    seeds = len(_names(found, "seed"))
+    over = f", mean of {seeds} seeds" if seeds > 1 else ""
+    figure.supxlabel(f"hops asked, {decoding_title(decoding)}{over}", fontsize=12)
+    handles = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside right center")
+    return figure
+
+
+def _line(ax, values, method, decoding, lengths, metric, linestyle="-", label=None):
+    """A method's metric over the hops that it is known at."""
+    points = []
+    for hops, split in lengths.items():
+        value = values.get((method, split, decoding, metric))
+        if value is not None:
+            points.append((hops, value))
+    if not points:
+        return
+    color, marker = style(method)
+    x, y = zip(*points)
+    ax.plot(x, y, color=color, marker=marker, markersize=7, linewidth=1.8, linestyle=linestyle, alpha=0.9,
+            label=method if label is None else label)
