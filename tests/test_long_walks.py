@@ -230,6 +230,7 @@ def test_the_reader_of_thoughts_reads_a_teachers_chains_as_the_slow_one_does(dra
     ("b2 left a2 wait wait d3 two left c3", 1, 2, 1, 0),                # an empty look between two waits
     ("b2 two left a2 wait three left a1 wait three up a1 nothing", 1, 2, 1, 1),    # hops taken again
     ("b2 two left three up a1 nothing", 1, 0, 1, 1),                    # a hop without a cell
+    ("b2 two left wait a2 three up a1 nothing", 2, 1, 1, 1),            # no hop is taken again
     ("", 0, 0, -1, -1), ("wait wait", 0, 2, -1, -1)])
 def test_a_thought_is_read_as_far_as_it_goes(thought, walked, rechecks, first, last):
     sample = scenes.Sample(source="scenes/walk2",
