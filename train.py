@@ -1495,10 +1495,17 @@ def many_seeds(cfg):
             checkpoint.write_atomically(path, lambda file: file.write(data))
 
         print(seeds_report.report_seeds(run.folder, seeds, write))
-        joint = run.folder / "generalisation.json"
-        if joint.exists():
-            picture = generalisation.picture(json.loads(joint.read_text()), transfer.PARTS)
-            evaluation.write_picture(run.folder / "generalisation.png", picture)
+        show_generalisation(run.folder)
+
+
+def show_generalisation(folder):
+    """Of the seeds of --compare=generalisation the tables and generalisation.png; nothing of other runs."""
+    if not (folder / "generalisation.json").exists():
+        return
+    found = json.loads((folder / "generalisation.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
+    print("\n" + generalisation.generalisation_text([*results, *found], transfer.PARTS))
+    evaluation.write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
 
 
 def run_bench(cfg, steps=6):

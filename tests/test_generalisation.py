@@ -196,6 +196,21 @@ def test_every_method_stands_in_the_table_of_its_part_and_the_start_in_both():
     assert "teacher" not in text
 
 
+def test_arms_of_a_part_are_compared_with_rl_on_it_seed_by_seed():
+    rows = []
+    for seed, rl, arm in ((0, 0.5, 0.4), (1, 0.6, 0.4), (2, 0.7, 0.4)):
+        for method, value in (("rl_walks", rl), ("gold_walks", arm), ("rl_looks", 0.9)):
+            part = method.rpartition("_")[2]
+            rows.append(dict(method=method, split=part, decoding="t1", metric="gain", value=value, seed=seed))
+            rows.append(dict(method=method, split="mirrored", decoding="t1", metric=report.NEW_RULE, value=1 - value,
+                             seed=seed))
+    title, head, *lines = report.against_rl(rows, PARTS).splitlines()
+    assert "over 3 seeds" in title and "these 2 is" in title and head.split() == ["gain", "mirrored:", "new"]
+    # -.1, -.2, -.3: mean -.2, half 4.30265 x .1 / sqrt(3) = .248
+    assert lines == ["gold_walks  -20.0 [-44.8, +4.8]    +20.0 [-4.8, +44.8]  "]
+    assert report.against_rl([row for row in rows if row["method"] == "gold_walks"], PARTS) == ""
+
+
 def test_a_methods_name_tells_arm_part_and_rate():
     assert report.trained_on("rl_kl_walks@0.001", PARTS) == ("rl_kl", "walks", 0.001)
     assert report.trained_on("rl_looks[kl_coef=0.1]", PARTS) == ("rl[kl_coef=0.1]", "looks", None)

@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from rl.report.curves import LOOK, OTHER, STYLE
+from rl.report.inference import holm, paired_t
 from rl.report.statistics import decoding_title, decodings_of, grid, main_decoding, over_seeds, per_prompt
 
 NEW_RULE = "accuracy under the stated rule"
@@ -109,11 +110,12 @@ def share_of(raw, wanted):
 # ---------------------------------------------------------------- as text
 
 def generalisation_text(found, parts):
-    """Tables of rows, those of results.json among them; of several seeds their means."""
+    """Tables of rows, those of results.json among them; of several seeds means with 95 % t-intervals, and how the arms
+    of a part differ from RL on it."""
     kinds = [kind for of_part in parts.values() for kind in of_part]
-    values = {}                                 # (method, split, decoding, metric) -> mean over the seeds
+    values = {}                                 # (method, split, decoding, metric) -> its row over the seeds
     for row in over_seeds(found):
-        values[row["method"], row["split"], row["decoding"], row["metric"]] = row["value"]
+        values[row["method"], row["split"], row["decoding"], row["metric"]] = row
     methods = [row["method"] for row in found if row["metric"] == NEW_RULE]
     methods = list(dict.fromkeys(methods))
     decodings = decodings_of([row for row in found if row["metric"] == NEW_RULE])
@@ -154,7 +156,46 @@ def generalisation_text(found, parts):
         columns |= {f"{kind}: free": (kind, "greedy", "accuracy"), f"{kind}: begun": (kind, "greedy", BEGUN)}
     tables.append(table("Skill and habit, greedy: accuracy as asked, and with the first words of the flawless thought "
                         "given", columns))
+    if len({row["seed"] for row in found}) > 1:
+        tables.append(against_rl(found, parts))
     return "\n\n".join(tables)
+
+
+def against_rl(found, parts):
+    """A table of the arms of each part less RL on that part, paired by seed; "" without RL on any."""
+    decoding = main_decoding([row for row in found if row["metric"] == "gain"])
+    of_seeds = {}                               # (method, split, metric) -> {seed: value}
+    for row in found:
+        if row["decoding"] == decoding:
+            of_seeds.setdefault((row["method"], row["split"], row["metric"]), {})[row["seed"]] = row["value"]
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    rules = list(dict.fromkeys(row["split"] for row in found if row["metric"] == NEW_RULE))
+    cells = {}                                  # (method, column) -> Paired
+    for part in _trained_parts(found, parts):
+        columns = {"gain": (part, "gain"), "forgetting": (part, "forgetting")}
+        columns |= {f"{split}: new": (split, NEW_RULE) for split in rules}
+        base = f"rl_{part}"
+        arms = [method for method in methods if trained_on(method, parts)[1] == part and method != base]
+        for column, place in columns.items():
+            of_base = of_seeds.get((base, *place), {})
+            for arm in arms:
+                of_arm = of_seeds.get((arm, *place), {})
+                if of_base and of_arm.keys() == of_base.keys():
+                    cells[arm, column] = paired_t([of_arm[seed] - of_base[seed] for seed in of_base])
+    if not cells:
+        return ""
+    adjusted = holm([1.0 if math.isnan(cell.p) else cell.p for cell in cells.values()])
+    texts = {}                                  # method -> column -> text
+    for ((method, column), cell), p in zip(cells.items(), adjusted):
+        mark = " *" if p < 0.05 else "  "
+        text = f"{100 * cell.mean:+.1f} [{100 * cell.low:+.1f}, {100 * cell.high:+.1f}]{mark}"
+        texts.setdefault(method, {})[column] = text
+    columns = list(dict.fromkeys(column for _, column in cells))
+    lines = [(method, [of_method.get(column, "") for column in columns]) for method, of_method in texts.items()]
+    count = next(iter(cells.values())).n
+    title = (f"Arms less RL on the same part, points, {decoding_title(decoding)}: mean over {count} seeds [95 % paired "
+             f"t-interval over seeds], * where p after Holm's correction over these {len(cells)} is below .05")
+    return grid(title, columns, lines)
 
 
 def _trained_parts(found, parts):
@@ -163,17 +204,21 @@ def _trained_parts(found, parts):
     return [part for part in parts if part in trained]
 
 
-def _cell(value):
-    return "" if value is None else f"{value:.3f}"
+def _cell(row):
+    if row is None:
+        return ""
+    if row["n"] == 1:
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def _guesses(values, kinds):
     """A line: what the commonest answer of each kind is worth."""
     shares = []
     for kind in kinds:
-        share = values.get((GUESS, kind, "always one answer", GUESS))
-        if share is not None:
-            shares.append(f"{kind} {share:.3f}")
+        row = values.get((GUESS, kind, "always one answer", GUESS))
+        if row is not None:
+            shares.append(f"{kind} {row['value']:.3f}")
     return f"always the commonest answer: {', '.join(shares)}"
 
 

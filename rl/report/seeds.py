@@ -11,7 +11,8 @@ from rl.report.matched import frontier, matched_text
 from rl.report.statistics import main_decoding, over_seeds, result_lines, seeds_table
 
 FILES = ("results", "differences", "kinds", "training", "routes", "generalisation", "curve")
-NOT_TABLES = ("curve",)             # rl/report/matched.py shows its rows
+# Files with tables of their own: rl/report/matched.py, generalisation.py.
+NOT_TABLES = ("curve", "generalisation")
 
 
 def report_seeds(folder, seeds, write):
