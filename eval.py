@@ -442,9 +442,7 @@ def scores_of(contender, cfg, tests):
 def write_growth(folder, grown):
     """growth.json and growth.png; grown: rows of rl/report/growth.py."""
     write_json(folder / "growth.json", grown)
-    picture = growth.growth_picture(grown)
-    if picture:
-        checkpoint.write_atomically(folder / "growth.png", lambda file: file.write(picture))
+    write_picture(folder / "growth.png", growth.growth_picture(grown))
 
 
 def write_report(folder, cfg, tests, scores, rewards, log, results):

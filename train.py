@@ -68,7 +68,7 @@ from rl import algorithms, bench, curriculum, metrics
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, preflight_text
 from rl.learner import Guard, make_learner
-from rl.report import generalisation, ladder
+from rl.report import generalisation, growth, ladder
 from rl.report import seeds as seeds_report
 from rl.report import statistics
 from rl.report.log import read_log
@@ -1495,17 +1495,20 @@ def many_seeds(cfg):
             checkpoint.write_atomically(path, lambda file: file.write(data))
 
         print(seeds_report.report_seeds(run.folder, seeds, write))
-        show_generalisation(run.folder)
+        show_joint(run.folder)
 
 
-def show_generalisation(folder):
-    """Of the seeds of --compare=generalisation the tables and generalisation.png; nothing of other runs."""
-    if not (folder / "generalisation.json").exists():
-        return
-    found = json.loads((folder / "generalisation.json").read_text())
-    results = json.loads((folder / "results.json").read_text())
-    print("\n" + generalisation.generalisation_text([*results, *found], transfer.PARTS))
-    evaluation.write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
+def show_joint(folder):
+    """The tables and pictures that special comparisons have, over their seeds; nothing of other runs."""
+    if (folder / "generalisation.json").exists():
+        found = json.loads((folder / "generalisation.json").read_text())
+        results = json.loads((folder / "results.json").read_text())
+        print("\n" + generalisation.generalisation_text([*results, *found], transfer.PARTS))
+        evaluation.write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
+    if (folder / "growth.json").exists():
+        found = json.loads((folder / "growth.json").read_text())
+        print("\n" + growth.growth_text(found))
+        evaluation.write_picture(folder / "growth.png", growth.growth_picture(found))
 
 
 def run_bench(cfg, steps=6):
