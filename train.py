@@ -227,6 +227,7 @@ class Config:
              "be llava_cot:OUT.json with --stage=teach")
         need(not out or Path(out).parent.is_dir(), "export", self.run.export, "lie in a folder that exists")
         need(not self.run.seeds and not self.run.tune, "stage", "teach", "come without --seeds and --tune")
+        need(self.data.world == "grid", "world", self.data.world, "be grid with --stage=teach")
         return []
 
     def check_rates(self, stages, source):
@@ -245,8 +246,9 @@ class Config:
         need("distilled" not in stages or (self.algorithm.kl, self.algorithm.kl_in) == ("exact", "loss")
              or not {"kl", "kl_in"} & {*self.run.flags.split()}, "kl", self.algorithm.kl,
              "be exact, and --kl-in loss, with the stage distilled")
-        need(source == "scenes" or self.run.compare != "routes", "compare", "routes",
-             "come with drawn scenes, whose small skills the base learns")
+        is_grid = source == "scenes" and self.data.world == "grid"
+        need(is_grid or self.run.compare != "routes", "compare", "routes",
+             "come with drawn scenes of --world=grid, whose small skills the base learns")
         generalises = self.run.compare == "generalisation"
         need(self.data.world == "transfer" or not generalises, "world", self.data.world,
              "be transfer with --compare=generalisation, whose arms learn from its parts")
@@ -310,6 +312,8 @@ class Config:
             notes.append("a --teacher of one's own makes its own mistakes: the rates of ours have no effect")
         elif source != "scenes" and moved & {"slip", "confuse", "drop_hop"}:
             notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
+        if source != "scenes" and self.data.world != "grid":
+            notes.append("--world has no effect with data of your own: it is about drawn scenes")
         if self.vlm.queries and self.vlm.projector != "resampler":
             notes.append("--queries has no effect without --projector=resampler")
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.min_new and not self.run.bench:
