@@ -440,7 +440,11 @@ def test_a_row_with_a_search_is_found_once_under_the_sampled_decoding(capsys):
 def test_a_contender_of_a_comparison_may_search(monkeypatch):
     seen = []
     monkeypatch.setattr(evaluation, "load_vlm", lambda *_: (model(), TOY, dict(method="think")))
-    monkeypatch.setattr(evaluation, "evaluate", lambda vlm, tok, samples, prompting, options, note: seen.append(prompting))
+
+    def evaluate(vlm, tok, samples, prompting, options, note):
+        seen.append(prompting)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     import train
     search = Search("best_of_n", 4, "logp")
     evaluation.scores_of(evaluation.Contender("x.pt", search=search), train.Config(), {"id": SAMPLES})
