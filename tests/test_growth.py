@@ -184,10 +184,26 @@ def test_the_tables_show_every_method_and_split_and_mean_over_seeds():
     found += growth.rows({"rl": {"walk4": {"t1": other}}}, seed=1)
     text = growth.growth_text(found).split("\n\n")
     assert text[0].splitlines()[0] == "Growth, T = 1: accuracy"
-    assert [line.split() for line in text[0].splitlines()[1:]] == [["walk4"], ["rl", "0.750"], ["cot", "1.000"]]
+    # rl .5 and 1: a t-interval of two seeds, cut to what a share can be
+    lines = [line.split() for line in text[0].splitlines()[1:]]
+    assert lines == [["walk4"], ["rl", "0.750", "[0.00,", "1.00]"], ["cot", "1.000"]]
     looks = text[-1].splitlines()
-    assert looks[0].startswith("Looks on walk4") and looks[2].split() == [
+    means = [word for word in looks[2].split() if word[0] != "[" and word[-1] != "]"]
+    assert looks[0].startswith("Looks on walk4") and means == [
         "rl", "4", "0.571", "0.667", "0.250", "0.500", "0.625", "0.875"]
+
+
+def test_arms_are_held_against_their_start_seed_by_seed():
+    found = []
+    for seed, before, now in ((0, 0.1, 0.3), (1, 0.1, 0.4), (2, 0.1, 0.5)):
+        for method, value in (("cot", before), ("rl", now), ("teacher", 0.9)):
+            found.append(dict(method=method, split="id", decoding="t1", metric="growth: re-checks", value=value,
+                              seed=seed))
+    title, head, *lines = growth.against_start(found, "t1").splitlines()
+    assert "over 3 seeds" in title and "these 1 is" in title and head.split() == ["re-checks,", "id"]
+    # .2, .3, .4: half 4.30265 x .1 / sqrt(3) = .248
+    assert [line.split() for line in lines] == [["rl", "+30.0", "[+5.2,", "+54.8]", "*"]]
+    assert growth.against_start([row for row in found if row["method"] != "cot"], "t1") == ""
 
 
 def test_the_picture_is_a_png_and_needs_walks_of_two_lengths():

@@ -14,8 +14,9 @@ import math
 import numpy as np
 
 from rl.report.curves import LOOK, OTHER, STYLE
-from rl.report.inference import holm, paired_t
-from rl.report.statistics import decoding_title, decodings_of, grid, main_decoding, over_seeds, per_prompt
+from rl.report.inference import paired_t
+from rl.report.statistics import (decoding_title, decodings_of, grid, main_decoding, over_seeds, paired_grid,
+                                  per_prompt)
 
 NEW_RULE = "accuracy under the stated rule"
 OLD_RULE = "accuracy under the old rule"
@@ -182,20 +183,7 @@ def against_rl(found, parts):
                 of_arm = of_seeds.get((arm, *place), {})
                 if of_base and of_arm.keys() == of_base.keys():
                     cells[arm, column] = paired_t([of_arm[seed] - of_base[seed] for seed in of_base])
-    if not cells:
-        return ""
-    adjusted = holm([1.0 if math.isnan(cell.p) else cell.p for cell in cells.values()])
-    texts = {}                                  # method -> column -> text
-    for ((method, column), cell), p in zip(cells.items(), adjusted):
-        mark = " *" if p < 0.05 else "  "
-        text = f"{100 * cell.mean:+.1f} [{100 * cell.low:+.1f}, {100 * cell.high:+.1f}]{mark}"
-        texts.setdefault(method, {})[column] = text
-    columns = list(dict.fromkeys(column for _, column in cells))
-    lines = [(method, [of_method.get(column, "") for column in columns]) for method, of_method in texts.items()]
-    count = next(iter(cells.values())).n
-    title = (f"Arms less RL on the same part, points, {decoding_title(decoding)}: mean over {count} seeds [95 % paired "
-             f"t-interval over seeds], * where p after Holm's correction over these {len(cells)} is below .05")
-    return grid(title, columns, lines)
+    return paired_grid(f"Arms less RL on the same part, points, {decoding_title(decoding)}", cells)
 
 
 def _trained_parts(found, parts):

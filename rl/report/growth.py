@@ -10,11 +10,14 @@ walked, hops of the question and of the thought; rechecks, how often it says "wa
 and the last look found the start, -1 for a look at no cell.
 """
 import io
+import math
 
 import numpy as np
 
 from rl.report.curves import LOOK, style
-from rl.report.statistics import decoding_title, decodings_of, grid, main_decoding, main_split, per_prompt
+from rl.report.inference import paired_t
+from rl.report.statistics import (decoding_title, decodings_of, grid, main_decoding, main_split, over_seeds,
+                                  paired_grid, per_prompt, within)
 
 GROWTH = "growth: "             # in front of a metric, so that no other table takes its rows for its own
 PASS = "pass@8"
@@ -90,13 +93,12 @@ def _share(what, of):
     return float(what[of].mean()) if of.any() else None
 
 
-def means(found):
-    """Rows of one seed or several -> {(method, split, decoding, metric without GROWTH): mean over the seeds}."""
-    values = {}
-    for row in found:
-        key = row["method"], row["split"], row["decoding"], row["metric"].removeprefix(GROWTH)
-        values.setdefault(key, []).append(row["value"])
-    return {key: float(np.mean(of_seeds)) for key, of_seeds in values.items()}
+def by_cell(found):
+    """Rows of one seed or several -> {(method, split, decoding, metric without GROWTH): its row over the seeds}."""
+    rows = {}
+    for row in over_seeds(found):
+        rows[row["method"], row["split"], row["decoding"], row["metric"].removeprefix(GROWTH)] = row
+    return rows
 
 
 def _names(found, field):
@@ -106,10 +108,11 @@ def _names(found, field):
 # ---------------------------------------------------------------- as text
 
 def growth_text(found):
-    """A table a decoding and metric of BY_SPLIT; then, of the sampled decoding, what looks are worth."""
+    """A table a decoding and metric of BY_SPLIT; then, of the sampled decoding, what looks are worth and, over several
+    seeds, in what arms differ from their start."""
     if not found:
         return ""
-    values = means(found)
+    values = by_cell(found)
     tables = []
     for decoding in decodings_of(found):
         for metric, title in BY_SPLIT.items():
@@ -120,7 +123,32 @@ def growth_text(found):
     for split in dict.fromkeys((main_split(splits), *SHOWN_LOOKS)):
         if split in splits:
             tables.append(looks_table(found, values, decoding, split))
-    return "\n\n".join(tables)
+    if len(_names(found, "seed")) > 1:
+        tables.append(against_start(found, decoding))
+    return "\n\n".join(text for text in tables if text)
+
+
+# In what arms are held against their start: (metric, split).
+QUESTIONS = (("accuracy", "id"), (PASS, "id"), ("re-checks", "id"), ("re-check after wrong", "id"),
+             ("re-check after right", "id"), ("accuracy", "walk4"), ("as asked", "walk4"), ("accuracy", "walk6"),
+             ("as asked", "walk6"))
+
+
+def against_start(found, decoding, start="cot"):
+    """A table of the arms less what they start from, paired by seed; "" without it."""
+    of_seeds = {}                               # (method, split, metric) -> {seed: value}
+    for row in found:
+        if row["decoding"] == decoding:
+            key = row["method"], row["split"], row["metric"].removeprefix(GROWTH)
+            of_seeds.setdefault(key, {})[row["seed"]] = row["value"]
+    cells = {}                                  # (method, column) -> Paired
+    for metric, split in QUESTIONS:
+        before = of_seeds.get((start, split, metric), {})
+        for method in _names(found, "method"):
+            now = of_seeds.get((method, split, metric), {})
+            if method not in (start, "teacher") and before and now.keys() == before.keys():
+                cells[method, f"{metric}, {split}"] = paired_t([now[seed] - before[seed] for seed in before])
+    return paired_grid(f"Arms less {start}, points, {decoding_title(decoding)}", cells)
 
 
 def length_table(found, values, decoding, metric, title):
@@ -145,14 +173,18 @@ def looks_table(found, values, decoding, split):
     return grid(title, OF_LOOKS, lines)
 
 
-def _text(value, metric):
-    if value is None:
+def _text(row, metric):
+    if row is None:
         return ""
     if metric == "n":
-        return f"{value:g}"
-    if metric in ("tokens", "hops"):
-        return f"{value:.1f}"
-    return f"{value:.3f}"
+        return f"{row['value']:g}"
+    digits = 1 if metric in ("tokens", "hops") else 3
+    text = f"{row['value']:.{digits}f}"
+    if row["n"] == 1:
+        return text
+    rounded = max(1, digits - 1)
+    low, high = within(row["low"], row["high"], 0.0, math.inf if digits == 1 else 1.0)
+    return f"{text} [{low:.{rounded}f}, {high:.{rounded}f}]"
 
 
 # ---------------------------------------------------------------- as a picture
@@ -196,7 +228,7 @@ PANELS = {
 def draw(found):
     """The picture of `growth_picture` as a matplotlib Figure: a panel a metric, hops to the right, a method a line."""
     from matplotlib.figure import Figure
-    values = means(found)
+    values = by_cell(found)
     decoding = main_decoding(found)
     lengths = lengths_of(found)
     hops = list(lengths)
@@ -229,9 +261,9 @@ def _line(ax, values, method, decoding, lengths, metric, linestyle="-", label=No
     """A method's metric over the hops that it is known at."""
     points = []
     for hops, split in lengths.items():
-        value = values.get((method, split, decoding, metric))
-        if value is not None:
-            points.append((hops, value))
+        row = values.get((method, split, decoding, metric))
+        if row is not None:
+            points.append((hops, row["value"]))
     if not points:
         return
     color, marker = style(method)

@@ -676,6 +676,29 @@ def _differences_grid(title, rows):
     return "\n".join(notes)
 
 
+def paired_grid(title, cells):
+    """{(method, column): inference.Paired} of one comparison -> text, in points, corrected for all of its cells; ""
+    without any."""
+    if not cells:
+        return ""
+    adjusted = holm([1.0 if math.isnan(cell.p) else cell.p for cell in cells.values()])
+    texts = {}                                  # method -> column -> text
+    for ((method, column), cell), p in zip(cells.items(), adjusted):
+        mark = " *" if p < 0.05 else "  "
+        interval = f" [{100 * cell.low:+.1f}, {100 * cell.high:+.1f}]"
+        if math.isnan(cell.p):                  # equal with every seed
+            interval = ""
+        texts.setdefault(method, {})[column] = f"{100 * cell.mean:+.1f}{interval}{mark}"
+    columns = list(dict.fromkeys(column for _, column in cells))
+    lines = []
+    for method, of_method in texts.items():
+        lines.append((method, [of_method.get(column, "") for column in columns]))
+    count = next(iter(cells.values())).n
+    title = (f"{title}: mean over {count} seeds [95 % paired t-interval over seeds], * where p after Holm's "
+             f"correction over these {len(cells)} is below .05")
+    return grid(title, columns, lines)
+
+
 def _seeds_grid(title, rows):
     methods = {}                                # method -> split -> text
     for row in rows:
