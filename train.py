@@ -243,9 +243,6 @@ class Config:
              "be val with --tune: nothing is tuned on test prompts")
         need(source == "scenes" or not self.run.curve, "curve", self.run.curve,
              "be 0 with data of your own, which has no validation prompts beside those that are reported")
-        need("distilled" not in stages or (self.algorithm.kl, self.algorithm.kl_in) == ("exact", "loss")
-             or not {"kl", "kl_in"} & {*self.run.flags.split()}, "kl", self.algorithm.kl,
-             "be exact, and --kl-in loss, with the stage distilled")
         is_grid = source == "scenes" and self.data.world == "grid"
         need(is_grid or self.run.compare != "routes", "compare", "routes",
              "come with drawn scenes of --world=grid, whose small skills the base learns")
@@ -300,6 +297,9 @@ class Config:
             group_can_teach = self.sampling.group >= 2 or variant.algorithm.compares_groups
             need(group_can_teach or stage not in algorithms.STAGES, "group", self.sampling.group,
                  "be at least 2: a group of one has no baseline but itself (--baseline=batch and critic need none)")
+            is_exact = (variant.algorithm.kl, variant.algorithm.kl_in) == ("exact", "loss")
+            need(stage != "distilled" or is_exact, "kl", variant.algorithm.kl,
+                 "be exact, and --kl-in loss, with the stage distilled")
             algorithms.check_pass_at_k(variant)
             need(source == "scenes" or not variant.rl.curriculum, "curriculum", variant.rl.curriculum,
                  f"be false with --data={self.data.data}: only drawn scenes have a difficulty, the hops of their walks")
@@ -465,10 +465,11 @@ class Run(RunFolder):
             yield step, schedule.rate(step, meter.total, cfg.optim.warmup, cfg.optim.final_lr)
             step += 1
             self.bar.update()
-            point = int(cfg.run.curve * share)          # of the curve, before this step
+            before = int(cfg.run.curve * share)         # the point of the curve before this step
             share = schedule.share(step, meter.total)
-            if share < 1 and snapshot and is_arm(stage) and int(cfg.run.curve * share) > point:
-                snapshot(int(cfg.run.curve * share))
+            point = int(cfg.run.curve * share)
+            if share < 1 and snapshot and is_arm(stage) and point > before:
+                snapshot(point)
             if share < 1 and step % cfg.run.save_every == 0:
                 self.save_progress(stage, step, module, optimizer, meter, generator)
         self.bar.close()

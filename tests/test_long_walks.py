@@ -10,6 +10,7 @@ from data.long_walks import WalkTeacher
 from data.supply import DataOptions, Supply
 from data.teachers import TeacherOptions
 from test_scenes import HELD_OUT
+from tiny import unpainted
 
 WORLD = long_walks.WORLD
 SPLITS = (*WORLD.splits, "train")
@@ -24,9 +25,7 @@ def drawn():
     def of(split, teacher=FLAWLESS, count=600):
         key = split, teacher, count
         if key not in kept:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(scenes, "draw", lambda some, noise: np.zeros((len(some), 1, 1, 3), np.uint8))
-                kept[key] = scenes.load(split, count, 3, teacher, world=WORLD)
+            kept[key], _ = unpainted(split, count, 3, teacher, WORLD)
         return kept[key]
     return of
 

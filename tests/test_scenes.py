@@ -10,6 +10,7 @@ import pytest
 from data import scenes, teachers
 from data.chat import normalise
 from data.sample import Sample
+from tiny import unpainted
 
 TRAINS = ("clip", "align", "sft", "train")
 ORDINARY = TRAINS + ("val", "id", "crowded", "walk3", "walk4")
@@ -24,15 +25,7 @@ def drawn():
 
     def of(split, count=1500, seed=0, teacher=None):
         if (split, count, seed, teacher) not in kept:
-            made = []
-
-            def see(some, noise):
-                made.extend(some)
-                return np.zeros((len(some), 1, 1, 3), np.uint8)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(scenes, "draw", see)
-                samples = scenes.load(split, count, seed, teacher)
-            kept[split, count, seed, teacher] = samples, made[:count]
+            kept[split, count, seed, teacher] = unpainted(split, count, seed, teacher)
         return kept[split, count, seed, teacher]
     return of
 

@@ -10,6 +10,7 @@ from data import scenes, teachers, transfer
 from data.supply import DataOptions, Supply
 from data.teachers import TeacherOptions
 from test_scenes import HELD_OUT, read_answer
+from tiny import unpainted
 
 WORLD = transfer.WORLD
 SPOKEN = (*WORLD.splits, "train", *WORLD.parts)
@@ -23,15 +24,7 @@ def drawn():
 
     def of(split, teacher=None):
         if (split, teacher) not in kept:
-            made = []
-
-            def see(some, noise):
-                made.extend(some)
-                return np.zeros((len(some), 1, 1, 3), np.uint8)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(scenes, "draw", see)
-                samples = scenes.load(split, 600, 3, teacher, world=WORLD)
-            kept[split, teacher] = samples, made[:600]
+            kept[split, teacher] = unpainted(split, 600, 3, teacher, WORLD)
         return kept[split, teacher]
     return of
 

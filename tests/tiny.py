@@ -2,8 +2,10 @@
 import re
 
 import numpy as np
+import pytest
 import torch
 
+from data import scenes
 from data.sample import collate
 from model.clip import ClipConfig
 from model.llama import LlamaConfig
@@ -61,6 +63,19 @@ def every_second_word(ids):
 
 def picture(seed):
     return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def unpainted(split, count, seed, teacher=None, world=scenes.GRID):
+    """Drawn samples whose pictures are left out, and their scenes -> (samples, scenes)."""
+    made = []
+
+    def see(some, noise):
+        made.extend(some)
+        return np.zeros((len(some), 1, 1, 3), np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "draw", see)
+        samples = scenes.load(split, count, seed, teacher, world=world)
+    return samples, made[:count]
 
 
 def to_batch(rows):
