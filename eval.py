@@ -464,31 +464,17 @@ def write_picture(path, picture):
 
 # ---------------------------------------------------------------- post-training on a part of the questions
 
-@dataclass(frozen=True)
-class Probes:
-    """What is asked of post-training on a part of the questions, beside the splits.
-
-    start: the method that all were trained from; parts: part -> prompts, on which models are compared; begun: kind of
-    question -> samples with flawless chains, which thoughts begin with; looking: questions that are answered at once;
-    captioned: pictures with captions in reading order.
-    """
-    start: str
-    parts: dict
-    begun: dict
-    looking: list
-    captioned: list
-
-
 def probes_of(supply, options, start):
     """A Supply and JudgeOptions -> Probes, from prompts that nothing trains on."""
     seed = scenes.TEST_SEED[supply.options.eval_set]
     count = options.eval_greedy
     begun = {}
     for kind in transfer.KINDS:
-        begun[kind] = scenes.load(kind, count, seed, supply.flawless, world=supply.world)
+        samples = scenes.load(kind, count, seed, supply.flawless, world=supply.world)
+        begun[kind] = (samples, [f"<think> {transfer.beginning(sample)}" for sample in samples])
     parts = supply.of_parts(options.eval_sampled)
     captioned = [sample for samples in parts.values() for sample in samples]
-    return Probes(start, parts, begun, scenes.load("sft", count, seed), captioned)
+    return measures.Probes(start, parts, begun, scenes.load("sft", count, seed), captioned)
 
 
 def generalisation_rows(folder, cfg, contenders, tests, scores, probes):
@@ -499,12 +485,13 @@ def generalisation_rows(folder, cfg, contenders, tests, scores, probes):
     path = folder / "measures.json"
     measured = json.loads(path.read_text()) if path.exists() else {}
     start, tok, state = load_vlm(contenders[probes.start].path, device)
-    start = start.to(dtype)
+    asking = measures.Asking(tok, state["method"], cfg.data.template, cfg.sampling.max_new)
+    start = Sampler(start.to(dtype))
     for method, contender in contenders.items():
         if method not in measured:
             began = time.perf_counter()
             vlm, _, _ = load_vlm(contender.path, device)
-            measured[method] = probe(vlm.to(dtype), start, tok, probes, state["method"], cfg)
+            measured[method] = measures.probe(Sampler(vlm.to(dtype)), start, probes, asking)
             write_json(path, measured)
             print(f"measured {method} {time.perf_counter() - began:7.1f} s", flush=True)
     decoys = {}
@@ -512,40 +499,6 @@ def generalisation_rows(folder, cfg, contenders, tests, scores, probes):
         decoys[split] = [chat.normalise(sample.decoy) for sample in tests[split]]
     guesses = {kind: commonest_answer(tests[kind])[1] for kind in transfer.KINDS}
     return generalisation.rows(scores, measured, decoys, guesses, probes.start, transfer.PARTS, cfg.run.seed)
-
-
-def probe(vlm, start, tok, probes, method, cfg):
-    """One model beside the start, both asked by `method`, the start's -> rows (split, decoding, metric, value)."""
-    template = cfg.data.template
-    max_new = cfg.sampling.max_new
-    rows = []
-
-    # 1. Retention: captions, and questions that are answered at once.
-    logp = measures.caption_logp(vlm, tok, probes.captioned, template)
-    rows.append(dict(split="captions", decoding="log-prob", metric=generalisation.RETAINED, value=logp))
-    answers = complete(vlm, tok, probes.looking, Prompting("direct", template, max_new), cfg.judge.eval_batch)
-    rows.append(dict(split="looking", decoding="greedy", metric=generalisation.RETAINED,
-                     value=float(np.mean(judge(probes.looking, answers.texts)["right"]))))
-
-    # 2. How far it moved, on the prompts of each part.
-    for part, samples in probes.parts.items():
-        def compared(speaker, other):
-            generator = torch.Generator(vlm.llm.head.device).manual_seed(1)
-            return measures.divergence(Sampler(speaker), other, tok, samples, method, template, max_new, generator)
-        forward = compared(start, vlm)
-        reverse = compared(vlm, start)
-        found = {generalisation.FORWARD: np.mean(forward.kl), generalisation.REVERSE: np.mean(reverse.kl),
-                 generalisation.ENTROPY: reverse.entropy}
-        for metric, value in found.items():
-            rows.append(dict(split=part, decoding="t1", metric=metric, value=float(value)))
-
-    # 3. What it does once its thought has begun as a flawless one.
-    for kind, samples in probes.begun.items():
-        beginnings = [f"<think> {transfer.beginning(sample)}" for sample in samples]
-        texts = measures.begun(Sampler(vlm), tok, samples, beginnings, method, template, max_new)
-        right = judge(samples, [[text] for text in texts])["right"]
-        rows.append(dict(split=kind, decoding="greedy", metric=generalisation.BEGUN, value=float(np.mean(right))))
-    return rows
 
 
 # ---------------------------------------------------------------- command line

@@ -3,15 +3,19 @@
     nats = caption_logp(vlm, tokenizer, samples, "brief")                       # mean log-prob of a caption's token
     found = divergence(Sampler(start), now, tokenizer, samples, "think", "brief", 32, generator)  # KL(start || now)
     texts = begun(Sampler(vlm), tokenizer, samples, ["<think> b2", ..], "think", "brief", 32)
+    rows = probe(Sampler(vlm), Sampler(start), probes, asking)                  # all of it
 
 Nothing here trains. Samplers are handed in, each with its model.
 """
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from data.chat import encode_plain
+from data import chat
 from data.sample import collate
+from rl.report import generalisation
 from rl.rollout import prompts
 
 ROWS = 64                   # prompts, or captions, computed at once
@@ -26,7 +30,7 @@ def caption_logp(vlm, tokenizer, samples, template):
     for first in range(0, len(samples), ROWS):
         rows = []
         for sample in samples[first:first + ROWS]:
-            rows.append(encode_plain(sample, tokenizer, vlm.config.image_tokens, template))
+            rows.append(chat.encode_plain(sample, tokenizer, vlm.config.image_tokens, template))
         batch = collate(rows, tokenizer.pad_id, **vlm.config.pixels).to(vlm.llm.head.device)
         logp = vlm(batch).logp
         total += logp.sum().item()
@@ -70,8 +74,8 @@ def divergence(sampler, other, tokenizer, samples, method, template, max_new, ge
 
 @torch.no_grad()
 def begun(sampler, tokenizer, samples, beginnings, method, template, max_new):
-    """Greedy completions that begin with a given text -> n texts, the beginnings included; max_new: tokens of each in
-    all, of the beginning as well.
+    """Greedy completions that begin with a given text, which may be empty -> n texts, the beginnings included; max_new:
+    tokens of each in all, of the beginning as well.
 
     A beginning must end where a token ends.
     """
@@ -90,9 +94,76 @@ def begun(sampler, tokenizer, samples, beginnings, method, template, max_new):
         left = torch.tensor([[max(1, max_new - len(tokens))] for tokens in given], device=device)
         most = int(left.max())
         sampler.prefill(batch, 1, longest + most)
-        sampler.extend(ids, alive)
+        if longest:
+            sampler.extend(ids, alive)
         said = sampler.decode(most, tokenizer.eos_id, temperature=0.0, pad_id=tokenizer.pad_id, limit=left,
                               banned=tokenizer.banned(sampler.vlm.config.llm.vocab))
         for tokens, row, kept in zip(given, said.ids[:, 0].cpu(), said.mask[:, 0].cpu()):
             texts.append(tokenizer.decode(tokens + row[kept].tolist()))
     return texts
+
+
+# ---------------------------------------------------------------- all of it
+
+@dataclass(frozen=True)
+class Probes:
+    """What is asked of post-training on a part of the questions, beside the splits.
+
+    start: the method that all were trained from; parts: part -> prompts, on which models are compared; begun: kind of
+    question -> (samples, the first words of a flawless completion of each); looking: questions that are answered at
+    once; captioned: pictures with captions in reading order.
+    """
+    start: str
+    parts: dict
+    begun: dict
+    looking: list
+    captioned: list
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How models are asked: the tokenizer and method of the start, the template, the token budget."""
+    tokenizer: Any
+    method: str
+    template: str
+    max_new: int
+
+
+def probe(sampler, start, probes, asking):
+    """One model beside the start, each in its sampler -> rows (split, decoding, metric, value)."""
+    tokenizer = asking.tokenizer
+    asked = (asking.method, asking.template, asking.max_new)
+    rows = []
+
+    # 1. Retention: captions, and questions that are answered at once.
+    logp = caption_logp(sampler.vlm, tokenizer, probes.captioned, asking.template)
+    rows.append(dict(split="captions", decoding="log-prob", metric=generalisation.RETAINED, value=logp))
+    unbegun = [""] * len(probes.looking)
+    texts = begun(sampler, tokenizer, probes.looking, unbegun, "direct", asking.template, asking.max_new)
+    rows.append(dict(split="looking", decoding="greedy", metric=generalisation.RETAINED,
+                     value=share_right(probes.looking, texts)))
+
+    # 2. How far it moved, on the prompts of each part.
+    for part, samples in probes.parts.items():
+        def compared(speaker, other):
+            generator = torch.Generator(other.vlm.llm.head.device).manual_seed(1)
+            return divergence(speaker, other.vlm, tokenizer, samples, *asked, generator)
+        forward = compared(start, sampler)
+        reverse = compared(sampler, start)
+        found = {generalisation.FORWARD: np.mean(forward.kl), generalisation.REVERSE: np.mean(reverse.kl),
+                 generalisation.ENTROPY: reverse.entropy}
+        for metric, value in found.items():
+            rows.append(dict(split=part, decoding="t1", metric=metric, value=float(value)))
+
+    # 3. What it does once its thought has begun as a flawless one.
+    for kind, (samples, beginnings) in probes.begun.items():
+        texts = begun(sampler, tokenizer, samples, beginnings, *asked)
+        rows.append(dict(split=kind, decoding="greedy", metric=generalisation.BEGUN,
+                         value=share_right(samples, texts)))
+    return rows
+
+
+def share_right(samples, texts):
+    """The share of samples whose text holds a right answer."""
+    right = [chat.is_right(sample, chat.parse(text).answer) for sample, text in zip(samples, texts)]
+    return float(np.mean(right))
