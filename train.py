@@ -596,8 +596,8 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
         clock = metrics.Clock(run.device)
         failed_before = rewards.failures
         open_to_it = len(samples)
-        if cfg.rl.curriculum:       # in thousandths of the stage, whose steps are not known where its FLOPs are given
-            open_to_it = curriculum.open_prompts(int(1000 * schedule.share(step, meter.total)), 1000, len(samples))
+        if cfg.rl.curriculum:
+            open_to_it = curriculum.open_prompts(schedule.share(step, meter.total), len(samples))
 
         # 1. Sample. Groups of equal rewards teach nothing; with --refill others take their place.
         rollouts = []

@@ -125,11 +125,11 @@ def test_the_arms_differ_from_rl_in_one_thing_each():
 # ---------------------------------------------------------------- the curriculum
 
 def test_the_curriculum_opens_the_easy_third_first_and_all_from_half_time_on():
-    counts = [curriculum.open_prompts(step, 100, 4800) for step in range(100)]
+    counts = [curriculum.open_prompts(step / 100, 4800) for step in range(100)]
     assert counts[0] == 1600 and counts == sorted(counts)
     assert counts[49] < 4800 and {*counts[50:]} == {4800}
     assert counts[25] == 3200
-    assert [curriculum.open_prompts(step, 1, 1) for step in (0, 1)] == [1, 1]
+    assert [curriculum.open_prompts(share, 1) for share in (0, 1)] == [1, 1]
 
 
 def test_the_order_is_by_difficulty_and_otherwise_as_it_was():
