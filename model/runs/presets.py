@@ -53,10 +53,15 @@ def preset_of(given):
     return "embedded" if data == "scenes" else "images"
 
 
-# Of the arms of the main comparison, as --tune chose them on validation prompts of seed 100: the ladders stand in
-# rl/report/README.md.
+# Of the arms of the main comparison and of --compare=generalisation, as --tune chose them on validation prompts of seed
+# 100: the ladders stand in rl/report/README.md.
 TUNED = ("cot:2e-3,rl:1e-3,grpo_token_kl:5e-4,reinforce:5e-4,negative:1e-3,rejection_first:5e-4,rejection:1.25e-4,"
          "rejection_iterated:2.5e-4,cot_continued:1e-3,filtered:5e-4,sft_direct:1e-3,perfect:2e-3,distilled:1e-3")
+
+TUNED_ON_PARTS = (
+    "rl_walks:5e-4,rl_kl_walks:5e-4,filtered_walks:1e-3,replay_walks:2e-3,rejection_walks:1e-3,continued_walks:4e-3,"
+    "gold_walks:1e-3,rl_looks:5e-4,rl_kl_looks:5e-4,filtered_looks:2e-3,replay_looks:1e-3,rejection_looks:1e-3,"
+    "continued_looks:5e-4,gold_looks:1e-3")
 
 PRESETS = {
     "": preset_of,
@@ -67,9 +72,9 @@ PRESETS = {
     "routes": dict(compare="routes", cot_format="llava_cot", skills=True, max_new=64, sft_steps=400, rl_steps=200,
                    rates="rl_from_base:2.5e-4,llava_o1:2e-3,llava_o1_blind:2e-3,rl_from_o1:2.5e-4",
                    eval_greedy=200, eval_sampled=100),
-    # post-training on walks alone or on looks alone, tested on all; no rate is tuned yet
+    # post-training on walks or on looks, tested on all; the rates are those that --tune chose
     "generalisation": dict(compare="generalisation", world="transfer", replay=0.25, rl_steps=100, eval_greedy=200,
-                           eval_sampled=100, eval_samples=4),
+                           eval_sampled=100, eval_samples=4, rates=TUNED_ON_PARTS),
     # does thinking grow? Walks longer than any trained one, from a teacher that sometimes looks again
     "long_walks": dict(world="long_walks", compare="long_walks", max_new=96, confuse=0.2, drop_hop=0.2, rl_steps=120,
                        eval_greedy=100, eval_sampled=60),

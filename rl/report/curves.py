@@ -271,6 +271,9 @@ def _rewards(ax, lines):
     return ends
 
 
+MOST_LABELS = 40                # dots with a number each, before the numbers lie on each other
+
+
 def _accuracies(ax, rows, decoding):
     """Dots with intervals, grouped by split, in front of the teacher's level and its interval."""
     from matplotlib.patheffects import withStroke
@@ -292,9 +295,10 @@ def _accuracies(ax, rows, decoding):
         x += slot * (methods.index(row["method"]) - (len(methods) - 1) / 2)
         ax.errorbar(x, value, [[value - low], [high - value]], color=color, marker=marker,
                     markersize=9, elinewidth=2, linestyle="", label=row["method"])
-        ax.annotate(f"{100 * value:.0f}", (x, high), (0, 3), textcoords="offset points",
-                    ha="center", fontsize=11, color="#333333",
-                    path_effects=[withStroke(linewidth=3, foreground="white")])
+        if len(methods) * len(splits) <= MOST_LABELS:
+            ax.annotate(f"{100 * value:.0f}", (x, high), (0, 3), textcoords="offset points",
+                        ha="center", fontsize=11, color="#333333",
+                        path_effects=[withStroke(linewidth=3, foreground="white")])
     side = max(0.5, 1.25 - len(splits) / 2)     # one split alone is not as wide as the picture
     ax.set(title=f"Accuracy by split, {decoding}, with 95 % intervals", ylabel="%", ylim=(0, 1.06),
            xlim=(-side, len(splits) - 1 + side))

@@ -18,10 +18,8 @@ NOT_TABLES = ("curve", "generalisation", "growth")
 def report_seeds(folder, seeds, write):
     """Joins what each seed left in `folder`/seed-N; -> text: three lines of result, probes, tables.
 
-    Writes results.json, differences.json, kinds.json and training.json, each with the rows of all
-    seeds, curves.png and, where arms were followed, curve.json and frontier.png, by `write(path,
-    bytes)`. A file that a seed's run did not leave is left
-    out; where nothing was evaluated the text is "".
+    Writes those of FILES that the runs left, each with the rows of all seeds, curves.png and, where arms were followed,
+    frontier.png, by `write(path, bytes)`. Where nothing was evaluated the text is "".
     """
     folder = Path(folder)
     runs = [folder / f"seed-{seed}" for seed in seeds]
