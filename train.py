@@ -465,9 +465,9 @@ class Run(RunFolder):
             yield step, schedule.rate(step, meter.total, cfg.optim.warmup, cfg.optim.final_lr)
             step += 1
             self.bar.update()
-            before = int(cfg.run.curve * share)         # the point of the curve before this step
+            before = points_behind(cfg.run.curve, share)
             share = schedule.share(step, meter.total)
-            point = int(cfg.run.curve * share)
+            point = points_behind(cfg.run.curve, share)
             if share < 1 and snapshot and is_arm(stage) and point > before:
                 snapshot(point)
             if share < 1 and step % cfg.run.save_every == 0:
@@ -1380,7 +1380,18 @@ def is_arm(stage):
     return stage_of(stage) not in ("clip", "align", "sft", "cot", "rejection_first")
 
 
-POINT = dict(most=100, samples=2)       # what a point of a curve is asked: there are many
+def points_behind(points, share):
+    """How many points of a curve lie at or before this share of its stage. They stand at (1/points)^2, (2/points)^2, ..
+    1 of it: most is learned early.
+
+    >>> [points_behind(4, share) for share in (0.06, 0.0625, 0.25, 0.9, 1.0)]
+    [0, 1, 2, 3, 4]
+    """
+    return int(points * math.sqrt(share) + 1e-9)
+
+
+# What a point of a curve is asked: there are many. The best one is chosen by the validation prompts.
+POINT = dict(tests=100, validation=200, samples=2)
 
 
 def follow_curves(run, stages, labels, tests):
@@ -1389,9 +1400,10 @@ def follow_curves(run, stages, labels, tests):
     cfg = run.cfg
     path = run.folder / "curve.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    validation = run.supply.tests(2 * POINT["most"], "val")
+    validation = run.supply.tests(POINT["validation"], "val")
     home = statistics.main_split(list(validation))
-    asked = {"validation": validation[home], **tests}
+    asked = {"validation": validation[home]}
+    asked |= {split: samples[:POINT["tests"]] for split, samples in tests.items()}
     done = {(row["stage"], row["point"]) for row in rows}
     for stage in filter(is_arm, stages):
         before = path_of(stage, cfg.stages())[:-1]
@@ -1402,7 +1414,8 @@ def follow_curves(run, stages, labels, tests):
             if (stage, point) in done or not model.exists():    # a stage of few steps has fewer points
                 continue
             flops = spent + (checkpoint.load(model)["flops"] if point else 0)
-            found = evaluation.scores_of(Contender(model, **POINT), cfg, asked)
+            contender = Contender(model, most=POINT["validation"], samples=POINT["samples"])
+            found = evaluation.scores_of(contender, cfg, asked)
             place = dict(method=labels[stage], stage=stage, point=point, flops=flops, seed=cfg.run.seed)
             rows += statistics.curve_rows(place, found)
         write_json(path, rows)

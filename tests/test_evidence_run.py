@@ -1,12 +1,15 @@
 """Arms at equal FLOPs, points along their training and on-policy distillation, from the command line."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import train
 from data import chat, tokenizer
+from data.supply import Supply
 from model.runs import checkpoint
 
 TINY = ["--preset=tiny", "--threads=1", "--clip-steps=2", "--align-steps=4", "--sft-steps=4", "--cot-steps=6",
@@ -65,9 +68,9 @@ def test_a_curve_starts_at_what_an_arm_starts_from_and_ends_at_its_checkpoint(ar
                                                                    "walk4"}
 
 
-def test_a_point_of_a_curve_is_the_model_at_that_share_of_the_stage(arms):
+def test_a_point_of_a_curve_is_the_model_at_its_share_of_the_stage(arms):
     lines = [json.loads(line) for line in (arms / "log.jsonl").read_text().splitlines() if '"stage": "rl"' in line]
-    assert checkpoint.load(arms / "curve/rl-2.pt")["flops"] == lines[11]["flops"]           # 12 of 24 steps
+    assert checkpoint.load(arms / "curve/rl-2.pt")["flops"] == lines[5]["flops"]            # (2/4)^2 of 24 steps
     half, whole = (checkpoint.load(path)["vlm"] for path in (arms / "curve/perfect-2.pt", arms / "perfect.pt"))
     assert any(not torch.equal(half[name], whole[name]) for name in whole)
 
@@ -75,6 +78,35 @@ def test_a_point_of_a_curve_is_the_model_at_that_share_of_the_stage(arms):
 def test_the_best_point_of_a_supervised_arm_is_chosen_on_validation_prompts_and_is_an_arm(arms):
     results = {row["method"] for row in read(arms / "results.json")}
     assert {"filtered@best", "perfect@best"} <= results and "grpo_token@best" not in results
+
+
+def test_no_point_is_lost_to_rounding():
+    for points in (4, 100):
+        shares = [(point / points) ** 2 for point in range(points + 1)]
+        assert [train.points_behind(points, share) for share in shares] == [*range(points + 1)]
+
+
+def test_points_are_chosen_by_200_validation_prompts_of_another_stream_than_the_tests(monkeypatch, arms, tmp_path):
+    cfg = train.change(train.Config(), curve=4)
+    asked = []
+
+    def see(contender, cfg, splits):
+        options = contender.judge(cfg.judge)
+        for split, samples in splits.items():
+            asked.append((split, samples[:options.eval_greedy], samples[:options.eval_sampled]))
+        return {}
+    monkeypatch.setattr(evaluation, "scores_of", see)
+    supply = Supply(cfg.data, cfg.teacher, 0)
+    followed = SimpleNamespace(cfg=cfg, supply=supply, folder=tmp_path, spent=lambda stages: 0,
+                               path=lambda stage: arms / f"{stage}.pt", point=lambda stage, point: tmp_path / "none")
+    tests = supply.tests(300)
+    train.follow_curves(followed, ["filtered"], {"filtered": "filtered"}, tests)
+    of_split = {split: (greedy, sampled) for split, greedy, sampled in asked}
+    fresh = [sample.question for sample in supply.tests(200, "val")["id"]]
+    for chosen in of_split.pop("validation"):
+        assert [sample.question for sample in chosen] == fresh
+    assert fresh[:100] != [sample.question for sample in tests["id"][:100]]
+    assert all(len(greedy) == len(sampled) == 100 for greedy, sampled in of_split.values()) and len(of_split) == 5
 
 
 def test_the_best_point_is_the_first_of_equals_and_never_the_start():

@@ -17,7 +17,8 @@ def test_a_curve_is_read_where_it_first_reaches_the_level():
     [points] = curves_of(rows("rl", 0, [0.5, 0.6, 0.8, 0.7, 0.9], [0.1, 0.2, 0.4, 0.0, 0.5]), "t1")[1]["rl"].values()
     assert at_level(points, "id", 0.7) == pytest.approx(dict(flops=1.5e12, id=0.7, walk3=0.3))      # half way
     assert at_level(points, "id", 0.8) == pytest.approx(dict(flops=2e12, id=0.8, walk3=0.4))        # before it falls
-    assert at_level(points, "id", 0.4) == points[0]             # what it starts from is there already
+    assert at_level(points, "id", 0.5) == points[0]             # what it starts from
+    assert at_level(points, "id", 0.4) is None                  # it starts above: there is nothing like it to compare
     assert at_level(points, "id", 0.95) is None
 
 
@@ -28,7 +29,7 @@ def test_a_table_holds_the_arms_that_reach_a_level_with_every_seed():
     found += rows("gold", 0, [0.0], [0.0], decoding="greedy")
     text = matched_text(found, "t1")
     at_7, at_8 = text.split("\n\n")                             # nothing reaches .9 twice
-    assert at_7.startswith("Where arms first reach 0.70 on id, T = 1") and at_7.endswith("every seed: gold")
+    assert at_7.startswith("Where arms first reach 0.70 on id, T = 1") and at_7.endswith("from above it: gold")
     _, head, rl, filtered, _ = at_7.splitlines()
     assert head.split() == ["walk3", "TFLOP"]
     # rl: .2 half way and .2 at the start; filtered .1 twice

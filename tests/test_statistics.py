@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from rl.report.inference import bootstrap
+from rl.report.inference import bootstrap, minimum_detectable
 from rl.report.statistics import (by_kind, decoding_name, decoding_title, differences, interval, main_decoding,
                                   main_split, majority_right, over_seeds, per_prompt, result_lines, rows, seeds_table,
                                   table, training_rows, training_table)
@@ -198,7 +198,9 @@ def test_a_table_of_differences_corrects_for_all_its_cells():
     title, _, cot, ppo, note, untested = seeds_table(found).splitlines()
     assert "over these 4 comparisons" in title and "mean over 3 seeds" in title
     assert cot.split() == ["cot", "+2.0", "[-0.5,", "+4.5]", "0.297", "-2.0", "[-4.5,", "+0.5]", "0.297"]
-    assert "from 3.3 points on in half of those tested, from 3.3 in all" in note     # 3.26 sd: t, 2 degrees
+    assert "before the correction from 3.3 points on in half of those tested, from 3.3 in all" in note   # 3.26 sd: t, 2
+    smallest = 100 * minimum_detectable(0.01, 3, 0.05 / 4)
+    assert smallest > 6 and f"of all 4 from {smallest:.1f} on in half, from {smallest:.1f} in all" in note
     assert ppo.split() == ["ppo", "+50.0", "+40.0"] and untested.startswith("Without an interval: 2, ")
 
 
@@ -217,17 +219,25 @@ def test_a_star_stands_where_the_corrected_p_is_below_a_twentieth():
     assert cot.endswith(" *") and not ppo.endswith("*")
 
 
+def test_another_point_of_an_arm_is_not_the_best_other_method():
+    found = [row("grpo", "id", 0.9, 0.8, 1.0), row("filtered", "id", 0.7, 0.6, 0.8),
+             row("filtered@best", "id", 0.8, 0.7, 0.9)]
+    assert result_lines(found, [], "grpo")[1].startswith("Best other method on id: filtered with 0.700")
+
+
 def test_training_rows_by_hand():
     log = [dict(stage="cot", step=0, loss=1.0)]
     log += [{"stage": "rl", "method": "grpo", "step": n, "reward": 1.0, "reward/correctness": n / 4,
               "reward/format": 1.0, "samples": 8 * (n + 1), "seconds": 9.0, "seconds_decode": 1.0,
-              "seconds_update": float(n), **(dict(clip_low=0.1, clip_high=0.3, entropy=0.5) if n else {})}
+              "seconds_update": float(n), "updates": 4 * n,
+              **(dict(clip_low=0.1, clip_high=0.3, entropy=0.5) if n else {})}
             for n in range(3)]
     found = training_rows(log, 7, last=2)
     assert {row["split"]: row["value"] for row in found} == pytest.approx({
-        "1000 samples": 0.024, "s/step": 2.0, "clipped, %": 40, "right": 0.375, "format": 1, "entropy": 0.5})
+        "1000 samples": 0.024, "updates": 12, "s/step": 2.0, "clipped, %": 40, "right": 0.375, "format": 1,
+        "entropy": 0.5})
     assert all(row["method"] == "grpo" and row["seed"] == 7 for row in found)
-    assert training_table(found).splitlines()[2].split() == ["grpo", "0.024", "2.000", "40.000", "0.375",
+    assert training_table(found).splitlines()[2].split() == ["grpo", "0.024", "12.000", "2.000", "40.000", "0.375",
                                                                       "1.000", "0.500"]
     assert training_table([]) == "" == training_table(training_rows(log[:1], 0))
 

@@ -6,8 +6,8 @@ the others where it was trained, and what that took.
     picture = frontier(rows, "t1")                              # the bytes of a PNG
 
 A row is the accuracy of an arm at a point of its training, 0 for what it starts from: method, seed, point, flops,
-split, decoding, value. Points are asked few questions, so a curve is noisy, and "first reaches" comes early by about
-that noise; it does for all arms alike.
+split, decoding, value. Points are asked few questions, so a curve is noisy, and "first reaches" comes early: by about
+that noise where a curve is flat, by less where it is steep.
 """
 import io
 
@@ -42,11 +42,15 @@ def curves_of(rows, decoding):
 
 def at_level(points, home, level):
     """Points of one curve -> what it has, {"flops", split: accuracy}, where its accuracy on `home` first reaches
-    `level`, interpolated from the point before; None where it never does."""
-    before = None
-    for point in points:
+    `level`, interpolated from the point before; None where it never does, or started above it."""
+    before, *others = points
+    if before[home] == level:
+        return before
+    if before[home] > level:
+        return None
+    for point in others:
         if point[home] >= level:
-            return point if before is None else _between(before, point, home, level)
+            return _between(before, point, home, level)
         before = point
     return None
 
@@ -76,7 +80,7 @@ def matched_text(rows, decoding):
         tables.append(_level_table(title, reached, home))
         never = [method for method in curves if method not in reached]
         if never:
-            tables[-1] += f"\nNot with every seed: {', '.join(never)}"
+            tables[-1] += f"\nNot with every seed, or from above it: {', '.join(never)}"
     return "\n\n".join(tables)
 
 
