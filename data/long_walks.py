@@ -267,11 +267,14 @@ def noted(sample, text):
     rechecks            how often it says "wait"
     first, last         whether its first, and its last look found the start: 1, 0, or -1 for a look
                         at no cell
+    candidates          things on the board that are called like the start, the start among them
     """
     thought = read_thought(text)
     start = start_of(sample)
+    _, _, called = QUESTION.fullmatch(sample.question).groups()
     return dict(asked=scenes.difficulty(sample), walked=sum(bool(step.cell) for step in thought.steps),
-                rechecks=thought.rechecks, first=_found(thought.looks[0], start), last=_found(thought.looks[-1], start))
+                rechecks=thought.rechecks, first=_found(thought.looks[0], start), last=_found(thought.looks[-1], start),
+                candidates=[*board_of(sample).values()].count(called))
 
 
 def _found(look, start):
@@ -286,12 +289,17 @@ QUESTION = re.compile(rf"with (.+) ({'|'.join(scenes.HOPS)}) from the (.+) go .+
 def start_of(sample):
     """The name of the cell that a walk starts from, from the sample's words."""
     beside, side, start = QUESTION.fullmatch(sample.question).groups()
-    board = dict(entry.split(" ", 1) for entry in sample.caption.split(" , "))
+    board = board_of(sample)
     for cell in scenes.BOARD:
         neighbour = scenes.step(cell, side)
         if neighbour and board.get(scenes.name(cell)) == start and board.get(scenes.name(neighbour)) == beside:
             return scenes.name(cell)
     return ""
+
+
+def board_of(sample):
+    """{name of a cell: the thing that stands there}, from the sample's caption."""
+    return dict(entry.split(" ", 1) for entry in sample.caption.split(" , "))
 
 
 # ---------------------------------------------------------------- the world

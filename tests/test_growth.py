@@ -144,7 +144,8 @@ def completions():
     return dict(
         right=[[1, 0, 1, 1], [0, 0, 1, 0]], length=[[10, 12, 14, 16], [20, 20, 20, 24]], text=["", ""],
         kind=["walk4", "walk4"], asked=[[4] * 4] * 2, walked=[[4, 3, 4, 4], [3, 5, 4, 2]],
-        rechecks=[[0, 0, 1, 0], [1, 2, 0, 1]], first=[[1, 0, 0, 1], [1, 0, 1, -1]], last=[[1, 0, 1, 1], [0, 0, 1, -1]])
+        rechecks=[[0, 0, 1, 0], [1, 2, 0, 1]], first=[[1, 0, 0, 1], [1, 0, 1, -1]], last=[[1, 0, 1, 1], [0, 0, 1, -1]],
+        candidates=[[2] * 4, [3] * 4])
 
 
 def value_of(found, **where):
@@ -156,7 +157,7 @@ def test_the_report_counts_lengths_hops_and_looks_by_hand():
     found = growth.rows({"rl": {"walk4": {"t1": completions()}}}, seed=7)
     by_hand = {"accuracy": 4 / 8, "tokens": 17.0, "hops": 29 / 8, "as asked": 4 / 8, "re-checks": 4 / 8, "n": 4,
                "first look right": 4 / 7, "re-check after wrong": 2 / 3, "re-check after right": 1 / 4, "mended": 1 / 2,
-               "right with re-check": 1 / 4, "right without": 3 / 4}
+               "mended by chance": 3 / 4, "right with re-check": 1 / 4, "right without": 3 / 4}
     assert {row["metric"]: row["value"] for row in found} == pytest.approx(
         {f"growth: {name}": value for name, value in by_hand.items()})
     assert all((row["method"], row["split"], row["decoding"], row["seed"]) == ("rl", "walk4", "t1", 7) for row in found)
@@ -190,7 +191,7 @@ def test_the_tables_show_every_method_and_split_and_mean_over_seeds():
     looks = text[-1].splitlines()
     means = [word for word in looks[2].split() if word[0] != "[" and word[-1] != "]"]
     assert looks[0].startswith("Looks on walk4") and means == [
-        "rl", "4", "0.571", "0.667", "0.250", "0.500", "0.625", "0.875"]
+        "rl", "4", "0.571", "0.667", "0.250", "0.500", "0.750", "0.625", "0.875"]
 
 
 def test_arms_are_held_against_their_start_seed_by_seed():

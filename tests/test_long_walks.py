@@ -217,8 +217,9 @@ def test_the_reader_of_thoughts_reads_a_teachers_chains_as_the_slow_one_does(dra
             assert thought.looks == tuple((cell, read) for _, cell, _, _, read in looks)
             assert thought.steps == tuple(step[1:] for step in steps) and thought.rechecks == len(looks) - 1
             right = [cell == meant_by(sample) for _, cell, *_ in looks]
-            assert long_walks.noted(sample, text) == dict(asked=3, walked=len(steps), rechecks=len(looks) - 1,
-                                                          first=right[0], last=right[-1])
+            assert long_walks.noted(sample, text) == dict(
+                asked=3, walked=len(steps), rechecks=len(looks) - 1, first=right[0], last=right[-1],
+                candidates=len(starts_of(sample)))
 
 
 @pytest.mark.parametrize("thought, walked, rechecks, first, last", [
@@ -236,7 +237,8 @@ def test_a_thought_is_read_as_far_as_it_goes(thought, walked, rechecks, first, l
                            question="with blue cross left from the red circle go two to three of two left three up ?",
                            caption="a2 blue cross , b2 red circle , d3 red circle")
     for text in (f"<think> {thought}</think><answer> nothing</answer>", f"<think> {thought}<answer> b1", thought):
-        assert long_walks.noted(sample, text) == dict(asked=2, walked=walked, rechecks=rechecks, first=first, last=last)
+        assert long_walks.noted(sample, text) == dict(
+            asked=2, walked=walked, rechecks=rechecks, first=first, last=last, candidates=2)
 
 
 def test_a_hop_that_is_taken_again_replaces_the_one_before():

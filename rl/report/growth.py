@@ -7,7 +7,7 @@ the start is worth.
 
 Raw scores as in rl/report/statistics.py. Besides, of each completion (n, G), as data.long_walks.noted says: asked and
 walked, hops of the question and of the thought; rechecks, how often it says "wait"; first and last, whether the first
-and the last look found the start, -1 for a look at no cell.
+and the last look found the start, -1 for a look at no cell; candidates, things that are called like the start.
 """
 import io
 import math
@@ -31,8 +31,8 @@ BY_SPLIT = {
     "re-checks": "share that looks again at the start, or at a hop",
 }
 # Columns of one table a split.
-OF_LOOKS = ("n", "first look right", "re-check after wrong", "re-check after right", "mended", "right with re-check",
-            "right without")
+OF_LOOKS = ("n", "first look right", "re-check after wrong", "re-check after right", "mended", "mended by chance",
+            "right with re-check", "right without")
 SHOWN_LOOKS = ("crowded", "walk6")      # splits whose looks are shown beside those of the one that is like training
 
 
@@ -70,18 +70,21 @@ def of_looks(raw):
 
     n: completions that look again. first look right: of those that look at a cell at all. re-check after wrong, after
     right: of the completions whose first look was so, the share that looks again. mended: of those that look again
-    after a wrong first look, the share whose last look is right. right with re-check, without: their accuracy.
+    after a wrong first look, the share whose last look is right; by chance: if they named another candidate blindly.
+    right with re-check, without: their accuracy. A look again is any "wait", of the start or of a hop.
     """
     if "walked" not in raw:
         return {}
     right, first, last = (np.array(raw[name]) for name in ("right", "first", "last"))
     again = np.array(raw["rechecks"]) > 0
+    others = np.maximum(1, np.array(raw["candidates"]) - 1)
     found = {
         "n": float(again.sum()),
         "first look right": _share(first == 1, first >= 0),
         "re-check after wrong": _share(again, first == 0),
         "re-check after right": _share(again, first == 1),
         "mended": _share(last == 1, again & (first == 0)),
+        "mended by chance": _share(1 / others, again & (first == 0)),
         "right with re-check": _share(right == 1, again),
         "right without": _share(right == 1, ~again),
     }
@@ -89,7 +92,7 @@ def of_looks(raw):
 
 
 def _share(what, of):
-    """The share of `what` among `of`, both of one shape, bool; None among none."""
+    """The mean of `what`, bool or a chance, among `of`, bool of the same shape; None among none."""
     return float(what[of].mean()) if of.any() else None
 
 
