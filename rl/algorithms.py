@@ -117,11 +117,11 @@ REWARD_STAGES = {
     "format_gated": RewardOptions(rewards="correctness:1,format:0.1", gated=True),
 }
 
-# Arms that differ from `grpo_token` in one thing, and are given its FLOPs: name -> the options that do it.
+# Arms that are `grpo_token` with some options changed, and are given its FLOPs: name -> these options.
 ONE_OR_ZERO = dict(rewards="correctness:1", gated=True, std="none")     # right and well-formed, or not
 ARMS = {
     "grpo_token_kl": dict(kl_coef=0.04),
-    # REINFORCE: right completions alone, or (arXiv 2506.01347) wrong ones alone
+    # REINFORCE: from the right completions, or (arXiv 2506.01347) from the wrong ones
     "reinforce": ONE_OR_ZERO | dict(baseline="zero"),
     "negative": ONE_OR_ZERO | dict(baseline="one"),
     # many short rounds of fine-tuning on the model's own right completions: with its ratio held at 1, CISPO's loss is
