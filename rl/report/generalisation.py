@@ -14,9 +14,8 @@ import math
 import numpy as np
 
 from rl.report.curves import LOOK, OTHER, STYLE
-from rl.report.inference import paired_t
-from rl.report.statistics import (decoding_title, decodings_of, grid, main_decoding, over_seeds, paired_grid,
-                                  per_prompt)
+from rl.report.statistics import (by_seed, decoding_title, decodings_of, grid, less, main_decoding, over_seeds,
+                                  paired_grid, per_prompt)
 
 NEW_RULE = "accuracy under the stated rule"
 OLD_RULE = "accuracy under the old rule"
@@ -165,10 +164,7 @@ def generalisation_text(found, parts):
 def against_rl(found, parts):
     """A table of the arms of each part less RL on that part, paired by seed; "" without RL on any."""
     decoding = main_decoding([row for row in found if row["metric"] == "gain"])
-    of_seeds = {}                               # (method, split, metric) -> {seed: value}
-    for row in found:
-        if row["decoding"] == decoding:
-            of_seeds.setdefault((row["method"], row["split"], row["metric"]), {})[row["seed"]] = row["value"]
+    of_seeds = by_seed(found, decoding)
     methods = list(dict.fromkeys(row["method"] for row in found))
     rules = list(dict.fromkeys(row["split"] for row in found if row["metric"] == NEW_RULE))
     cells = {}                                  # (method, column) -> Paired
@@ -180,9 +176,7 @@ def against_rl(found, parts):
         for column, place in columns.items():
             of_base = of_seeds.get((base, *place), {})
             for arm in arms:
-                of_arm = of_seeds.get((arm, *place), {})
-                if of_base and of_arm.keys() == of_base.keys():
-                    cells[arm, column] = paired_t([of_arm[seed] - of_base[seed] for seed in of_base])
+                cells[arm, column] = less(of_seeds.get((arm, *place), {}), of_base)
     return paired_grid(f"Arms less RL on the same part, points, {decoding_title(decoding)}", cells)
 
 
@@ -271,6 +265,7 @@ def arm_style(arm):
 
 def _draw_arm(ax, arm, points):
     """Its points, in the order of their rates; one without a rate, which stands for the arm, is drawn larger."""
+    from matplotlib.patheffects import withStroke
     color, marker = arm_style(arm)
     ladder = sorted((point for point in points if point[0] is not None), key=lambda point: point[0])
     alone = [point for point in points if point[0] is None]
@@ -279,11 +274,21 @@ def _draw_arm(ax, arm, points):
         y = [100 * lost["value"] for _, _, lost in ladder]
         ax.plot(x, y, color=color, marker=marker, markersize=6, linewidth=1.4, label=arm)
         for place in {0, len(ladder) - 1}:
-            ax.annotate(f"{ladder[place][0]:g}", (x[place], y[place]), (4, 4), textcoords="offset points", fontsize=9,
-                        color=color)
+            ax.annotate(shortly(ladder[place][0]), (x[place], y[place]), (4, 4), textcoords="offset points", fontsize=9,
+                        color=color, path_effects=[withStroke(linewidth=3, foreground="white")])
     for _, gain, lost in alone:
         ax.errorbar(100 * gain["value"], 100 * lost["value"], xerr=_half(gain), yerr=_half(lost), color=color,
                     marker=marker, markersize=10, elinewidth=1.2, linestyle="", label=arm)
+
+
+def shortly(rate):
+    """A learning rate in few characters.
+
+    >>> shortly(0.000125), shortly(0.002)
+    ('1.25e-4', '2e-3')
+    """
+    digits, _, exponent = f"{rate:.6e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _half(row):

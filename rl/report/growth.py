@@ -15,9 +15,8 @@ import math
 import numpy as np
 
 from rl.report.curves import LOOK, style
-from rl.report.inference import paired_t
-from rl.report.statistics import (decoding_title, decodings_of, grid, main_decoding, main_split, over_seeds,
-                                  paired_grid, per_prompt, within)
+from rl.report.statistics import (by_seed, decoding_title, decodings_of, grid, less, main_decoding, main_split,
+                                  over_seeds, paired_grid, per_prompt, within)
 
 GROWTH = "growth: "             # in front of a metric, so that no other table takes its rows for its own
 PASS = "pass@8"
@@ -139,18 +138,14 @@ QUESTIONS = (("accuracy", "id"), (PASS, "id"), ("re-checks", "id"), ("re-check a
 
 def against_start(found, decoding, start="cot"):
     """A table of the arms less what they start from, paired by seed; "" without it."""
-    of_seeds = {}                               # (method, split, metric) -> {seed: value}
-    for row in found:
-        if row["decoding"] == decoding:
-            key = row["method"], row["split"], row["metric"].removeprefix(GROWTH)
-            of_seeds.setdefault(key, {})[row["seed"]] = row["value"]
+    of_seeds = by_seed(found, decoding)
+    arms = [method for method in _names(found, "method") if method not in (start, "teacher")]
     cells = {}                                  # (method, column) -> Paired
     for metric, split in QUESTIONS:
-        before = of_seeds.get((start, split, metric), {})
-        for method in _names(found, "method"):
-            now = of_seeds.get((method, split, metric), {})
-            if method not in (start, "teacher") and before and now.keys() == before.keys():
-                cells[method, f"{metric}, {split}"] = paired_t([now[seed] - before[seed] for seed in before])
+        place = split, GROWTH + metric
+        before = of_seeds.get((start, *place), {})
+        for method in arms:
+            cells[method, f"{metric}, {split}"] = less(of_seeds.get((method, *place), {}), before)
     return paired_grid(f"Arms less {start}, points, {decoding_title(decoding)}", cells)
 
 

@@ -681,9 +681,27 @@ def _differences_grid(title, rows):
     return "\n".join(notes)
 
 
+def by_seed(rows, decoding):
+    """Rows of several seeds -> {(method, split, metric): {seed: value}} of one decoding."""
+    found = {}
+    for row in rows:
+        if row["decoding"] == decoding:
+            found.setdefault((row["method"], row["split"], row["metric"]), {})[row["seed"]] = row["value"]
+    return found
+
+
+def less(one, base):
+    """{seed: value} of two methods -> inference.Paired, the first less the second; None where they do not have the same
+    seeds, as when a share is of no completion for some."""
+    if not base or one.keys() != base.keys():
+        return None
+    return paired_t([one[seed] - base[seed] for seed in base])
+
+
 def paired_grid(title, cells):
-    """{(method, column): inference.Paired} of one comparison -> text, in points, corrected for all of its cells; ""
-    without any."""
+    """{(method, column): inference.Paired or None} of one comparison -> text, in points, corrected for all of its
+    cells; "" without any."""
+    cells = {place: cell for place, cell in cells.items() if cell is not None}
     if not cells:
         return ""
     adjusted = holm([1.0 if math.isnan(cell.p) else cell.p for cell in cells.values()])
