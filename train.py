@@ -254,6 +254,11 @@ class Config:
         parts = {part for part in transfer.PARTS for name in stages if name.endswith(f"_{part}")}
         need(not parts or self.data.world == "transfer", "world", self.data.world,
              f"be transfer with stages of its parts, {', '.join(sorted(parts))}")
+        need(not self.run.curve or not (generalises or parts), "curve", self.run.curve,
+             "be 0 with stages of a part of the questions: its points are chosen by prompts of the first split, which "
+             "not every one of them learns from")
+        need(not self.run.curve or self.run.tune or self.data.eval_set == "test", "curve", self.run.curve,
+             "be 0 with --eval-set=val: its best points are chosen by those prompts, and would be reported on them")
         need(source == "scenes" or not self.data.replay, "replay", self.data.replay,
              "be 0 with data of your own, which has no captions and looking questions apart")
         if self.run.compare == "routes" and not (self.data.skills and self.teacher.cot_format == "llava_cot"):

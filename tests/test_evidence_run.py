@@ -172,3 +172,13 @@ def test_a_curve_needs_drawn_scenes(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(ValueError, match="--curve=3 must be 0 with data of your own"):
         train.main([f"--data=jsonl:{tmp_path / 'a.jsonl'}", "--curve=3"])
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(world="transfer", compare="generalisation"), "--curve=3 must be 0 with stages of a part of the questions"),
+    (dict(world="transfer", stage="cot,gold_looks"), "--curve=3 must be 0 with stages of a part of the questions"),
+    (dict(eval_set="val"), "--curve=3 must be 0 with --eval-set=val: its best points are chosen by those prompts")])
+def test_a_curve_whose_points_would_be_chosen_by_the_wrong_prompts_is_refused(options, said):
+    with pytest.raises(ValueError) as caught:
+        train.change(train.Config(), curve=3, **options).check()
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
