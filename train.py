@@ -239,6 +239,10 @@ class Config:
                  "is none")
             need(name not in ("clip", "align"), "tune", self.run.tune,
                  f"name stages that answer questions; {name!r} is none")
+            _, part, _ = generalisation.trained_on(name, transfer.PARTS)
+            need(part or self.data.world != "transfer", "tune", self.run.tune,
+                 f"name stages that learn from a part of the questions with --world=transfer; {name!r} does not, and "
+                 "no split there is like its training")
         need(not self.run.tune or self.data.eval_set == "val", "eval_set", self.data.eval_set,
              "be val with --tune: nothing is tuned on test prompts")
         need(source == "scenes" or not self.run.curve, "curve", self.run.curve,
