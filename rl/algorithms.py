@@ -243,12 +243,13 @@ YES_OR_NO = ("correctness", "format", "format_think", "format_llava_cot", "consi
 
 
 def check_pass_at_k(cfg):
-    """Raises ValueError, one sentence, where --baseline=pass_at_k cannot tell right completions from wrong ones."""
+    """Raises ValueError, one sentence, where --baseline=pass_at_k can teach nothing."""
     switches = cfg.algorithm
     if switches.baseline != "pass_at_k":
         return
-    need(switches.pass_k <= cfg.sampling.group, "pass_k", switches.pass_k,
-         f"not exceed --group={cfg.sampling.group} with --baseline=pass_at_k")
+    need(switches.pass_k < cfg.sampling.group, "pass_k", switches.pass_k,
+         f"lie below --group={cfg.sampling.group} with --baseline=pass_at_k, which compares sets of k completions of "
+         "a group")
     for name, weight in Rewards(cfg.reward).weights.items():
         binary = name in YES_OR_NO and weight > 0
         need(binary or weight == 0, "rewards", cfg.reward.rewards,

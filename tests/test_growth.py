@@ -90,7 +90,7 @@ def test_an_update_for_pass_at_k_takes_well_formed_wrong_answers_for_wrong_and_d
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--baseline=pass_at_k", "--pass-k=9"], "--pass-k=9 must not exceed --group=8 with --baseline=pass_at_k"),
+    (["--baseline=pass_at_k", "--pass-k=8"], "--pass-k=8 must lie below --group=8 with --baseline=pass_at_k"),
     (["--baseline=pass_at_k", "--rewards=correctness:1,iou:1"], "--rewards=correctness:1,iou:1 must hold with"),
     (["--baseline=pass_at_k", "--rewards=correctness:1,format:-1"], "--rewards=correctness:1,format:-1 must hold"),
     (["--baseline=pass_at_k", "--std=none"], "--std=none must be group with --baseline=pass_at_k"),

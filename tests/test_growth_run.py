@@ -2,13 +2,16 @@
 import json
 
 import pytest
+import torch
 
 import train
 from data import long_walks, scenes
 from model.runs import checkpoint
+from rl import rewards
 
 TINY = ["--preset=tiny", "--threads=1", "--world=long_walks", "--compare=long_walks", "--clip-steps=2",
-        "--align-steps=4", "--sft-steps=4", "--cot-steps=6", "--eval-greedy=2", "--eval-sampled=2", "--eval-samples=8"]
+        "--align-steps=4", "--sft-steps=4", "--cot-steps=6", "--eval-greedy=2", "--eval-sampled=2", "--eval-samples=8",
+        "--pass-k=2"]
 START = "clip,align,sft,cot"
 
 
@@ -32,6 +35,18 @@ def test_a_curriculum_asks_the_shortest_walks_first_and_in_the_end_all(tmp_path,
         count = train.curriculum.open_prompts(step / 16, 64)
         assert max(hops) <= drawn[count - 1]
     assert len(steps) == 16 and {*steps[0]} == {1} and {hops for step in steps[8:] for hops in step} == {1, 2, 3}
+
+
+def test_training_for_pass_at_k_moves_the_model(tmp_path, monkeypatch):
+    # so small a model is never right: a completion shall count as right by its length
+    monkeypatch.setitem(rewards.REWARDS, "correctness", lambda sample, text: float(len(text) % 2))
+    out = tmp_path / "run"
+    train.main([*TINY, f"--stage={START},rl_pass_at_k", "--rewards=correctness:1", "--gated=False", "--rl-steps=2",
+                f"--out={out}"])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert sum(line.get("updates", 0) for line in lines if line["stage"] == "rl_pass_at_k") > 0
+    before, after = (checkpoint.load(out / f"{name}.pt")["vlm"] for name in ("cot", "rl_pass_at_k"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow
