@@ -306,9 +306,8 @@ class Config:
             group_can_teach = self.sampling.group >= 2 or variant.algorithm.compares_groups
             need(group_can_teach or stage not in algorithms.STAGES, "group", self.sampling.group,
                  "be at least 2: a group of one has no baseline but itself (--baseline=batch and critic need none)")
-            is_exact = (variant.algorithm.kl, variant.algorithm.kl_in) == ("exact", "loss")
-            need(stage != "distilled" or is_exact, "kl", variant.algorithm.kl,
-                 "be exact, and --kl-in loss, with the stage distilled")
+            if stage == "distilled":
+                algorithms.check_distilled(variant)
             algorithms.check_pass_at_k(variant)
             need(source == "scenes" or not variant.rl.curriculum, "curriculum", variant.rl.curriculum,
                  f"be false with --data={self.data.data}: only drawn scenes have a difficulty, the hops of their walks")

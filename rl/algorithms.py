@@ -257,6 +257,17 @@ def check_pass_at_k(cfg):
              "all of them in full")
 
 
+def check_distilled(cfg):
+    """Raises ValueError, one sentence, where the switches of stage distilled leave no distillation."""
+    switches = cfg.algorithm
+    is_exact = (switches.kl, switches.kl_in) == ("exact", "loss")
+    need(is_exact, "kl", switches.kl, "be exact, and --kl-in loss, with the stage distilled")
+    need(switches.kl_coef > 0, "kl_coef", switches.kl_coef,
+         "be above 0 with the stage distilled, which learns from nothing else")
+    need(not switches.ref_sync, "ref_sync", switches.ref_sync,
+         "be 0 with the stage distilled, whose reference is the teacher: it would become the student")
+
+
 # ---------------------------------------------------------------- switches that have no effect together
 
 def idle_notes(cfg):
