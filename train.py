@@ -829,12 +829,22 @@ def distillation_teacher(run, cfg, student):
     source = cfg.rl.distill_from
     path = run.path(source) if source in STAGES else source
     teacher, tok, _ = evaluation.load_vlm(path, run.device)
-    need(tok.saved == run.tokenizer.saved, "distill_from", source, "have the tokenizer of the student")
-    theirs, ours = teacher.config, student.config
-    need(theirs.pixels == ours.pixels and theirs.image_tokens == ours.image_tokens, "distill_from", source,
-         f"make {ours.image_tokens} tokens of a picture of {ours.clip.image_size} pixels, as the student does")
+    theirs = teacher.config
+    ours = student.config
+    check_teacher(run, tok, theirs, ours)
+    need(theirs.pixels == ours.pixels, "distill_from", source, "prepare pictures as the student does")
     need(theirs.llm.vocab == ours.llm.vocab, "distill_from", source, f"have the student's {ours.llm.vocab} tokens")
     return teacher.to(run.dtype)
+
+
+def check_teacher(run, tok, theirs, ours):
+    """Raises ValueError unless the teacher of stage distilled reads the student's tokens and pictures. tok: the
+    teacher's tokenizer; theirs, ours: VlmConfig of teacher and student."""
+    source = run.cfg.rl.distill_from
+    need(tok.saved == run.tokenizer.saved, "distill_from", source, "have the tokenizer of the student")
+    sees_alike = (theirs.clip.image_size, theirs.image_tokens) == (ours.clip.image_size, ours.image_tokens)
+    need(sees_alike, "distill_from", source,
+         f"make {ours.image_tokens} tokens of a picture of {ours.clip.image_size} pixels, as the student does")
 
 
 # ---------------------------------------------------------------- training records
@@ -1224,9 +1234,9 @@ def open_run(run):
     for name, stage in STAGES.items():
         costs_like[name] = () if name in algorithms.STAGES else stage.costs_like    # RL has --rl-steps without
     run.check_origins(stages, starts_from, costs_like, cfg.run.init)
+    run.prepare_tokenizer()
     if "distilled" in stages:
         check_distillation(run, stages)
-    run.prepare_tokenizer()
     notes = []
     if run.real:
         notes = chat.too_long(own, run.tokenizer, cfg.sampling.max_new, cfg.clip.text_length)
@@ -1240,14 +1250,18 @@ def open_run(run):
 
 
 def check_distillation(run, stages):
-    """Raises ValueError unless the teacher of stage distilled is there, or will be."""
-    source = run.cfg.rl.distill_from
-    if source not in STAGES:
-        checkpoint.load(source)
+    """Raises ValueError unless the teacher of stage distilled is there and can teach, or will be there."""
+    cfg = run.cfg
+    source = cfg.rl.distill_from
+    if source in STAGES:
+        comes_before = source in stages[:stages.index("distilled")]
+        need(comes_before or run.path(source).exists(), "distill_from", source,
+             "be a stage that comes before distilled, or a checkpoint")
         return
-    comes_before = source in stages[:stages.index("distilled")]
-    need(comes_before or run.path(source).exists(), "distill_from", source,
-         "be a stage that comes before distilled, or a checkpoint")
+    teacher, tok, _ = evaluation.load_vlm(source)
+    vocab = len(run.tokenizer)
+    student = run.plan or VlmConfig(cfg.clip.config(vocab), cfg.llm.config(vocab), **cfg.vlm.shape())
+    check_teacher(run, tok, teacher.config, student)
 
 
 def train_and_compare(run, notes):

@@ -266,6 +266,8 @@ def check_distilled(cfg):
          "be above 0 with the stage distilled, which learns from nothing else")
     need(not switches.ref_sync, "ref_sync", switches.ref_sync,
          "be 0 with the stage distilled, whose reference is the teacher: it would become the student")
+    need(cfg.rl.distill_from not in ("clip", "distilled"), "distill_from", cfg.rl.distill_from,
+         "be a stage with a language model that comes before distilled, or a checkpoint")
 
 
 # ---------------------------------------------------------------- switches that have no effect together

@@ -160,16 +160,29 @@ def test_a_teacher_from_a_file_and_what_cannot_be_one(arms, tmp_path, capsys):
     with pytest.raises(ValueError, match="checkpoint 'nothing.pt' does not exist"):
         run(tmp_path / "two", *init, "--distill-from=nothing.pt")
     assert not any((tmp_path / name / "config.json").exists() for name in ("one", "two"))
+
+
+def test_a_file_that_cannot_teach_is_refused_before_anything_is_trained(arms, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Run, "steps", lambda *_: pytest.fail("training began"))
+    state = checkpoint.load(arms / "perfect.pt")
     other = tokenizer.train(["some other words"] * 9, chat.TAGS, 300).saved
-    checkpoint.save(tmp_path / "other.pt", checkpoint.load(arms / "perfect.pt") | dict(tokenizer=other))
-    with pytest.raises(ValueError, match="--distill-from=.*other.pt must have the tokenizer of the student"):
-        run(tmp_path / "four", *init, f"--distill-from={tmp_path / 'other.pt'}")
+    checkpoint.save(tmp_path / "words.pt", state | dict(tokenizer=other))
+    wide = train.VLM.from_config(state["vlm_config"] | dict(projector="resampler", queries=5))
+    checkpoint.save(tmp_path / "wide.pt", state | dict(vlm=wide.state_dict(), vlm_config=wide.config_dict()))
+    stages = f"--stage={START},rl,distilled"
+    for name, said in (("words", "have the tokenizer of the student"), ("wide", "make 16 tokens of a picture of 48"),
+                       ("clip", "holds no vision-language model")):
+        path = arms / "clip.pt" if name == "clip" else tmp_path / f"{name}.pt"
+        with pytest.raises(ValueError, match=said):
+            run(tmp_path / name, stages, f"--distill-from={path}")
+        assert not (tmp_path / name / "config.json").exists()
 
 
 @pytest.mark.parametrize("options, said", [
     (dict(kl="k3"), "--kl=k3 must be exact, and --kl-in loss, with the stage distilled"),
     (dict(ref_sync=5), "--ref-sync=5 must be 0 with the stage distilled"),
-    (dict(kl_coef=0.0), "--kl-coef=0.0 must be above 0 with the stage distilled")])
+    (dict(kl_coef=0.0), "--kl-coef=0.0 must be above 0 with the stage distilled"),
+    (dict(distill_from="clip"), "--distill-from=clip must be a stage with a language model that comes before")])
 def test_switches_that_leave_no_distillation_are_refused(options, said):
     with pytest.raises(ValueError) as caught:
         train.change(train.Config(), stage="cot,rl,distilled", flags=" ".join(options), **options).check()
