@@ -1074,11 +1074,13 @@ def stage_of(name):
 
 def config_of(cfg, stage):
     """The config of a stage: with the switches of the algorithm that it is named after, and the rate that --rates has
-    for it. A preset's rates give way to --cot-lr, --rl-lr and the like on the command line."""
+    for it. A preset's rates give way to --cot-lr, --rl-lr and the like on the command line; that of `rl`, chosen for
+    the default algorithm, to another --algorithm, which as a stage of its own name has --rl-lr, too."""
     cfg = algorithms.of_stage(cfg, stage)
     rates = rates_of(cfg.run.rates)
     given = cfg.run.flags.split()
-    if stage in rates and ("rates" in given or rate_option(stage) not in given):
+    gives_way = rate_option(stage) in given or (stage == "rl" and cfg.rl.algorithm != RlOptions.algorithm)
+    if stage in rates and ("rates" in given or not gives_way):
         cfg = at_rate(cfg, stage, rates[stage])
     return cfg
 

@@ -70,6 +70,15 @@ def test_the_rates_of_a_preset_give_way_to_a_rate_on_the_command_line():
     assert train.config_of(cfg, "rl").rl.rl_lr == 0.5
 
 
+def test_a_presets_rate_of_rl_is_for_the_default_algorithm_and_one_that_was_given_for_any():
+    cfg = train.change(train.Config(), rates="rl:0.5,reinforce:0.25")
+    other = train.change(cfg, algorithm="grpo")
+    assert train.config_of(other, "rl").rl.rl_lr == train.config_of(cfg, "grpo").rl.rl_lr == cfg.rl.rl_lr
+    assert train.config_of(other, "reinforce").rl.rl_lr == 0.25
+    assert train.config_of(train.change(other, flags="algorithm rates"), "rl").rl.rl_lr == 0.5
+    assert train.config_of(train.change(cfg, flags="algorithm"), "rl").rl.rl_lr == 0.5      # the default, said aloud
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--rates=cot"], "--rates=cot: 'cot' must be NAME:RATE, as in llava_o1:5e-4"),
     (["--rates=cot:0"], "--rates=cot:0 must hold rates in (0, 10000]"),
