@@ -255,6 +255,8 @@ class Config:
              "be transfer with --compare=generalisation, whose arms learn from its parts")
         need(self.teacher.cot_format == "think" or not generalises, "cot_format", self.teacher.cot_format,
              "be think with --compare=generalisation, which begins thoughts in its tags")
+        need(self.rl.algorithm == RlOptions.algorithm or not generalises, "algorithm", self.rl.algorithm,
+             f"be {RlOptions.algorithm} with --compare=generalisation, whose tables compare every arm with that")
         parts = {part for part in transfer.PARTS for name in stages if name.endswith(f"_{part}")}
         need(not parts or self.data.world == "transfer", "world", self.data.world,
              f"be transfer with stages of its parts, {', '.join(sorted(parts))}")

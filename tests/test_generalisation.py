@@ -268,6 +268,7 @@ def test_every_arm_of_a_part_starts_from_cot_and_gets_the_flops_of_its_parts_rl(
     (dict(compare="generalisation", stage="cot"), "--world=grid"), (dict(stage="rl_looks"), "--world=grid"),
     (dict(compare="generalisation", world="transfer", cot_format="llava_cot"), "--cot-format=llava_cot"),
     (dict(data="jsonl:x", replay=0.5), "--replay=0.5"),
+    (dict(compare="generalisation", world="transfer", algorithm="grpo"), "--algorithm=grpo must be grpo_token"),
     (dict(world="transfer", tune="cot", seed=100, eval_set="val"), "--tune=cot must name stages that learn"),
     (dict(world="transfer", tune="rl_looks,rl", stage="cot,rl,rl_looks", seed=100, eval_set="val"),
      "--tune=rl_looks,rl must name stages that learn from a part of the questions with --world=transfer; 'rl' does")])
