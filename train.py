@@ -290,8 +290,8 @@ class Config:
         source, _ = source_of(self.data.data)
         need(self.run.compare != "long_walks" or (source, self.data.world) == ("scenes", "long_walks"), "compare",
              self.run.compare, "come with drawn scenes and --world=long_walks")
-        need(self.run.compare != "long_walks" or self.teacher.cot_format == "think", "cot_format",
-             self.teacher.cot_format, "be think with --compare=long_walks, which counts the looks and hops of a thought")
+        need((source, self.data.world) != ("scenes", "long_walks") or self.teacher.cot_format == "think", "cot_format",
+             self.teacher.cot_format, "be think with --world=long_walks, whose looks and hops are read from thoughts")
         need(source != "llava" or not self.teacher.teacher, "teacher", self.teacher.teacher,
              "be left out with --data=llava:FILE, whose stages take no chains")
         need(source != "scenes" or self.clip.image_size == scenes.SIZE or self.run.bench, "image_size",

@@ -98,7 +98,8 @@ def test_an_update_for_pass_at_k_takes_well_formed_wrong_answers_for_wrong_and_d
     (["--baseline=pass_at_k", "--kl-coef=0.1", "--kl-in=reward"], "--kl-in=reward must be loss with"),
     (["--curriculum", "--data=jsonl:/no"], "--curriculum=True must be false with --data=jsonl:/no: only drawn scenes"),
     (["--compare=long_walks"], "--compare=long_walks must come with drawn scenes and --world=long_walks"),
-    (["--preset=long_walks", "--cot-format=llava_cot"], "--cot-format=llava_cot must be think with --compare=long_w")])
+    (["--preset=long_walks", "--cot-format=llava_cot"], "--cot-format=llava_cot must be think with --world=long_"),
+    (["--world=long_walks", "--cot-format=llava_cot"], "--cot-format=llava_cot must be think with --world=long_walks")])
 def test_what_does_not_go_together_is_one_sentence(flags, said):
     # check alone: a run that wrongly goes on would train for minutes
     with pytest.raises(ValueError) as caught:
