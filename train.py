@@ -326,6 +326,13 @@ class Config:
             notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
         if source != "scenes" and self.data.world != "grid":
             notes.append("--world has no effect with data of your own: it is about drawn scenes")
+        if self.rl.distill_from != RlOptions.distill_from and "distilled" not in stages:
+            notes.append("--distill-from has no effect without the stage distilled")
+        replays = [stage for stage in stages if stage == "cot" or stage.startswith("replay_")]
+        if self.data.replay and not replays:
+            notes.append("--replay has no effect without the stage cot")
+        if self.run.curve and self.run.tune:
+            notes.append("--curve has no effect with --tune, which follows no arm")
         if self.vlm.queries and self.vlm.projector != "resampler":
             notes.append("--queries has no effect without --projector=resampler")
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.min_new and not self.run.bench:
@@ -491,7 +498,9 @@ class Run(RunFolder):
         return round(time.perf_counter() - self.began, 3)
 
     def snapshot(self, stage, cfg, method, meter, vlm, point):
-        """A point of a stage's curve, for `compare_methods`; nothing is resumed from it."""
+        """A point of a stage's curve, for `compare_methods`; nothing is resumed from it. --tune follows no arm."""
+        if self.cfg.run.tune:
+            return
         path = self.point(stage, point)
         path.parent.mkdir(exist_ok=True)
         checkpoint.save(path, dict(stage=stage, vlm=vlm.state_dict(), vlm_config=vlm.config_dict(), method=method,
@@ -1184,7 +1193,7 @@ def main(argv):
     with Run(cfg, choose(cfg.run.out, cfg.run.preset, cfg.run.resume), plan) as run:
         notes += open_run(run)
         if cfg.run.tune:
-            return tune(run)
+            return tune(run, notes)
         train_and_compare(run, notes)
 
 
@@ -1302,17 +1311,19 @@ def train_stage(run, stage, name, cfg):
     print(f"{name:<15} {seconds:7.1f} s{cost}")
 
 
-def tune(run):
+def tune(run, notes):
     """--tune: trains each of these stages, and first what it needs, at every rate of the ladder, and prints which is
     best on the validation prompts that are like its training. The best one stands for its stage in what comes after it.
-    Writes ladder.json; evaluates nothing else, but for --compare=generalisation, which compares all rungs. Raises
-    ValueError for own data without a split that is left to report on."""
+    Writes ladder.json; evaluates nothing else, but for --compare=generalisation, which compares all rungs. Prints
+    `notes` first. Raises ValueError for own data without a split that is left to report on."""
     cfg = run.cfg
     [(home, samples), *others] = run.supply.tests(count_of_tests(cfg)).items()
     rungs_of_all = {}                   # "NAME@RATE" -> Contender
     if run.real and not others:
         raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but {home} to report on, and "
                          "nothing is tuned on what is reported; a test split of your own would be one")
+    for note in notes:
+        print(f"note: {note}")
     found = []
     for arm in cfg.run.tune.split(","):
         for name in needed_for(arm, cfg.stages()):

@@ -107,6 +107,16 @@ def test_what_does_not_go_together_is_one_sentence(flags, said):
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("options, said", [
+    (dict(distill_from="sft"), "--distill-from has no effect without the stage distilled"),
+    (dict(distill_from="sft", compare="evidence"), ""),
+    (dict(replay=0.5, stage="clip,align"), "--replay has no effect without the stage cot"),
+    (dict(replay=0.5), ""), (dict(replay=0.5, world="transfer", stage="replay_looks"), ""),
+    (dict(curve=3, tune="cot", seed=100, eval_set="val"), "--curve has no effect with --tune, which follows no arm")])
+def test_what_has_no_effect_is_noted(options, said):
+    assert change(train.Config(), **options).check() == ([said] if said else [])
+
+
 def test_rewards_of_weight_0_may_be_anything_beside_pass_at_k():
     cfg = change(train.Config(), baseline="pass_at_k", rewards="correctness:1,length:0")
     train.algorithms.check_pass_at_k(cfg)
