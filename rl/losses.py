@@ -12,8 +12,6 @@ choice of the two:
 
 Completions none of whose tokens train (cut off, and left out for it) are not counted.
 """
-from functools import partial
-
 import torch
 
 from kernels import policy_loss
@@ -24,8 +22,20 @@ NORMS = ("sequence", "token", "constant", "sum")
 def sapo(*tensors, **options):
     """kernels' policy_loss, less its count of clipped tokens: SAPO fades out and clips none."""
     loss, stats = policy_loss(*tensors, surrogate="sapo", **options)
-    kept = {name: value for name, value in stats.items() if name not in ("clip_low", "clip_high")}
-    return loss, kept
+    return loss, without_clips(stats)
+
+
+def cispo(*tensors, **options):
+    """kernels' policy_loss. Where both clips are 0 its ratio is held at 1 on purpose, the loss is REINFORCE's, and no
+    token is counted as clipped."""
+    loss, stats = policy_loss(*tensors, surrogate="cispo", **options)
+    if options["clip_low"] == options["clip_high"] == 0:
+        stats = without_clips(stats)
+    return loss, stats
+
+
+def without_clips(stats):
+    return {name: value for name, value in stats.items() if name not in ("clip_low", "clip_high")}
 
 
 # --loss=NAME. All take (logp, old_logp, ref_logp, advantage, mask, denominator) and the options of
@@ -36,7 +46,7 @@ def sapo(*tensors, **options):
 # all of these have one gradient, that of REINFORCE with this advantage.
 LOSSES = {
     "clip": policy_loss,                                # PPO's, GRPO's; DAPO's with clip_high over clip_low
-    "cispo": partial(policy_loss, surrogate="cispo"),
+    "cispo": cispo,
     "sapo": sapo,
 }
 

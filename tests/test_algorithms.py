@@ -343,6 +343,9 @@ def test_an_arm_equals_its_formula_in_value_and_gradient(name, seed):
     (taken,), found, *_ = run_update(policy, experience, cfg)
     assert difference(taken["policy.logits"], torch.autograd.grad(wanted, policy.logits)[0]) < 1e-12
     assert found["loss"] == pytest.approx(wanted.item(), rel=1e-12)
+    # a ratio that is held at 1 on purpose is no clipped one
+    is_pinned = name == "rejection_iterated"
+    assert {"clip_low", "clip_high"} & {*found} == (set() if is_pinned else {"clip_low", "clip_high"})
 
 
 @pytest.mark.parametrize("name, kept", [("reinforce", [0, 2]), ("negative", [1, 2]), ("grpo_token", [2]),
