@@ -134,6 +134,35 @@ def test_a_begun_completion_goes_on_greedily_from_what_it_was_given(tok, samples
         assert text == tok.decode(ids) and text.startswith(beginning)
 
 
+def test_a_probe_tells_start_from_now_and_judges_what_the_trained_model_says(tok, samples, monkeypatch):
+    start, now = model(tok, 1), model(tok, 2)
+    judged = []
+
+    def begun(sampler, tokenizer, asked, beginnings, method, template, max_new):
+        """One completion of three is right if looked at, two of two if begun."""
+        judged.append((sampler.vlm, method, beginnings))
+        said = [sample.answer if beginning or i == 0 else "nothing" for i, (sample, beginning)
+                in enumerate(zip(asked, beginnings))]
+        return [f"{beginning} </think><answer> {answer}</answer>" for beginning, answer in zip(beginnings, said)]
+    monkeypatch.setattr(measures, "begun", begun)
+    probes = measures.Probes("cot", dict(walks=samples[:3]), dict(at=(samples[:2], ["<think> b2", "<think> a1"])),
+                             looking=samples[2:5], captioned=samples[5:])
+    rows = measures.probe(Sampler(now), Sampler(start), probes, measures.Asking(tok, "think", "brief", BUDGET))
+    found = {(row["split"], row["metric"]): row["value"] for row in rows}
+
+    def told(speaker, other):
+        return measures.divergence(Sampler(speaker), other, tok, samples[:3], "think", "brief", BUDGET,
+                                   torch.Generator().manual_seed(1))
+    there, back = told(start, now), told(now, start)
+    assert abs(np.mean(there.kl) - np.mean(back.kl)) > 0.01 and abs(there.entropy - back.entropy) > 0.01
+    assert found["walks", report.FORWARD] == pytest.approx(np.mean(there.kl))
+    assert found["walks", report.REVERSE] == pytest.approx(np.mean(back.kl))
+    assert found["walks", report.ENTROPY] == pytest.approx(back.entropy)
+    assert found["captions", report.RETAINED] == pytest.approx(measures.caption_logp(now, tok, samples[5:], "brief"))
+    assert (found["looking", report.RETAINED], found["at", report.BEGUN]) == (pytest.approx(1 / 3), 1.0)
+    assert judged == [(now, "direct", ["", "", ""]), (now, "think", ["<think> b2", "<think> a1"])] and len(rows) == 6
+
+
 # ---------------------------------------------------------------- the table, by hand
 
 def raw(*right, answer=()):
