@@ -92,7 +92,7 @@ COMPARISONS = {
     # one thing varied at a time, all after cot at RL's FLOPs: where samples come from, their sign, KL, a teacher model
     "evidence": ["rl", "grpo_token_kl", "reinforce", "negative", "rejection_first", "rejection", "rejection_iterated",
                  "cot_continued", "filtered", "sft_direct", "perfect", "distilled"],
-    # each on the walks alone and on the looks alone; then tested on all: world transfer
+    # each on only the walks and on only the looks; then tested on all: world transfer
     "generalisation": [f"{arm}_{part}" for part in transfer.PARTS for arm in
                        ("rl", "rl_kl", "filtered", "replay", "rejection", "continued", "gold")],
     # --world=long_walks: does thinking grow? RL, and what may make it grow more
@@ -274,7 +274,7 @@ class Config:
 
     def check(self):
         """Raises ValueError in one sentence about the first options that do not go together; returns notes on idle
-        ones. What a group can tell alone, it has checked itself."""
+        ones. What a group can tell by itself, it has checked."""
         stages = self.stages()
         if stages == ["teach"]:
             return self.check_teach()
@@ -582,7 +582,7 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
             meter.encode(vlm, len(micro.pixels))
             meter.update(vlm, micro)
             loss = -vlm(micro).logp.sum() / denominator
-            if loss.requires_grad:      # text alone has nothing to say to a projector that trains alone
+            if loss.requires_grad:      # text has nothing to say where only the projector trains
                 loss.backward()
             losses.append(loss.item())
 
@@ -793,7 +793,7 @@ def steps_of(steps, epochs, records, batch):
 
 
 def sft(run, name, cfg, origin):
-    """Question to answer, without a chain: looking alone, for drawn scenes; LLaVA's conversations as they are."""
+    """Question to answer, without a chain: only looking, for drawn scenes; LLaVA's conversations as they are."""
     options = cfg.supervised
     if run.records:
         records = run.records.pairs()
@@ -814,8 +814,8 @@ def cot(run, name, cfg, origin):
 
 def rl(run, name, cfg, origin, method="", part="train", teacher=None):
     """RL on correctness and format, with the switches of the stage's name, for --rl-steps or for the FLOPs that
-    another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, the prompt
-    alone asks for the tags. part: of the world, that the prompts are of."""
+    another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, only the
+    prompt asks for the tags. part: of the world, that the prompts are of."""
     if not method:
         method = origin.method if origin.method in chat.FORMS else "asked"
     if not run.plan:
@@ -1206,7 +1206,7 @@ def loaded_shape(cfg):
         shape.append("template")
     if cfg.run.init:
         state = checkpoint.load(cfg.run.init)
-        if "vlm" not in state:              # a CLIP alone: projector and decoder are still to be made
+        if "vlm" not in state:              # only a CLIP: projector and decoder are still to be made
             shape = CLIP_SHAPE
         cfg, notes = adopt(cfg, state.get("config", {}), shape, "--init")
         return cfg, None, notes

@@ -1,13 +1,13 @@
 """The drawn world of the question whether thinking grows: walks longer than any trained one, and a
 start that one look often does not find.
 
-Questions are walks alone, of 1 to 3 hops in training and of up to 6 in the tests:
+All questions are walks, of 1 to 3 hops in training and of up to 6 in the tests:
 
     with blue square left from the red circle go two to three of
     one down two up three up four left five right six up seven left eight down ?
 
 Two or three things are red circles, and one of them is meant: the one with a blue square to its
-left. There is another blue square, too, so that neither thing tells alone. The list has eight
+left. There is another blue square, too, so that it takes both things to tell. The list has eight
 numbered hops, of which only some are asked for. So a question of six hops is as long as one of
 one, and what comes next, and whether anything does, can be read off the numbers: only the thought is
 longer than any trained one.
@@ -97,7 +97,7 @@ def _with_doubles(scene, question, rng):
 
 
 def _is_clear(scene):
-    """Whether one thing alone is what the question says of the start, its doubles have a cell on
+    """Whether exactly one thing is what the question says of the start, its doubles have a cell on
     that side, and the answer does not stand in the question."""
     question = scene.question
     if scenes.gold(scene) in (question.start.words, question.beside.words):
@@ -113,7 +113,7 @@ def _is_clear(scene):
 
 @dataclass(frozen=True)
 class Split(scenes.Split):
-    """Walks whose starts have doubles; kinds: walkN alone."""
+    """Walks whose starts have doubles; kinds: only walkN."""
     objects: tuple = OBJECTS
 
     def make(self, rng):

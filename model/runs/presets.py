@@ -2,7 +2,7 @@
 
 A recipe names its parts on the hub and states their shapes, so that a run can be planned, and a test can count
 parameters, without a single download; what --clip, --llm or --llava load decides over the shapes given here. Both its
-stages keep CLIP frozen: align trains the projector alone on captions, sft projector and decoder on conversations.
+stages keep CLIP frozen: align trains only the projector, on captions, sft projector and decoder on conversations.
 Hyper-parameters are LLaVA's (arXiv 2304.08485, section 4.1) and LLaVA-1.5's (arXiv 2310.03744, table 9).
 """
 

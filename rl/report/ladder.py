@@ -4,7 +4,7 @@
     print(ladder_text("llava_o1", best, rungs))
 """
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
-MOST = 9                    # rates measured in all; a best one that still lies at an end is told to
+MOST = 9                    # rates measured in all; a best one that still lies at an end is printed as such
 
 
 def climb(measure):
