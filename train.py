@@ -697,7 +697,8 @@ def preflight(run, name, cfg, vlm, samples, method, rewards, teacher=None):
         _, passed = update(learner, experience, cfg, dropped_step, meter, guard)
     clock.lap("update")
     costs = metrics.costs(clock.laps, rollout, passed)
-    print(preflight_text(rollout, active / count, costs, cfg.rl.rl_steps, cfg.algorithm.refill))
+    steps = None if run.allowed(name) else cfg.rl.rl_steps
+    print(preflight_text(rollout, active / count, costs, steps, cfg.algorithm.refill))
 
 
 # ---------------------------------------------------------------- the stages

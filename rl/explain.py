@@ -39,7 +39,7 @@ def preflight_text(rollout, active, costs, steps, refill=0):
     """Text: what a batch of rollouts from the model as it is looks like, how long the run will take, and warnings.
 
     active: share of the groups that can move the model; costs: what metrics.costs says of rollout and update; refill:
-    how many more rollouts a step may take.
+    how many more rollouts a step may take; steps: of the stage, None where FLOPs end it.
     """
     line = metrics.of_rollout(rollout)
     P, G = rollout.reward.shape
@@ -54,11 +54,13 @@ def preflight_text(rollout, active, costs, steps, refill=0):
     if not refill:
         rollouts = 1
     step = update + rollouts * sampling
+    end = "until it has spent the FLOPs it is given"
+    if steps is not None:
+        end = f"about {step * steps / 60:.1f} minutes in all"
     text = [f"  preflight, {P} prompts x {G}: reward {line['reward']:.3f}, flat groups {line['flat']:.2f}, "
             f"{line['length']:.1f} tokens, {100 * line['truncated']:.0f} % cut off, "
             f"{costs['tokens_per_second']:.0f} tokens/s",
-            f"  {', '.join(shares)}; {step:.2f} s a step (update {update:.2f}), about {step * steps / 60:.1f} minutes "
-            "in all"]
+            f"  {', '.join(shares)}; {step:.2f} s a step (update {update:.2f}), {end}"]
     return "\n".join(text + [f"  warning: {warning}" for warning in warnings(line, active)])
 
 

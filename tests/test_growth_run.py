@@ -65,6 +65,8 @@ def test_the_whole_comparison_leaves_its_report_and_its_arms_have_the_flops_of_r
     assert (out / "growth.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "Growth, T = 1: share that walks exactly as many hops as asked" in said and "Looks on id, T = 1" in said
+    # how long the arms of RL at its FLOPs take is not for --rl-steps to tell
+    assert (said.count("minutes in all"), said.count("until it has spent the FLOPs")) == (1, 3)
     budget = checkpoint.load(out / "rl.pt")["flops"]
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for arm in ("rl_slow", "rl_curriculum", "rl_pass_at_k"):

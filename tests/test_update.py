@@ -570,6 +570,8 @@ def test_the_preflight_warns_of_what_cannot_be_learned():
     fine = said([[1.0, 0.0], [0.0, 0.0]])
     assert "warning" not in fine and "pass@2 0.500" in fine and "flat groups 0.50" in fine
     assert "correctness 0.250" in fine and "4.00 s a step (update 3.00), about 2.0 minutes in all" in fine
+    ended_by_flops = preflight_text(rollout_of([[1.0, 0.0], [0.0, 0.0]]), 0.5, costs, None)
+    assert "4.00 s a step (update 3.00), until it has spent the FLOPs it is given" in ended_by_flops
     assert "5.00 s a step (update 3.00), about 2.5 minutes in all" in said([[1.0, 0.0], [0.0, 0.0]], refill=3)
     assert "almost no completion is right" in said([[0.0, 0.0]])
     assert "almost no group can move the model" in said([[0.0, 0.0]], active=0.0)
