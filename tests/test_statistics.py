@@ -240,6 +240,12 @@ def test_training_rows_by_hand():
     assert training_table(found).splitlines()[2].split() == ["grpo", "0.024", "12.000", "2.000", "40.000", "0.375",
                                                                       "1.000", "0.500"]
     assert training_table([]) == "" == training_table(training_rows(log[:1], 0))
+    unclipped = [{**line, "method": "sapo"} for line in log[1:]]
+    for line in unclipped:
+        line.pop("clip_low", None)
+    text = training_table(training_rows(log + unclipped, 7, last=2))
+    assert "40.000" in text and text.splitlines()[3].split() == ["sapo", "0.024", "12.000", "2.000", "0.375", "1.000",
+                                                                 "0.500"]
 
 
 # ---------------------------------------------------------------- decodings and splits

@@ -260,6 +260,8 @@ def training_rows(log, seed, last=10):
             "format": _mean_of("reward/format", end),
             "entropy": _mean_of("entropy", end),
         }
+        if not any("clip_low" in line for line in lines):       # SAPO, or a ratio that is held at 1: nothing clips
+            del columns["clipped, %"]
         for column, value in columns.items():
             out.append(dict(method=method, split=column, decoding="training", metric="RL",
                             value=value, seed=seed))
@@ -573,10 +575,11 @@ def training_table(rows):
     if not rows:
         return ""
     columns = list(dict.fromkeys(row["split"] for row in rows))
-    lines = {}                                  # method -> its cells
-    for row in rows:
-        lines.setdefault(row["method"], []).append(f"{row['value']:.3f}")
-    return grid("Training, RL", columns, list(lines.items()))
+    cells = {(row["method"], row["split"]): f"{row['value']:.3f}" for row in rows}
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lines.append((method, [cells.get((method, column), "") for column in columns]))
+    return grid("Training, RL", columns, lines)
 
 
 # ---------------------------------------------------------------- several seeds
