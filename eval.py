@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -400,8 +401,7 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     if probes:
         found = generalisation_rows(folder, cfg, contenders, tests, scores, probes)
         write_json(folder / "generalisation.json", found)
-        if any(row["metric"] == "gain" for row in found):
-            write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
+        write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
     write_json(folder / "results.json", results)      # last: a run that has it is finished
 
     print("\n" + "\n".join(statistics.result_lines(results, differences, to)))
@@ -455,10 +455,11 @@ def write_report(folder, cfg, tests, scores, rewards, log, results):
 
 
 def write_picture(path, picture):
-    """Writes the bytes of a PNG; None, without matplotlib, is noted."""
+    """Writes the bytes of a PNG. None, where there was nothing to draw, writes nothing; for want of matplotlib it is
+    noted."""
     if picture:
         checkpoint.write_atomically(path, lambda file: file.write(picture))
-    else:
+    elif find_spec("matplotlib") is None:
         print(f'no {path.name}: pip install -e ".[report]" brings matplotlib')
 
 
