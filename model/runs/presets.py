@@ -76,8 +76,10 @@ PRESETS = {
     "generalisation": dict(compare="generalisation", world="transfer", replay=0.25, rl_steps=100, eval_greedy=200,
                            eval_sampled=100, eval_samples=4, rates=TUNED_ON_PARTS),
     # does thinking grow? Walks longer than any trained one, from a teacher that sometimes looks again
-    "long_walks": dict(world="long_walks", compare="long_walks", max_new=96, confuse=0.2, drop_hop=0.2, rl_steps=120,
-                       eval_greedy=100, eval_sampled=60),
+    "long_walks": dict(
+        world="long_walks", compare="long_walks", max_new=96, confuse=0.2, drop_hop=0.2, rl_steps=120,
+        rates="rl:5e-4,rl_pass_at_k:2.5e-4,rl_curriculum:5e-4,filtered:2e-3,cot_continued:2e-3",
+        eval_greedy=100, eval_sampled=60),
     # LLaVA-1.5's training of whatever parts are named; a part that is not is a small one, from nothing
     "llava": LLAVA_15 | dict(template="auto", image_positions=False, dtype="float32", checkpointing=False),
     **RECIPES,
