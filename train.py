@@ -230,8 +230,8 @@ class Config:
         need(self.data.world == "grid", "world", self.data.world, "be grid with --stage=teach")
         return []
 
-    def check_rates(self, stages, source):
-        """As `check`, of --rates, --tune and --compare=routes. source: the kind of --data."""
+    def check_rates(self, stages):
+        """As `check`, of --rates and --tune."""
         for name in rates_of(self.run.rates):
             need(name in STAGES, "rates", self.run.rates, f"name stages of train.py's STAGES; {name!r} is none")
         for name in filter(None, self.run.tune.split(",")):
@@ -245,32 +245,40 @@ class Config:
                  "no split there is like its training")
         need(not self.run.tune or self.data.eval_set == "val", "eval_set", self.data.eval_set,
              "be val with --tune: nothing is tuned on test prompts")
-        need(source == "scenes" or not self.run.curve, "curve", self.run.curve,
+
+    def check_curve(self, parts, source):
+        """As `check`, of --curve. parts: those of the questions that stages learn from."""
+        if not self.run.curve:
+            return
+        need(source == "scenes", "curve", self.run.curve,
              "be 0 with data of your own, which has no validation prompts beside those that are reported")
-        is_grid = source == "scenes" and self.data.world == "grid"
-        need(is_grid or self.run.compare != "routes", "compare", "routes",
-             "come with drawn scenes of --world=grid, whose small skills the base learns")
-        generalises = self.run.compare == "generalisation"
-        need(self.data.world == "transfer" or not generalises, "world", self.data.world,
-             "be transfer with --compare=generalisation, whose arms learn from its parts")
-        need(self.teacher.cot_format == "think" or not generalises, "cot_format", self.teacher.cot_format,
-             "be think with --compare=generalisation, which begins thoughts in its tags")
-        need(self.rl.algorithm == RlOptions.algorithm or not generalises, "algorithm", self.rl.algorithm,
-             f"be {RlOptions.algorithm} with --compare=generalisation, whose tables compare every arm with that")
-        parts = {part for part in transfer.PARTS for name in stages if name.endswith(f"_{part}")}
-        need(not parts or self.data.world == "transfer", "world", self.data.world,
-             f"be transfer with stages of its parts, {', '.join(sorted(parts))}")
-        need(not self.run.curve or not (generalises or parts), "curve", self.run.curve,
+        need(not parts, "curve", self.run.curve,
              "be 0 with stages of a part of the questions: its points are chosen by prompts of the first split, which "
              "not every one of them learns from")
-        need(not self.run.curve or self.run.tune or self.data.eval_set == "test", "curve", self.run.curve,
+        need(self.run.tune or self.data.eval_set == "test", "curve", self.run.curve,
              "be 0 with --eval-set=val: its best points are chosen by those prompts, and would be reported on them")
+
+    def check_world(self, parts, source):
+        """As `check`, of --world and of the comparisons that are made for one. parts, source: as for `check_curve`."""
+        compare = self.run.compare
+        world = self.data.world if source == "scenes" else ""
+        need(compare != "routes" or world == "grid", "compare", "routes",
+             "come with drawn scenes of --world=grid, whose small skills the base learns")
+        need(compare != "long_walks" or world == "long_walks", "compare", compare,
+             "come with drawn scenes and --world=long_walks")
+        need(world != "long_walks" or self.teacher.cot_format == "think", "cot_format", self.teacher.cot_format,
+             "be think with --world=long_walks, whose looks and hops are read from thoughts")
         need(source == "scenes" or not self.data.replay, "replay", self.data.replay,
              "be 0 with data of your own, which has no captions and looking questions apart")
-        if self.run.compare == "routes" and not (self.data.skills and self.teacher.cot_format == "llava_cot"):
-            return ["--compare=routes is made for --skills=true --cot-format=llava_cot, as --preset=routes has them: "
-                    "without them the base does not know what it is asked, or llava_o1 has other tags"]
-        return []
+        if compare == "generalisation":
+            need(self.data.world == "transfer", "world", self.data.world,
+                 "be transfer with --compare=generalisation, whose arms learn from its parts")
+            need(self.teacher.cot_format == "think", "cot_format", self.teacher.cot_format,
+                 "be think with --compare=generalisation, which begins thoughts in its tags")
+            need(self.rl.algorithm == RlOptions.algorithm, "algorithm", self.rl.algorithm,
+                 f"be {RlOptions.algorithm} with --compare=generalisation, whose tables compare every arm with that")
+        need(not parts or self.data.world == "transfer", "world", self.data.world,
+             f"be transfer with stages of its parts, {', '.join(sorted(parts))}")
 
     def check(self):
         """Raises ValueError in one sentence about the first options that do not go together; returns notes on idle
@@ -288,10 +296,6 @@ class Config:
             shape = VlmConfig(self.clip.config(vocab=1), self.llm.config(vocab=1), **self.vlm.shape())
             need(shape.image_tokens >= 1, "projector", self.vlm.projector, "make at least one token of a picture")
         source, _ = source_of(self.data.data)
-        need(self.run.compare != "long_walks" or (source, self.data.world) == ("scenes", "long_walks"), "compare",
-             self.run.compare, "come with drawn scenes and --world=long_walks")
-        need((source, self.data.world) != ("scenes", "long_walks") or self.teacher.cot_format == "think", "cot_format",
-             self.teacher.cot_format, "be think with --world=long_walks, whose looks and hops are read from thoughts")
         need(source != "llava" or not self.teacher.teacher, "teacher", self.teacher.teacher,
              "be left out with --data=llava:FILE, whose stages take no chains")
         need(source != "scenes" or self.clip.image_size == scenes.SIZE or self.run.bench, "image_size",
@@ -304,7 +308,11 @@ class Config:
         need(self.rl.algorithm == RlOptions.algorithm or not {*stages} & {*algorithms.ALGORITHMS}, "algorithm",
              self.rl.algorithm, "be left out where stages are named after algorithms")
         algorithms.labels(self, stages)
-        notes = self.check_rates(stages, source)
+        parts = {part for part in transfer.PARTS for name in stages if name.endswith(f"_{part}")}
+        self.check_rates(stages)
+        self.check_curve(parts, source)
+        self.check_world(parts, source)
+        notes = []
         for stage in stages:
             variant = config_of(self, stage)
             group_can_teach = self.sampling.group >= 2 or variant.algorithm.compares_groups
@@ -316,6 +324,14 @@ class Config:
             need(source == "scenes" or not variant.rl.curriculum, "curriculum", variant.rl.curriculum,
                  f"be false with --data={self.data.data}: only drawn scenes have a difficulty, the hops of their walks")
             notes += algorithms.idle_notes(variant)
+        return list(dict.fromkeys([*notes, *self.idle_notes(stages, source)]))
+
+    def idle_notes(self, stages, source):
+        """Notes on options that have no effect, or one that is easily overlooked."""
+        notes = []
+        if self.run.compare == "routes" and not (self.data.skills and self.teacher.cot_format == "llava_cot"):
+            notes.append("--compare=routes is made for --skills=true --cot-format=llava_cot, as --preset=routes has "
+                         "them: without them the base does not know what it is asked, or llava_o1 has other tags")
         rewards = Rewards(self.reward)
         if self.reward.gated and "correctness" in rewards.weights and "format" not in rewards.weights:
             notes.append("correctness is gated on the format although the format itself earns nothing")
@@ -338,7 +354,7 @@ class Config:
         if self.sampling.top_k or self.sampling.top_p < 1 or self.sampling.min_new and not self.run.bench:
             notes.append("--top-k, --top-p and --min-new sample from another distribution than the one whose log-probs "
                          "the update reads: its gradient is biased")
-        return list(dict.fromkeys(notes))
+        return notes
 
 
 # Options that what is loaded decides: those of CLIP, and of what lies behind it.
