@@ -332,6 +332,15 @@ class Config:
         if self.run.compare == "routes" and not (self.data.skills and self.teacher.cot_format == "llava_cot"):
             notes.append("--compare=routes is made for --skills=true --cot-format=llava_cot, as --preset=routes has "
                          "them: without them the base does not know what it is asked, or llava_o1 has other tags")
+        if self.run.compare == "generalisation" and "cot" not in stages:
+            notes.append("--compare=generalisation without the stage cot has nothing to hold gain and forgetting "
+                         "against")
+        rated = rates_of(self.run.rates)
+        arms = [stage for stage in stages if is_arm(stage) and "rl_lr" not in algorithms.ARMS.get(stage, {})]
+        unrated = [stage for stage in arms if stage not in rated]
+        if unrated and len(unrated) < len(arms):
+            notes.append(f"--rates has none for {', '.join(unrated)}: --rl-lr or --cot-lr holds, which beside rates "
+                         "from a ladder is no fair comparison")
         rewards = Rewards(self.reward)
         if self.reward.gated and "correctness" in rewards.weights and "format" not in rewards.weights:
             notes.append("correctness is gated on the format although the format itself earns nothing")
@@ -1342,7 +1351,7 @@ def tune(run, notes):
     for note in notes:
         print(f"note: {note}")
     found = []
-    for arm in cfg.run.tune.split(","):
+    for arm in filter(None, cfg.run.tune.split(",")):
         for name in needed_for(arm, cfg.stages()):
             train_stage(run, name, name, config_of(cfg, name))
         asked = {home: samples}

@@ -111,6 +111,10 @@ def test_what_does_not_go_together_is_one_sentence(flags, said):
     (dict(distill_from="sft"), "--distill-from has no effect without the stage distilled"),
     (dict(distill_from="sft", compare="evidence"), ""),
     (dict(replay=0.5, stage="clip,align"), "--replay has no effect without the stage cot"),
+    (dict(stage="cot,rl,negative", rates="rl:1e-3"), "--rates has none for negative: --rl-lr or --cot-lr holds, which "
+     "beside rates from a ladder is no fair comparison"),
+    (dict(stage="rl_walks", compare="generalisation", world="transfer"), "--compare=generalisation without the stage "
+     "cot has nothing to hold gain and forgetting against"),
     (dict(replay=0.5), ""), (dict(replay=0.5, world="transfer", stage="replay_looks"), ""),
     (dict(curve=3, tune="cot", seed=100, eval_set="val"), "--curve has no effect with --tune, which follows no arm")])
 def test_what_has_no_effect_is_noted(options, said):
