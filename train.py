@@ -1,7 +1,7 @@
 """Teach a vision-language model to see, to answer, and to reason. Every stage is a function here; its loops train.
 
     python train.py                                    # everything from nothing, then the comparison
-    python train.py --compare=all                      # with every baseline
+    python train.py --compare=all                      # more arms: rejection sampling, direct answers, flawless chains
     python train.py --seeds=5                          # mean and spread over seeds 0-4
     python train.py --data=images:DIR                  # your own folder of class sub-folders of pictures
     python train.py --data=jsonl:FILE                  # your own questions and answers

@@ -55,9 +55,9 @@ class Algorithm:
         check_fields(self)
         need(not self.bound or self.bound >= 1 + self.clip_high, "bound", self.bound,
              f"be 0 or at least 1 + --clip-high={self.clip_high}")
+        need(self.std == "none" or self.baseline not in CONSTANTS, "baseline", self.baseline, "come with --std=none")
         need(self.std != "group" or not self.compares_groups, "baseline", self.baseline,
              "come with --std=batch or --std=none")
-        need(self.std == "none" or self.baseline not in CONSTANTS, "baseline", self.baseline, "come with --std=none")
         if self.baseline == "pass_at_k":        # divides by a deviation of its own, and only knows right and wrong
             need(self.std == "group", "std", self.std, "be group with --baseline=pass_at_k")
             need(not self.overlong_share, "overlong_share", self.overlong_share, "be 0 with --baseline=pass_at_k")

@@ -287,6 +287,7 @@ def test_every_arm_of_a_part_starts_from_cot_and_gets_the_flops_of_its_parts_rl(
                 assert stage.starts_from == ("cot",)
                 assert stage.costs_like == (() if name == f"rl_{part}" else (f"rl_{part}",))
     assert set(algorithms.OF_PARTS) < set(train.COMPARISONS["generalisation"])
+    assert {part for part, _ in algorithms.OF_PARTS.values()} == set(transfer.PARTS)
     cfg = change(train.Config(), **PRESETS["generalisation"])
     assert algorithms.labels(cfg, cfg.stages())["rl_kl_looks"] == "rl_kl_looks"
     kl = [train.config_of(cfg, name).algorithm.kl_coef for name in ("rl_walks", "rl_kl_walks", "rl_kl_looks")]
