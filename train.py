@@ -1299,6 +1299,7 @@ def check_distillation(run, stages):
         need(comes_before or run.path(source).exists(), "distill_from", source,
              "be a stage that comes before distilled, or a checkpoint")
         return
+    need(Path(source).is_file(), "distill_from", source, "be a stage that comes before distilled, or a checkpoint")
     teacher, tok, _ = evaluation.load_vlm(source)
     vocab = len(run.tokenizer)
     student = run.plan or VlmConfig(cfg.clip.config(vocab), cfg.llm.config(vocab), **cfg.vlm.shape())
