@@ -1474,7 +1474,10 @@ def follow_curves(run, stages, labels, tests):
     for stage in filter(is_arm, stages):
         before = path_of(stage, cfg.stages())[:-1]
         spent = run.spent(before)
-        ways = {0: run.path((before or ["sft"])[-1])}
+        start = run.path((before or ["sft"])[-1])
+        if cfg.run.init and not start.exists():
+            start = Path(cfg.run.init)
+        ways = {0: start}
         ways |= {point: run.point(stage, point) for point in range(1, cfg.run.curve + 1)}
         for point, model in ways.items():
             if (stage, point) in done or not model.exists():    # a stage of few steps has fewer points
@@ -1490,7 +1493,9 @@ def follow_curves(run, stages, labels, tests):
 
 
 def show_curves(run, points):
-    """Arms at equal accuracy in distribution, as text and as frontier.png."""
+    """Arms at equal accuracy in distribution, as text and as frontier.png; nothing without an arm."""
+    if not points:
+        return
     decoding = run.cfg.judge.decoding
     print("\n" + matched_text(points, decoding))
     evaluation.write_picture(run.folder / "frontier.png", frontier(points, decoding))
