@@ -89,7 +89,7 @@ COMPARISONS = {
     "algorithms": ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"],
     "rewards": [*algorithms.REWARD_STAGES],
     "routes": ["rl_from_base", "llava_o1", "llava_o1_blind", "rl_from_o1"],
-    # one thing varied at a time, all after cot at RL's FLOPs: where samples come from, their sign, KL, a teacher model
+    # all after cot at RL's FLOPs: they differ in where samples come from, their sign, KL, a teacher model
     "evidence": ["rl", "grpo_token_kl", "reinforce", "negative", "rejection_first", "rejection", "rejection_iterated",
                  "cot_continued", "filtered", "sft_direct", "perfect", "distilled"],
     # each on only the walks and on only the looks; then tested on all: world transfer
@@ -500,6 +500,7 @@ class Run(RunFolder):
         writes itself.
         """
         cfg = self.cfg
+        points = 0 if cfg.run.tune else cfg.run.curve       # --tune follows no arm
         self.began = time.perf_counter()
         step = self.take_progress(stage, module, optimizer, meter, generator)
         share = schedule.share(step, meter.total)
@@ -509,9 +510,9 @@ class Run(RunFolder):
             yield step, schedule.rate(step, meter.total, cfg.optim.warmup, cfg.optim.final_lr)
             step += 1
             self.bar.update()
-            before = points_behind(cfg.run.curve, share)
+            before = points_behind(points, share)
             share = schedule.share(step, meter.total)
-            point = points_behind(cfg.run.curve, share)
+            point = points_behind(points, share)
             if share < 1 and snapshot and is_arm(stage) and point > before:
                 snapshot(point)
             if share < 1 and step % cfg.run.save_every == 0:
@@ -523,9 +524,7 @@ class Run(RunFolder):
         return round(time.perf_counter() - self.began, 3)
 
     def snapshot(self, stage, cfg, method, meter, vlm, point):
-        """A point of a stage's curve, for `compare_methods`; nothing is resumed from it. --tune follows no arm."""
-        if self.cfg.run.tune:
-            return
+        """A point of a stage's curve, for `compare_methods`; nothing is resumed from it."""
         path = self.point(stage, point)
         path.parent.mkdir(exist_ok=True)
         checkpoint.save(path, dict(stage=stage, vlm=vlm.state_dict(), vlm_config=vlm.config_dict(), method=method,
@@ -1096,7 +1095,7 @@ STAGES = {
     "llava_o1": Stage(partial(matched, records_of=seen_chains), ("sft",), ("rl_from_base",)),
     "llava_o1_blind": Stage(partial(matched, records_of=blind_chains), ("sft",), ("rl_from_base",)),
     "rl_from_o1": Stage(rl, ("llava_o1_blind",)),
-    # RL with one thing changed, at its FLOPs; a teacher model instead of a reward
+    # RL with some options changed, at its FLOPs; a teacher model instead of a reward
     **{name: Stage(rl, ("cot",), ("rl",)) for name in algorithms.ARMS},
     "distilled": Stage(distilled, ("cot",), ("rl",), ("perfect",)),
     # on a part of the questions
@@ -1295,15 +1294,21 @@ def check_distillation(run, stages):
     cfg = run.cfg
     source = cfg.rl.distill_from
     if source in STAGES:
-        comes_before = source in stages[:stages.index("distilled")]
-        need(comes_before or run.path(source).exists(), "distill_from", source,
-             "be a stage that comes before distilled, or a checkpoint")
+        is_there = source in stages[:stages.index("distilled")] or run.path(source).exists()
+    else:
+        is_there = Path(source).is_file()
+    need(is_there, "distill_from", source, "be a stage that comes before distilled, or a checkpoint")
+    if source in STAGES:
         return
-    need(Path(source).is_file(), "distill_from", source, "be a stage that comes before distilled, or a checkpoint")
     teacher, tok, _ = evaluation.load_vlm(source)
     vocab = len(run.tokenizer)
     student = run.plan or VlmConfig(cfg.clip.config(vocab), cfg.llm.config(vocab), **cfg.vlm.shape())
     check_teacher(run, tok, teacher.config, student)
+
+
+def show_notes(notes):
+    for note in notes:
+        print(f"note: {note}")
 
 
 def train_and_compare(run, notes):
@@ -1311,8 +1316,7 @@ def train_and_compare(run, notes):
     began = time.perf_counter()
     cfg = run.cfg
     print(describe(cfg))
-    for note in notes:
-        print(f"note: {note}")
+    show_notes(notes)
     print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
     for name in cfg.stages():
         train_stage(run, name, name, config_of(cfg, name))
@@ -1349,8 +1353,7 @@ def tune(run, notes):
     if run.real and not others:
         raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but {home} to report on, and "
                          "nothing is tuned on what is reported; a test split of your own would be one")
-    for note in notes:
-        print(f"note: {note}")
+    show_notes(notes)
     found = []
     for arm in filter(None, cfg.run.tune.split(",")):
         for name in needed_for(arm, cfg.stages()):
@@ -1556,8 +1559,7 @@ def path_of(stage, stages):
 
 def explain(cfg, plan, notes):
     """--explain: prints what the model as it is does on a few prompts; leaves nothing behind."""
-    for note in notes:
-        print(f"note: {note}")
+    show_notes(notes)
     with tempfile.TemporaryDirectory() as folder, Run(change(cfg, out=folder), folder, plan) as run:
         open_run(run)
         name = cfg.run.stage
