@@ -11,7 +11,7 @@ from rl import rewards
 
 TINY = ["--preset=tiny", "--threads=1", "--world=long_walks", "--compare=long_walks", "--clip-steps=2",
         "--align-steps=4", "--sft-steps=4", "--cot-steps=6", "--eval-greedy=2", "--eval-sampled=2", "--eval-samples=8",
-        "--pass-k=2"]
+        "--group=5"]
 START = "clip,align,sft,cot"
 
 
