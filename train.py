@@ -1298,6 +1298,8 @@ def check_distillation(run, stages):
     else:
         is_there = Path(source).is_file()
     need(is_there, "distill_from", source, "be a stage that comes before distilled, or a checkpoint")
+    start = "cot" if "cot" in stages else cfg.run.init
+    need(source != start, "distill_from", source, "be another model than the one that distilled starts from")
     if source in STAGES:
         return
     teacher, tok, _ = evaluation.load_vlm(source)

@@ -233,8 +233,9 @@ def labels(cfg, stages):
             part, _ = OF_PARTS.get(stage, ("", {}))
             setting = (STARTS.get(stage, ""), part, stage == "distilled", used.algorithm, used.reward, used.rl)
         if setting in settings:
-            raise ValueError(f"--stage={','.join(stages)}: {settings[setting]} and {stage} are one setting, "
-                             f"{label(cfg, stage)}; name it once")
+            asked = f"--compare={cfg.run.compare}" if cfg.run.stage == "all" else f"--stage={','.join(stages)}"
+            raise ValueError(f"{asked}: {settings[setting]} and {stage} are one setting with these flags, "
+                             f"{label(cfg, stage)}; name it once, or leave out the flag that makes them one")
         settings[setting] = stage
     return {stage: label(cfg, stage) for stage in stages}
 

@@ -423,7 +423,7 @@ def test_no_two_settings_of_a_comparison_share_a_label(compare, more):
     ["--stage=rl,right", "--rewards=correctness:1", "--gated=False"], ["--compare=evidence", "--kl-coef=0.1"]])
 def test_a_setting_that_is_named_twice_is_one_sentence(argv):
     cfg = from_command_line(Config, PRESETS, argv, "", more=of_flags)
-    with pytest.raises(ValueError, match="--stage=.*: .* are one setting, .*; name it once"):
+    with pytest.raises(ValueError, match="--(stage|compare)=.*: .* are one setting with these flags, .*; name it once"):
         cfg.check()
 
 

@@ -159,7 +159,9 @@ def test_a_teacher_from_a_file_and_what_cannot_be_one(arms, tmp_path, capsys):
         run(tmp_path / "one", *init)
     with pytest.raises(ValueError, match="--distill-from=nothing.pt must be a stage that .* or a checkpoint"):
         run(tmp_path / "two", *init, "--distill-from=nothing.pt")
-    assert not any((tmp_path / name / "config.json").exists() for name in ("one", "two"))
+    with pytest.raises(ValueError, match="--distill-from=.*cot.pt must be another model than"):
+        run(tmp_path / "three", *init, f"--distill-from={arms / 'cot.pt'}")
+    assert not any((tmp_path / name / "config.json").exists() for name in ("one", "two", "three"))
 
 
 def test_a_file_that_cannot_teach_is_refused_before_anything_is_trained(arms, tmp_path, monkeypatch):

@@ -44,7 +44,8 @@ def test_rates_that_nothing_tells_apart_extend_no_ladder_and_the_text_says_so():
     asked = []
     best, rungs = ladder.climb(lambda rate: asked.append(rate) or dict(value=0.0, low=0.0, high=0.1, n=4))
     assert asked == list(ladder.RATES) and best == min(ladder.RATES)
-    assert "no rate is better than another" in ladder.ladder_text("arm", best, rungs)
+    text = ladder.ladder_text("arm", best, rungs)
+    assert "no rate is better than another" in text and "<- best" not in text
 
 
 def test_an_arm_needs_what_it_starts_from_and_what_its_budget_is_taken_from():

@@ -37,11 +37,12 @@ def are_equal(rungs):
 
 def ladder_text(arm, best, rungs):
     """The ladder as text, a rate a line; says so when the best one lies at an end."""
+    no_choice = are_equal(rungs)
     lines = [f"learning rates of {arm}, accuracy on validation prompts [95 % interval over {_prompts(rungs)} prompts]:"]
     for rate, row in rungs.items():
-        mark = "  <- best" if rate == best else ""
+        mark = "  <- best" if rate == best and not no_choice else ""
         lines.append(f"  {rate:<11g} {row['value']:.3f} [{row['low']:.2f}, {row['high']:.2f}]{mark}")
-    if are_equal(rungs):
+    if no_choice:
         lines.append("  no rate is better than another: the lowest one stands for the arm, and nothing was chosen")
     elif best in (min(rungs), max(rungs)):
         lines.append(f"  the best lies at an end of the ladder, which was extended to {len(rungs)} rates")
