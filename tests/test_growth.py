@@ -173,7 +173,7 @@ def test_the_report_counts_lengths_hops_and_looks_by_hand():
     found = growth.rows({"rl": {"walk4": {"t1": completions()}}}, seed=7)
     by_hand = {"accuracy": 4 / 8, "tokens": 17.0, "hops": 29 / 8, "as asked": 4 / 8, "re-checks": 4 / 8, "n": 4,
                "first look right": 4 / 7, "re-check after wrong": 2 / 3, "re-check after right": 1 / 4, "mended": 1 / 2,
-               "mended by chance": 3 / 4, "right with re-check": 1 / 4, "right without": 3 / 4}
+               "mended by chance": 3 / 4, growth.AGAIN: 1 / 2, growth.NOT_AGAIN: 0.0}
     assert {row["metric"]: row["value"] for row in found} == pytest.approx(
         {f"growth: {name}": value for name, value in by_hand.items()})
     assert all((row["method"], row["split"], row["decoding"], row["seed"]) == ("rl", "walk4", "t1", 7) for row in found)
@@ -190,7 +190,7 @@ def test_pass_at_8_is_unbiased_over_the_samples_and_left_out_where_there_are_few
 def test_shares_of_nothing_and_what_was_not_noted_have_no_rows():
     raw = completions() | dict(rechecks=[[0] * 4] * 2, first=[[1] * 4] * 2)
     found = {row["metric"] for row in growth.rows({"rl": {"walk4": {"t1": raw}}}, seed=0)}
-    assert not found & {"growth: mended", "growth: right with re-check", "growth: re-check after wrong"}
+    assert not found & {"growth: mended", f"growth: {growth.AGAIN}", "growth: re-check after wrong"}
     del raw["walked"]
     assert growth.rows({"rl": {"walk4": {"t1": raw}}}, seed=0) == [] and growth.growth_text([]) == ""
 
@@ -204,10 +204,22 @@ def test_the_tables_show_every_method_and_split_and_mean_over_seeds():
     # rl .5 and 1: a t-interval of two seeds, cut to what a share can be
     lines = [line.split() for line in text[0].splitlines()[1:]]
     assert lines == [["walk4"], ["rl", "0.750", "[0.00,", "1.00]"], ["cot", "1.000"]]
-    looks = text[-1].splitlines()
+    [looks] = [table.splitlines() for table in text if table.startswith("Looks on")]
     means = [word for word in looks[2].split() if word[0] != "[" and word[-1] != "]"]
-    assert looks[0].startswith("Looks on walk4") and means == [
-        "rl", "4", "0.571", "0.667", "0.250", "0.500", "0.750", "0.625", "0.875"]
+    assert looks[0].startswith("Looks on walk4") and text[-1].startswith("Behind a wrong first look") and means == [
+        "rl", "4", "0.571", "0.667", "0.250", "0.500", "0.750", "0.750", "0.500"]
+
+
+def test_what_a_second_look_is_worth_is_paired_within_a_seed():
+    found = []
+    for seed, again, not_again in ((0, 0.3, 0.1), (1, 0.5, 0.2), (2, 0.4, 0.0)):
+        for metric, value in ((growth.AGAIN, again), (growth.NOT_AGAIN, not_again)):
+            found.append(dict(method="rl", split="id", decoding="t1", metric=f"growth: {metric}", value=value,
+                              seed=seed))
+    title, head, *lines = growth.worth_of_a_look(found, "t1").splitlines()
+    assert "over 3 seeds" in title and head.split() == ["id"]
+    # .2, .3, .4
+    assert [line.split() for line in lines] == [["rl", "+30.0", "[+5.2,", "+54.8]", "*"]]
 
 
 def test_arms_are_held_against_their_start_seed_by_seed():

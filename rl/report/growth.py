@@ -29,9 +29,13 @@ BY_SPLIT = {
     "as asked": "share that walks exactly as many hops as asked",
     "re-checks": "share that looks again at the start, or at a hop",
 }
+# Answers are compared behind a wrong first look only: who looks again has mostly begun wrong, so that among all
+# completions a second look would seem to do harm.
+AGAIN = "wrong, again: right answer"
+NOT_AGAIN = "wrong, not again: right answer"
 # Columns of one table a split.
 OF_LOOKS = ("n", "first look right", "re-check after wrong", "re-check after right", "mended", "mended by chance",
-            "right with re-check", "right without")
+            AGAIN, NOT_AGAIN)
 SHOWN_LOOKS = ("crowded", "walk6")      # splits whose looks are shown beside those of the one that is like training
 
 
@@ -70,7 +74,8 @@ def of_looks(raw):
     n: completions that look again. first look right: of those that look at a cell at all. re-check after wrong, after
     right: of the completions whose first look was so, the share that looks again. mended: of those that look again
     after a wrong first look, the share whose last look is right; by chance: if they named another candidate blindly.
-    right with re-check, without: their accuracy. A look again is any "wait", of the start or of a hop.
+    wrong, again, and not again: accuracy behind a wrong first look. A look again is any "wait", of the start or of a
+    hop.
     """
     if "walked" not in raw:
         return {}
@@ -84,8 +89,8 @@ def of_looks(raw):
         "re-check after right": _share(again, first == 1),
         "mended": _share(last == 1, again & (first == 0)),
         "mended by chance": _share(1 / others, again & (first == 0)),
-        "right with re-check": _share(right == 1, again),
-        "right without": _share(right == 1, ~again),
+        AGAIN: _share(right == 1, again & (first == 0)),
+        NOT_AGAIN: _share(right == 1, ~again & (first == 0)),
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -110,8 +115,8 @@ def _names(found, field):
 # ---------------------------------------------------------------- as text
 
 def growth_text(found):
-    """A table a decoding and metric of BY_SPLIT; then, of the sampled decoding, what looks are worth and, over several
-    seeds, in what arms differ from their start."""
+    """A table a decoding and metric of BY_SPLIT; then, of the sampled decoding, who looks again and, over several
+    seeds, what a second look is worth and in what arms differ from their start."""
     if not found:
         return ""
     values = by_cell(found)
@@ -121,13 +126,31 @@ def growth_text(found):
             if any((where, what) == (decoding, metric) for _, _, where, what in values):
                 tables.append(length_table(found, values, decoding, metric, title))
     decoding = main_decoding(found)
-    splits = _names(found, "split")
-    for split in dict.fromkeys((main_split(splits), *SHOWN_LOOKS)):
-        if split in splits:
-            tables.append(looks_table(found, values, decoding, split))
+    for split in shown_looks(found):
+        tables.append(looks_table(found, values, decoding, split))
     if len(_names(found, "seed")) > 1:
+        tables.append(worth_of_a_look(found, decoding))
         tables.append(against_start(found, decoding))
     return "\n\n".join(text for text in tables if text)
+
+
+def shown_looks(found):
+    """The splits whose looks are shown."""
+    splits = _names(found, "split")
+    return [split for split in dict.fromkeys((main_split(splits), *SHOWN_LOOKS)) if split in splits]
+
+
+def worth_of_a_look(found, decoding):
+    """A table a method: behind a wrong first look, right answers of those that look again less of those that do not,
+    paired by seed. A second look was not drawn by lot: prompts on which a method looks again may be others."""
+    of_seeds = by_seed(found, decoding)
+    cells = {}                                  # (method, split) -> Paired
+    for method in _names(found, "method"):
+        for split in shown_looks(found):
+            again, not_again = (of_seeds.get((method, split, GROWTH + name), {}) for name in (AGAIN, NOT_AGAIN))
+            cells[method, split] = less(again, not_again)
+    title = "Behind a wrong first look, right answers with a second look less without, points, "
+    return paired_grid(title + decoding_title(decoding), cells)
 
 
 # In what arms are held against their start: (metric, split).
