@@ -27,6 +27,7 @@ from draw_folder import draw_folder
 from model import memory
 from model.runs import checkpoint
 from model.runs.config import change, comments, flag, from_command_line, inside, options, to_command_line
+from model.runs.device import pick_device
 from model.runs.folder import RunFolder
 from rl.report import curves
 
@@ -238,6 +239,13 @@ def test_numbers_inside_their_ranges_never_end_in_anything_but_a_sentence(data):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_on_a_machine_without_it_is_one_sentence(refuse):
     assert refuse("--device=cuda").startswith("--device=cuda is not available here: ")
+
+
+@pytest.mark.parametrize("name", ("auto", "cpu"))
+def test_whoever_picks_a_device_computes_without_cudnns_attention(name):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    pick_device(name)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_program_says_the_sentence_and_nothing_else_and_exits_with_1(tmp_path):

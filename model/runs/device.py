@@ -22,7 +22,12 @@ class MachineOptions:
 
 
 def pick_device(name="auto"):
-    """'auto' takes CUDA when present, else the CPU; raises ValueError on a device this machine does not have."""
+    """'auto' takes CUDA when present, else the CPU; raises ValueError on a device this machine does not have.
+
+    Turns cuDNN's attention off: it plans anew for every shape, and in decoding each token is a new one. PyTorch's flash
+    and memory-efficient kernels plan nothing.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
