@@ -28,6 +28,7 @@ BY_SPLIT = {
     "hops": "hops walked in the thought",
     "as asked": "share that walks exactly as many hops as asked",
     "re-checks": "share that looks again at the start, or at a hop",
+    "twice": "share that looks again twice or more",
 }
 # Answers are compared behind a wrong first look only: who looks again has mostly begun wrong, so that among all
 # completions a second look would seem to do harm.
@@ -60,7 +61,7 @@ def by_length(raw):
         return {}
     asked, walked, rechecks = (np.array(raw[name]) for name in ("asked", "walked", "rechecks"))
     found = {"accuracy": np.mean(raw["right"]), "hops": walked.mean(), "as asked": (walked == asked).mean(),
-             "re-checks": (rechecks > 0).mean()}
+             "re-checks": (rechecks > 0).mean(), "twice": (rechecks > 1).mean()}
     if "length" in raw:
         found["tokens"] = np.mean(raw["length"])
     if asked.shape[1] >= 8:
