@@ -442,7 +442,7 @@ def scores_of(contender, cfg, tests):
 def write_growth(folder, grown):
     """growth.json and growth.png; grown: rows of rl/report/growth.py."""
     write_json(folder / "growth.json", grown)
-    write_picture(folder / "growth.png", growth.growth_picture(grown))
+    write_picture(folder / "growth.png", growth.growth_picture(grown, max(long_walks.TRAINED)))
 
 
 def write_report(folder, cfg, tests, scores, rewards, log, results):

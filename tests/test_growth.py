@@ -172,8 +172,9 @@ def value_of(found, **where):
 def test_the_report_counts_lengths_hops_and_looks_by_hand():
     found = growth.rows({"rl": {"walk4": {"t1": completions()}}}, seed=7)
     by_hand = {"accuracy": 4 / 8, "tokens": 17.0, "hops": 29 / 8, "as asked": 4 / 8, "re-checks": 4 / 8,
-               "twice": 1 / 8, "n": 4, "first look right": 4 / 7, "re-check after wrong": 2 / 3,
-               "re-check after right": 1 / 4, "mended": 1 / 2, "mended by chance": 3 / 4, growth.AGAIN: 1 / 2, growth.NOT_AGAIN: 0.0}
+               "twice": 1 / 8, "look again": 4, "first look right": 4 / 7, "re-check after wrong": 2 / 3,
+               "re-check after right": 1 / 4, "mended": 1 / 2, "mended by chance": 3 / 4, growth.AGAIN: 1 / 2,
+               growth.NOT_AGAIN: 0.0}
     assert {row["metric"]: row["value"] for row in found} == pytest.approx(
         {f"growth: {name}": value for name, value in by_hand.items()})
     assert all((row["method"], row["split"], row["decoding"], row["seed"]) == ("rl", "walk4", "t1", 7) for row in found)
@@ -213,11 +214,12 @@ def test_the_tables_show_every_method_and_split_and_mean_over_seeds():
 def test_what_a_second_look_is_worth_is_paired_within_a_seed():
     found = []
     for seed, again, not_again in ((0, 0.3, 0.1), (1, 0.5, 0.2), (2, 0.4, 0.0)):
-        for metric, value in ((growth.AGAIN, again), (growth.NOT_AGAIN, not_again)):
-            found.append(dict(method="rl", split="id", decoding="t1", metric=f"growth: {metric}", value=value,
+        for method, metric, value in (("rl", growth.AGAIN, again), ("rl", growth.NOT_AGAIN, not_again),
+                                      ("teacher", growth.AGAIN, 1.0), ("teacher", growth.NOT_AGAIN, 0.0)):
+            found.append(dict(method=method, split="id", decoding="t1", metric=f"growth: {metric}", value=value,
                               seed=seed))
     title, head, *lines = growth.worth_of_a_look(found, "t1").splitlines()
-    assert "over 3 seeds" in title and head.split() == ["id"]
+    assert "over 3 seeds" in title and "these 1 is" in title and head.split() == ["id"]
     # .2, .3, .4
     assert [line.split() for line in lines] == [["rl", "+30.0", "[+5.2,", "+54.8]", "*"]]
 
@@ -237,9 +239,9 @@ def test_arms_are_held_against_their_start_seed_by_seed():
 
 def test_the_picture_is_a_png_and_needs_walks_of_two_lengths():
     scores = {method: {f"walk{hops}": {"t1": completions()} for hops in (1, 2, 6)} for method in ("cot", "rl_slow")}
-    picture = Image.open(io.BytesIO(growth.growth_picture(growth.rows(scores, seed=0))))
+    picture = Image.open(io.BytesIO(growth.growth_picture(growth.rows(scores, seed=0), 3)))
     assert picture.size[0] == 1600
-    assert growth.growth_picture(growth.rows({"rl": {"walk4": {"t1": completions()}, "id": {}}}, seed=0)) is None
+    assert growth.growth_picture(growth.rows({"rl": {"walk4": {"t1": completions()}, "id": {}}}, seed=0), 3) is None
     assert growth.lengths_of([dict(split=split) for split in ("id", "walk6", "walks", "walk10")]) == {6: "walk6",
                                                                                                      10: "walk10"}
 

@@ -35,9 +35,13 @@ BY_SPLIT = {
 AGAIN = "wrong, again: right answer"
 NOT_AGAIN = "wrong, not again: right answer"
 # Columns of one table a split.
-OF_LOOKS = ("n", "first look right", "re-check after wrong", "re-check after right", "mended", "mended by chance",
-            AGAIN, NOT_AGAIN)
+OF_LOOKS = ("look again", "first look right", "re-check after wrong", "re-check after right", "mended",
+            "mended by chance", AGAIN, NOT_AGAIN)
 SHOWN_LOOKS = ("crowded", "walk6")      # splits whose looks are shown beside those of the one that is like training
+# What is compared with its start: (metric, split).
+QUESTIONS = (("accuracy", "id"), (PASS, "id"), ("re-checks", "id"), ("re-check after wrong", "id"),
+             ("re-check after right", "id"), ("accuracy", "walk4"), ("as asked", "walk4"), ("accuracy", "walk6"),
+             ("as asked", "walk6"))
 
 
 def rows(scores, seed):
@@ -64,16 +68,17 @@ def by_length(raw):
              "re-checks": (rechecks > 0).mean(), "twice": (rechecks > 1).mean()}
     if "length" in raw:
         found["tokens"] = np.mean(raw["length"])
-    if asked.shape[1] >= 8:
-        found[PASS] = per_prompt(raw, PASS).mean()
+    passed = per_prompt(raw, PASS)
+    if passed is not None:
+        found[PASS] = passed.mean()
     return {name: float(found[name]) for name in BY_SPLIT if name in found}
 
 
 def of_looks(raw):
     """Raw scores of a decoding -> {name of OF_LOOKS: value}.
 
-    n: completions that look again. first look right: of those that look at a cell at all. re-check after wrong, after
-    right: of the completions whose first look was so, the share that looks again. mended: of those that look again
+    look again: how many completions do. first look right: of those that look at a cell at all. re-check after wrong,
+    after right: of the completions whose first look was so, the share that looks again. mended: of those that look again
     after a wrong first look, the share whose last look is right; by chance: if they named another candidate blindly.
     wrong, again, and not again: accuracy behind a wrong first look. A look again is any "wait", of the start or of a
     hop.
@@ -84,7 +89,7 @@ def of_looks(raw):
     again = np.array(raw["rechecks"]) > 0
     others = np.maximum(1, np.array(raw["candidates"]) - 1)
     found = {
-        "n": float(again.sum()),
+        "look again": float(again.sum()),
         "first look right": _share(first == 1, first >= 0),
         "re-check after wrong": _share(again, first == 0),
         "re-check after right": _share(again, first == 1),
@@ -117,15 +122,14 @@ def _names(found, field):
 
 def growth_text(found):
     """A table a decoding and metric of BY_SPLIT; then, of the sampled decoding, who looks again and, over several
-    seeds, what a second look is worth and in what arms differ from their start."""
+    seeds, answers with and without a second look, and arms compared with their start."""
     if not found:
         return ""
     values = by_cell(found)
     tables = []
     for decoding in decodings_of(found):
         for metric, title in BY_SPLIT.items():
-            if any((where, what) == (decoding, metric) for _, _, where, what in values):
-                tables.append(length_table(found, values, decoding, metric, title))
+            tables.append(length_table(found, values, decoding, metric, title))
     decoding = main_decoding(found)
     for split in shown_looks(found):
         tables.append(looks_table(found, values, decoding, split))
@@ -146,7 +150,7 @@ def worth_of_a_look(found, decoding):
     paired by seed. A second look was not drawn by lot: prompts on which a method looks again may be others."""
     of_seeds = by_seed(found, decoding)
     cells = {}                                  # (method, split) -> Paired
-    for method in _names(found, "method"):
+    for method in _arms(found):
         for split in shown_looks(found):
             again, not_again = (of_seeds.get((method, split, GROWTH + name), {}) for name in (AGAIN, NOT_AGAIN))
             cells[method, split] = less(again, not_again)
@@ -154,16 +158,10 @@ def worth_of_a_look(found, decoding):
     return paired_grid(title + decoding_title(decoding), cells)
 
 
-# In what arms are held against their start: (metric, split).
-QUESTIONS = (("accuracy", "id"), (PASS, "id"), ("re-checks", "id"), ("re-check after wrong", "id"),
-             ("re-check after right", "id"), ("accuracy", "walk4"), ("as asked", "walk4"), ("accuracy", "walk6"),
-             ("as asked", "walk6"))
-
-
 def against_start(found, decoding, start="cot"):
     """A table of the arms less what they start from, paired by seed; "" without it."""
     of_seeds = by_seed(found, decoding)
-    arms = [method for method in _names(found, "method") if method not in (start, "teacher")]
+    arms = [method for method in _arms(found) if method != start]
     cells = {}                                  # (method, column) -> Paired
     for metric, split in QUESTIONS:
         place = split, GROWTH + metric
@@ -173,14 +171,21 @@ def against_start(found, decoding, start="cot"):
     return paired_grid(f"Arms less {start}, points, {decoding_title(decoding)}", cells)
 
 
+def _arms(found):
+    """The methods but the teacher, whose few chains are the same with every seed."""
+    return [method for method in _names(found, "method") if method != "teacher"]
+
+
 def length_table(found, values, decoding, metric, title):
-    """A line a method, a column a split."""
+    """A line a method, a column a split; "" where no completion has the metric."""
     splits = _names(found, "split")
     lines = []
     for method in _names(found, "method"):
         cells = [_text(values.get((method, split, decoding, metric)), metric) for split in splits]
         if any(cells):
             lines.append((method, cells))
+    if not lines:
+        return ""
     return grid(f"Growth, {decoding_title(decoding)}: {title}", splits, lines)
 
 
@@ -191,29 +196,30 @@ def looks_table(found, values, decoding, split):
         cells = [_text(values.get((method, split, decoding, name)), name) for name in OF_LOOKS]
         if any(cells):
             lines.append((method, cells))
-    title = f"Looks on {split}, {decoding_title(decoding)}: n, completions that look again, and shares"
+    title = f"Looks on {split}, {decoding_title(decoding)}: how many completions look again, mean of a seed; shares"
     return grid(title, OF_LOOKS, lines)
 
 
 def _text(row, metric):
     if row is None:
         return ""
-    if metric == "n":
-        return f"{row['value']:g}"
-    digits = 1 if metric in ("tokens", "hops") else 3
+    if metric == "look again":
+        return f"{row['value']:.0f}"
+    is_share = metric not in ("tokens", "hops")
+    digits = 3 if is_share else 1
     text = f"{row['value']:.{digits}f}"
-    if row["n"] == 1:
+    if row["n"] == 1 or row["sd"] == 0:         # one seed, or a teacher whose chains are the same with every seed
         return text
     rounded = max(1, digits - 1)
-    low, high = within(row["low"], row["high"], 0.0, math.inf if digits == 1 else 1.0)
+    low, high = within(row["low"], row["high"], 0.0, 1.0 if is_share else math.inf)
     return f"{text} [{low:.{rounded}f}, {high:.{rounded}f}]"
 
 
 # ---------------------------------------------------------------- as a picture
 
-def growth_picture(found):
-    """The rows of growth.json as the bytes of a PNG, 1600 pixels wide; over several seeds points are means. None
-    without matplotlib, or without walks of two lengths."""
+def growth_picture(found, trained):
+    """The rows of growth.json as the bytes of a PNG, 1600 pixels wide; over several seeds points are means. trained:
+    hops of the longest walk that was trained. None without matplotlib, or without walks of two lengths."""
     if len(lengths_of(found)) < 2:
         return None
     try:
@@ -222,7 +228,7 @@ def growth_picture(found):
         return None
     with rc_context(LOOK):
         file = io.BytesIO()
-        draw(found).savefig(file, facecolor="white")
+        draw(found, trained).savefig(file, facecolor="white")
     return file.getvalue()
 
 
@@ -236,19 +242,21 @@ def lengths_of(found):
     return dict(sorted(lengths.items()))
 
 
+WHOLE = ("accuracy", "as asked", PASS)          # drawn from 0 to 1
 # Metrics that are drawn, and the titles of their panels.
 PANELS = {
     "accuracy": "Accuracy",
     "hops": "Hops walked (dashed: asked)",
     "tokens": "Tokens of a completion",
     "as asked": "Walks as many hops as asked",
-    "re-check after wrong": "Looks again if wrong (dotted: if right)",
+    "re-check after wrong": "Looks again after a wrong look\n(dotted: after a right one)",
     PASS: "pass@8",
 }
 
 
-def draw(found):
-    """The picture of `growth_picture` as a matplotlib Figure: a panel a metric, hops to the right, a method a line."""
+def draw(found, trained):
+    """The picture of `growth_picture` as a matplotlib Figure: a panel a metric, hops to the right, a method a line;
+    longer walks than the trained ones lie in the grey."""
     from matplotlib.figure import Figure
     values = by_cell(found)
     decoding = main_decoding(found)
@@ -264,13 +272,16 @@ def draw(found):
             _line(ax, values, method, decoding, lengths, metric)
             if metric == "re-check after wrong":
                 _line(ax, values, method, decoding, lengths, "re-check after right", linestyle=":", label="")
+        highest = max(ax.dataLim.y1, 1e-3)          # minus infinity of a panel without a line
+        if max(hops) > trained:
+            ax.axvspan(trained + 0.5, max(hops) + 0.3, color="#f0f0f0", zorder=0)
         ax.set_title(title, fontsize=11)
         ax.set_xticks(hops)
-        highest = ax.dataLim.y1 if ax.has_data() else 1.0
-        ax.set_ylim(0, max(1.05 if metric in ("accuracy", "as asked", PASS) else 1e-3, 1.1 * highest))
+        ax.set_xlim(min(hops) - 0.3, max(hops) + 0.3)
+        ax.set_ylim(0, 1.05 if metric in WHOLE else 1.1 * highest)
     seeds = len(_names(found, "seed"))
     over = f", mean of {seeds} seeds" if seeds > 1 else ""
-    figure.supxlabel(f"hops asked, {decoding_title(decoding)}{over}", fontsize=12)
+    figure.supxlabel(f"hops asked (grey: more than trained), {decoding_title(decoding)}{over}", fontsize=12)
     handles = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
