@@ -78,10 +78,10 @@ def of_looks(raw):
     """Raw scores of a decoding -> {name of OF_LOOKS: value}.
 
     look again: how many completions do. first look right: of those that look at a cell at all. re-check after wrong,
-    after right: of the completions whose first look was so, the share that looks again. mended: of those that look again
-    after a wrong first look, the share whose last look is right; by chance: if they named another candidate blindly.
-    wrong, again, and not again: accuracy behind a wrong first look. A look again is any "wait", of the start or of a
-    hop.
+    after right: of the completions whose first look was so, the share that looks again. mended: of those that look
+    again after a wrong first look, the share whose last look is right; by chance: if they named another candidate
+    blindly. wrong, again, and not again: accuracy behind a wrong first look. A look again is any "wait", of the start
+    or of a hop.
     """
     if "walked" not in raw:
         return {}
