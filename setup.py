@@ -3,7 +3,7 @@ from setuptools import setup
 
 report = ["matplotlib", "tensorboard"]
 hf = ["tokenizers"]
-test = ["pytest", "hypothesis", "transformers"]
+test = ["pytest", "hypothesis", "transformers", "scipy"]     # scipy: torchvision reads the labels of Flowers102 by it
 
 setup(
     name="seethink",

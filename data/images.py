@@ -45,10 +45,11 @@ class ClassFolder(NamedTuple):
 
 
 class Picture(NamedTuple):
-    key: str            # hash of its pixels
-    split: str
+    key: str            # hash that tells it from other pictures
+    split: str          # "" where that hash decides
     label: str
-    path: Path
+    name: str           # the id of its Sample
+    image: object       # as a Sample has it: path or array
 
 
 # ---------------------------------------------------------------- names and folders
@@ -64,9 +65,14 @@ def readable(name):
         return raw.decode("latin-1")
 
 
+def words(name):
+    """The name of a class as text: "sea_gull" -> "sea gull"."""
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
 def class_name(folder):
-    """The class that a folder's name stands for: "sea_gull" -> "sea gull"."""
-    return " ".join(readable(folder.name).replace("_", " ").replace("-", " ").split())
+    """The class that a folder's name stands for."""
+    return words(readable(folder.name))
 
 
 def listing(folder):
@@ -243,20 +249,26 @@ def load(folder, val_percent=20):
 
     splits = {"train": [], "val": [], **{split: [] for split in layout.splits if split}}
     for picture in placed:
-        splits[picture.split].append(Sample(
-            id=readable(picture.path.relative_to(root).as_posix()),
-            images=(str(picture.path),),
-            question=QUESTION,
-            answer=picture.label,
-            caption=picture.label,
-            choices=choices,
-            split=picture.split,
-            source=f"images/{picture.label}"))
+        splits[picture.split].append(sample_of(picture, choices, "images"))
     counts = ", ".join(f"{len(samples)} {split}" for split, samples in splits.items())
     report = [f"images: {len(placed)} pictures, {len(choices)} classes", counts]
     report += picture_notes(placed, unreadable, fate, moved)
     report += layout_notes(root, top, layout)
     return splits, "; ".join(report)
+
+
+def sample_of(picture, choices, source, aliases=()):
+    """The question about a Picture that stands in its split. aliases: other names of its class."""
+    return Sample(
+        id=picture.name,
+        images=(picture.image,),
+        question=QUESTION,
+        answer=picture.label,
+        caption=picture.label,
+        aliases=aliases,
+        choices=choices,
+        split=picture.split,
+        source=f"{source}/{picture.label}")
 
 
 def class_folders(layout):
@@ -280,33 +292,43 @@ def hashed(root, folders, fate):
             if entry.suffix.lower() not in SUFFIXES:
                 fate[label]["not pictures"] += 1
                 continue
+            name = readable(entry.relative_to(root).as_posix())
             try:
-                pictures.append(Picture(pixel_hash(entry), split, label, entry))
+                pictures.append(Picture(pixel_hash(entry), split, label, name, str(entry)))
             except ValueError:
-                unreadable.append(repr(readable(entry.relative_to(root).as_posix()))[1:-1])
+                unreadable.append(repr(name)[1:-1])
                 fate[label]["unreadable"] += 1
     return pictures, unreadable
 
 
-def divided(pictures, fate, val_percent):
+def divided(pictures, fate, val_percent, published=()):
     """[Picture] -> ([Picture], those that stay, each with its split; how many pictures the hash
-    alone would have put elsewhere). Counts in `fate` what becomes of each, by class."""
+    alone would have put elsewhere). Counts in `fate` what becomes of each, by class.
+
+    published: splits that keep every picture, so that results on them stay comparable with those of
+    others.
+    """
     labels = defaultdict(set)               # hash -> its classes
     given = defaultdict(set)                # hash -> the splits that hold it
     for picture in pictures:
         labels[picture.key].add(picture.label)
         given[picture.key].add(picture.split)
     by_hash = {}
-    if any("" in splits for splits in given.values()):
-        by_hash = split_by_hash(labels, val_percent)
+    undecided = {key: labels[key] for key, splits in given.items() if splits == {""}}
+    if undecided:
+        by_hash = split_by_hash(undecided, val_percent)
     placed = []
     for picture in pictures:
         counts = fate[picture.label]
+        if picture.split in published:
+            counts[f"in {picture.split}"] += 1
+            placed.append(picture)
+            continue
         if len(labels[picture.key]) > 1:    # either class may be the wrong one
             counts["also under another class"] += 1
             continue
         others = given[picture.key] - {picture.split}
-        if picture.split == "train" and others:
+        if picture.split in ("train", "") and others:
             counts[f"in train dropped, also in {first_split(others)}"] += 1
             continue
         if picture.split == "val" and others - {"train"}:

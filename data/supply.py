@@ -6,11 +6,11 @@
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from data import chat, images, jsonl, llava, records, scenes, skills, teachers, worlds
+from data import chat, images, jsonl, llava, records, scenes, sets, skills, teachers, worlds
 from data.answers import key
 from data.sample import Sample
 from data.splits import mixed
-from model.runs.config import check_fields, choice, number
+from model.runs.config import check_fields, choice, need, number
 
 # Random streams by name: what is drawn for one purpose stays the same whatever else a run draws. The numbers are part
 # of every seed and never change.
@@ -19,13 +19,15 @@ STREAMS = {"clip": 1, "align": 2, "sft": 3, "cot": 4, "continued": 5, "rl": 6, "
 
 # source -> load(folder or file, val_percent) -> ({"train": samples, "val": samples, ..}, what was found). For one that
 # yields Samples row by row: functools.partial(data.splits.divide, its function).
-SOURCES = {"images": images.load, "jsonl": jsonl.load, "records": records.load}
+SOURCES = {"images": images.load, "torchvision": sets.load, "jsonl": jsonl.load, "records": records.load}
+NAMED_BY = {"images": "DIR", "torchvision": "NAME@DIR"}     # what stands behind a source; else FILE
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """pictures and questions"""
-    data: str = "scenes"                            # scenes | images:DIR | jsonl:FILE | records:FILE | llava:FILE
+    data: str = "scenes"                            # scenes | images:DIR | torchvision:NAME@DIR | SOURCE:FILE
+    download: bool = False                          # torchvision may fetch the set of --data=torchvision:NAME@DIR
     world: str = choice(*worlds.WORLDS)             # of drawn scenes: what is asked, in training and in tests
     template: str = choice("brief", "auto", *chat.TEMPLATES)  # how turns are written: data/chat.py | by the tokenizer
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
@@ -44,7 +46,9 @@ class DataOptions:
 
     def __post_init__(self):
         check_fields(self)
-        source_of(self.data)
+        source, _ = source_of(self.data)
+        need(source == "torchvision" or not self.download, "download", self.download,
+             f"come with --data=torchvision:NAME@DIR, not with --data={self.data}")
 
 
 def source_of(data):
@@ -53,20 +57,22 @@ def source_of(data):
     source, _, where = data.partition(":")
     known = source in ("scenes", "llava", *SOURCES)
     if not known or (source != "scenes") != bool(where):
-        others = [f"{name}:FILE" for name in SOURCES if name != "images"]
-        raise ValueError(f"--data={data} must be scenes, images:DIR, {', '.join(others)} or llava:FILE")
+        others = [f"{name}:{NAMED_BY.get(name, 'FILE')}" for name in SOURCES]
+        raise ValueError(f"--data={data} must be scenes, {', '.join(others)} or llava:FILE")
     return source, where
 
 
-def real_data(data, val_percent):
+def real_data(data, val_percent, download=False):
     """--data -> ({"train": samples, "val": samples, ..}, what was found); (None, "") for what has no such splits.
 
-    Raises ValueError for anything else than scenes, llava:FILE or one of SOURCES, and for what `load` refuses.
+    download: of a published set. Raises ValueError for anything else than scenes, llava:FILE or one of SOURCES, and for
+    what `load` refuses.
     """
     source, where = source_of(data)
     if source not in SOURCES:
         return None, ""
-    splits, found = SOURCES[source](where, val_percent)
+    options = dict(download=True) if download else {}
+    splits, found = SOURCES[source](where, val_percent, **options)
     answers = {key(sample.answer, sample.unit): sample.answer for sample in splits["train"]}
     if len(answers) == 1:
         raise ValueError(f"--data={data}: all training answers are {answers.popitem()[1]!r}; there is nothing to tell "
@@ -97,7 +103,7 @@ class Supply:
         self.teach = None                               # the function of --teacher
         if teacher_options.teacher:
             self.teach = teachers.own_teacher(teacher_options.teacher)
-        self.real, self.found = real_data(options.data, options.val_percent)
+        self.real, self.found = real_data(options.data, options.val_percent, options.download)
         self.records = []
         self._tests = {}                                # (count of prompts, eval_set) -> what `tests` returns
         self.bad = llava.Bad(options.bad_records)
