@@ -7,6 +7,7 @@ evaluated.
 import hashlib
 import os
 import re
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from data import scenes
 from data.answers import check_sample
 from data.sample import bands, read_image
+from model.runs.config import need
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
@@ -34,6 +36,22 @@ def mixed(samples):
     def place(sample):
         return hashlib.sha256(sample.id.encode(errors="surrogatepass")).digest()
     return sorted(samples, key=place)
+
+
+def few_shots(samples, count, seed):
+    """`count` samples of each answer, drawn by the seed, in their order; those of a smaller count are among those of a
+    larger one. Raises ValueError when an answer has fewer."""
+    places = defaultdict(list)
+    for place, sample in enumerate(samples):
+        places[sample.answer].append(place)
+    rarest = min(sorted(places), key=lambda answer: len(places[answer]))
+    need(count <= len(places[rarest]), "shots", count,
+         f"be at most {len(places[rarest])}, the training pictures of class {rarest!r}")
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for answer in sorted(places):
+        chosen += rng.permutation(places[answer])[:count].tolist()
+    return [samples[place] for place in sorted(chosen)]
 
 
 def split_of(key, val_percent):

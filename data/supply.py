@@ -9,17 +9,18 @@ from itertools import chain
 from data import chat, images, jsonl, llava, records, scenes, sets, skills, teachers, worlds
 from data.answers import key
 from data.sample import Sample
-from data.splits import mixed
+from data.splits import few_shots, mixed
 from model.runs.config import check_fields, choice, need, number
 
 # Random streams by name: what is drawn for one purpose stays the same whatever else a run draws. The numbers are part
 # of every seed and never change.
 STREAMS = {"clip": 1, "align": 2, "sft": 3, "cot": 4, "continued": 5, "rl": 6, "rejection": 7, "tokenizer": 9,
-           "budget": 11, "records": 12, "replay": 13, "replay_again": 14}
+           "budget": 11, "records": 12, "replay": 13, "replay_again": 14, "shots": 15}
 
 # source -> load(folder or file, val_percent) -> ({"train": samples, "val": samples, ..}, what was found). For one that
 # yields Samples row by row: functools.partial(data.splits.divide, its function).
 SOURCES = {"images": images.load, "torchvision": sets.load, "jsonl": jsonl.load, "records": records.load}
+WITH_CLASSES = ("images", "torchvision")                   # sources whose answers are classes of pictures
 NAMED_BY = {"images": "DIR", "torchvision": "NAME@DIR"}     # what stands behind a source; else FILE
 
 
@@ -28,6 +29,7 @@ class DataOptions:
     """pictures and questions"""
     data: str = "scenes"                            # scenes | images:DIR | torchvision:NAME@DIR | SOURCE:FILE
     download: bool = False                          # torchvision may fetch the set of --data=torchvision:NAME@DIR
+    shots: int = number(0, "[0, 1000000]")          # training pictures a class, of images and torchvision; 0: all
     world: str = choice(*worlds.WORLDS)             # of drawn scenes: what is asked, in training and in tests
     template: str = choice("brief", "auto", *chat.TEMPLATES)  # how turns are written: data/chat.py | by the tokenizer
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
@@ -49,6 +51,8 @@ class DataOptions:
         source, _ = source_of(self.data)
         need(source == "torchvision" or not self.download, "download", self.download,
              f"come with --data=torchvision:NAME@DIR, not with --data={self.data}")
+        need(source in WITH_CLASSES or not self.shots, "shots", self.shots,
+             f"be 0 with --data={self.data}, which has no classes")
 
 
 def source_of(data):
@@ -104,6 +108,10 @@ class Supply:
         if teacher_options.teacher:
             self.teach = teachers.own_teacher(teacher_options.teacher)
         self.real, self.found = real_data(options.data, options.val_percent, options.download)
+        if options.shots:
+            few = few_shots(self.real["train"], options.shots, self.stream("shots"))
+            self.found += f"; --shots={options.shots}: {len(few)} of {len(self.real['train'])} to train on"
+            self.real["train"] = few
         self.records = []
         self._tests = {}                                # (count of prompts, eval_set) -> what `tests` returns
         self.bad = llava.Bad(options.bad_records)

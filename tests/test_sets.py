@@ -14,6 +14,8 @@ from torchvision import datasets
 
 from data import sets
 from data.sample import read_image, to_array
+from data.supply import DataOptions, Supply
+from data.teachers import TeacherOptions
 
 ROOT = Path(sets.__file__).parents[1]
 COLOURS = ("aquamarine", "beige", "coral")
@@ -199,6 +201,48 @@ def test_a_damaged_file_without_a_checksum_and_a_missing_picture_are_one_sentenc
     (folder / "annotations/trainval.txt").write_text("Abyssinian_1 1\n")
     with pytest.raises(ValueError, match=f"^--data=torchvision:{where} cannot be read: not enough values"):
         sets.load(where)
+
+
+def test_download_belongs_to_published_sets():
+    with pytest.raises(ValueError, match="^--download=True must come with --data=torchvision:NAME@DIR, not with --da"):
+        DataOptions(data="images:x", download=True)
+
+
+# ---------------------------------------------------------------- a few shots
+
+def supply_of(where, seed=0, **options):
+    return Supply(DataOptions(data=f"torchvision:{where}", val_percent=30, **options), TeacherOptions(), seed)
+
+
+def test_shots_are_so_many_training_pictures_of_every_class_drawn_by_the_seed(tmp_path, monkeypatch):
+    where = cifar10(tmp_path, monkeypatch)
+    whole = supply_of(where)
+    few = {shots: supply_of(where, shots=shots) for shots in (1, 2, 4)}
+    ids = {shots: [sample.id for sample in supply.real["train"]] for shots, supply in few.items()}
+    for shots, supply in few.items():
+        answers = [sample.answer for sample in supply.real["train"]]
+        assert {colour: answers.count(colour) for colour in COLOURS} == dict.fromkeys(COLOURS, shots)
+        assert [sample.id for sample in supply.real["val"]] == [sample.id for sample in whole.real["val"]]
+        assert len(supply.real["test"]) == 6
+        assert f"; --shots={shots}: {3 * shots} of {len(whole.real['train'])} to train on" in supply.found
+    assert {*ids[1]} < {*ids[2]} < {*ids[4]} < {sample.id for sample in whole.real["train"]}
+    assert [sample.id for sample in supply_of(where, shots=2).real["train"]] == ids[2]
+    assert [sample.id for sample in supply_of(where, seed=1, shots=2).real["train"]] != ids[2]
+
+
+def test_shots_that_a_class_has_not_are_one_sentence_that_names_the_class(tmp_path, monkeypatch):
+    where = cifar10(tmp_path, monkeypatch)
+    answers = [sample.answer for sample in supply_of(where).real["train"]]
+    rarest = min(COLOURS, key=answers.count)
+    with pytest.raises(ValueError, match=f"^--shots=16 must be at most {answers.count(rarest)}, the training pictures "
+                                         f"of class '{rarest}'$"):
+        supply_of(where, shots=16)
+
+
+@pytest.mark.parametrize("data", ["scenes", "jsonl:x", "llava:x"])
+def test_shots_of_data_without_classes_are_one_sentence(data):
+    with pytest.raises(ValueError, match=f"^--shots=4 must be 0 with --data={data}, which has no classes$"):
+        DataOptions(data=data, shots=4)
 
 
 # ---------------------------------------------------------------- memory
