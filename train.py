@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import chat, llava, scenes, teachers, teaching, tokenizer, transfer
+from data import augment, chat, llava, scenes, teachers, teaching, tokenizer, transfer
 from data.prompting import METHODS
 from data.records import export_llava
 from data.sample import Sample, batch_indices, collate
@@ -349,6 +349,8 @@ class Config:
             notes.append("a --teacher of one's own makes its own mistakes: the rates of ours have no effect")
         elif source != "scenes" and moved & {"slip", "confuse", "drop_hop"}:
             notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
+        if self.data.augment and "clip" not in stages:
+            notes.append("--augment has no effect without the stage clip, which trains a CLIP from nothing")
         if source != "scenes" and self.data.world != "grid":
             notes.append("--world has no effect with data of your own: it is about drawn scenes")
         if self.rl.distill_from != RlOptions.distill_from and "distilled" not in stages:
@@ -735,6 +737,7 @@ def clip(run, name, cfg, origin):
     show_trained(name, model)
     samples = run.samples("clip", cfg.data.pictures, "clip")
     pixels = dict(image_size=config.image_size, fit="crop", mean=config.mean)
+    changes = augment.names_in(cfg.data.augment)
     schedule = Schedule(cfg.supervised.clip_steps, cfg.supervised.clip_batch, cfg.supervised.clip_lr)
     optimizer = run.optimizer(model, module_lr="")
     meter = Meter()                 # stays at 0: this stage is no arm of a comparison at equal FLOPs
@@ -746,6 +749,8 @@ def clip(run, name, cfg, origin):
         # 1. Pairs of pictures and captions.
         indices = batch_indices(len(samples), schedule.batch, step, run.seed_of(name, "order"))
         pairs = list(run.supply.usable(samples, indices, decoded, partial(run.log, stage=name)))
+        if changes:
+            pairs = augment.augmented(pairs, config.image_size, changes, run.seed_of(name, "augment", step))
 
         # 2. The contrastive loss over all of them at once, and its gradient.
         loss = None

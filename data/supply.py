@@ -6,7 +6,7 @@
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from data import chat, images, jsonl, llava, records, scenes, sets, skills, teachers, worlds
+from data import augment, chat, images, jsonl, llava, records, scenes, sets, skills, teachers, worlds
 from data.answers import key
 from data.sample import Sample
 from data.splits import few_shots, mixed
@@ -30,6 +30,7 @@ class DataOptions:
     data: str = "scenes"                            # scenes | images:DIR | torchvision:NAME@DIR | SOURCE:FILE
     download: bool = False                          # torchvision may fetch the set of --data=torchvision:NAME@DIR
     shots: int = number(0, "[0, 1000000]")          # training pictures a class, of images and torchvision; 0: all
+    augment: str = ""                               # random changes to clip's pictures: some of flip,crop,colour
     world: str = choice(*worlds.WORLDS)             # of drawn scenes: what is asked, in training and in tests
     template: str = choice("brief", "auto", *chat.TEMPLATES)  # how turns are written: data/chat.py | by the tokenizer
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
@@ -53,6 +54,9 @@ class DataOptions:
              f"come with --data=torchvision:NAME@DIR, not with --data={self.data}")
         need(source in WITH_CLASSES or not self.shots, "shots", self.shots,
              f"be 0 with --data={self.data}, which has no classes")
+        augment.names_in(self.augment)
+        need(source != "scenes" or not self.augment, "augment", self.augment,
+             "be left out with drawn scenes, whose captions say what is where in which colour")
 
 
 def source_of(data):
