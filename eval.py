@@ -19,16 +19,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import chat, long_walks, scenes, tokenizer, transfer, worlds
-from data.answers import commonest_answer
+from data import baselines, chat, long_walks, scenes, tokenizer, transfer, worlds
+from data.answers import commonest_answer, is_right
 from data.jinja import jinja
 from data.prompting import METHODS
 from data.records import is_leak
 from data.sample import Sample
 from data.skills import procedure
 from data.supply import real_data, scene_teacher
-from data.teachers import TeacherOptions
+from data.teachers import TeacherOptions, nearest_answers
 from model import memory
+from model.clip import Clip
 from model.generate import Sampler, generate
 from model.hub import pretrained
 from model.hub.export import export_folder, export_hf
@@ -39,6 +40,7 @@ from model.runs.folder import write_json
 from model.vlm import VLM
 from rl import measures
 from rl.report import curves, generalisation, growth, page, routes, statistics
+from rl.report.baselines import baseline_rows, baselines_text
 from rl.report.log import read_log
 from rl.report.statistics import decoding_name
 from rl.rollout import prompts, read
@@ -357,14 +359,14 @@ class Contender:
                        eval_sampled=min(most, options.eval_sampled), eval_samples=self.samples or options.eval_samples)
 
 
-def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained=None, probes=None):
+def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained=None, probes=None, shown=()):
     """Evaluates every method on every split; writes results.json, scores.json, differences.json and the report.
 
     cfg: train.py's; contenders: method -> Contender; tests: split -> samples; rewards: a Rewards, for the page of
     samples; has_teacher: whether the samples carry a teacher's chains; to: the method that the others' differences are
     to, "" for none; trained: of the routes method -> FLOPs of its training, else None; probes: of post-training on a
-    part of the questions a Probes, else None. A method that scores.json
-    already holds is not evaluated again. Returns the rows of results.json.
+    part of the questions a Probes, else None; shown: of pictures in classes the training samples, for the baselines. A
+    method that scores.json already holds is not evaluated again. Returns the rows of results.json.
     """
     folder = Path(folder)
     seed = cfg.run.seed
@@ -402,6 +404,8 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
         found = generalisation_rows(folder, cfg, contenders, tests, scores, probes)
         write_json(folder / "generalisation.json", found)
         write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
+    if shown:
+        simple = measure_baselines(folder, cfg, contenders, tests, scores, shown)
     write_json(folder / "results.json", results)      # last: a run that has it is finished
 
     print("\n" + "\n".join(statistics.result_lines(results, differences, to)))
@@ -411,6 +415,8 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
         drawn = samples[0].source.startswith("scenes/")
         asked = samples[:cfg.judge.eval_sampled] if drawn else samples
         print(without_looking(split, asked), end="")
+    if shown:
+        print("\n" + baselines_text(simple))
     if trained:
         print("\n" + routes.routes_text(scores, found))
     if probes:
@@ -461,6 +467,68 @@ def write_picture(path, picture):
         checkpoint.write_atomically(path, lambda file: file.write(picture))
     elif find_spec("matplotlib") is None:
         print(f'no {path.name}: pip install -e ".[report]" brings matplotlib')
+
+
+# ---------------------------------------------------------------- baselines of pictures in classes
+
+PIXELS = 64                 # side of a picture whose pixels are compared, or that of the model where it is smaller
+
+
+def measure_baselines(folder, cfg, contenders, tests, scores, shown):
+    """The rows of baselines.json; what stands there already is not measured again. Arguments as those of `compare`;
+    scores: {method: {split: raw scores}} of the contenders.
+
+    Right or not are the first answers of baselines on the prompts of greedy decoding; so are those of the stages that
+    answer without thinking, `sft` and `sft_direct`, where the run has them.
+    """
+    path = folder / "baselines.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    device = pick_device(cfg.machine.device)
+    dtype = pick_dtype(cfg.machine.dtype)
+    vlm, tok, state = load_vlm(next(iter(contenders.values())).path, device)
+    vlm = vlm.to(dtype)
+    asked = {split: samples[:cfg.judge.eval_greedy] for split, samples in tests.items()}
+    prompts_of_all = [sample for samples in asked.values() for sample in samples]
+    side = min(PIXELS, vlm.config.clip.image_size)
+    answers = {
+        "majority class": baselines.majority(shown, prompts_of_all),
+        "nearest pixels": baselines.nearest_pixels(shown, prompts_of_all, side),
+        "linear probe": baselines.probed(shown, prompts_of_all, lambda pixels: vlm.features(pixels.to(device)),
+                                         vlm.config.pixels),
+    }
+    if "clip" in state:
+        towers = Clip.from_config(state["clip_config"], state["clip"]).to(device, dtype)
+        names = sorted({sample.answer for sample in shown})
+        nearest = nearest_answers(towers, prompts_of_all, names, tok, 1, device, dtype)
+        answers["zero-shot CLIP"] = [name for [name] in nearest]
+    right = {}
+    for method, given in answers.items():
+        given = iter(given)
+        right[method] = {}
+        for split, samples in asked.items():
+            right[method][split] = [int(is_right(sample, next(given))) for sample in samples]
+    if (folder / "sft.pt").exists():
+        right["sft, no thinking"] = right_directly(folder / "sft.pt", cfg, asked)
+    if "sft_direct" in scores:
+        right["sft_direct, no thinking"] = {}
+        for split in asked:
+            right["sft_direct, no thinking"][split] = [one for [one] in scores["sft_direct"][split]["greedy"]["right"]]
+    rows = baseline_rows(right, cfg.run.seed)
+    write_json(path, rows)
+    return rows
+
+
+def right_directly(path, cfg, asked):
+    """{split: samples} -> {split: whether each greedy answer of a checkpoint is right, 0 or 1}."""
+    vlm, tok, state = load_vlm(path, pick_device(cfg.machine.device))
+    vlm = vlm.to(pick_dtype(cfg.machine.dtype))
+    prompting = Prompting(state["method"], cfg.data.template, cfg.sampling.max_new)
+    right = {}
+    for split, samples in asked.items():
+        answers = complete(vlm, tok, samples, prompting, cfg.judge.eval_batch)
+        right[split] = [one for [one] in judge(samples, answers.texts)["right"]]
+    return right
 
 
 # ---------------------------------------------------------------- post-training on a part of the questions

@@ -1446,7 +1446,8 @@ def judge_methods(run, contenders, to="", trained=None):
     probes = None
     if cfg.run.compare == "generalisation" and "cot" in contenders:
         probes = evaluation.probes_of(run.supply, cfg.judge, "cot")
-    evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained, probes)
+    shown = run.real["train"] if run.supply.has_classes else ()
+    evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained, probes, shown)
 
 
 # ---------------------------------------------------------------- along the curves

@@ -124,6 +124,11 @@ class Supply:
             self.records = llava.Records(where, options.image_root)
             self.found = f"llava: {len(self.records)} records"
 
+    @property
+    def has_classes(self):
+        """Whether the answers are classes of pictures."""
+        return source_of(self.options.data)[0] in WITH_CLASSES
+
     def stream(self, name):
         """The seed of drawn scenes and chains of one purpose."""
         return 1000 * self.seed + STREAMS[name]

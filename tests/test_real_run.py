@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from data import images, sample
+from data import augment, baselines, images, sample
 from data.supply import Supply
 from draw_folder import CLASSES, draw_folder
 from model.runs import checkpoint
@@ -30,6 +30,7 @@ class Witness:
     def __init__(self, patch):
         self.now, self.read = "loading", {}
         to_array, compare, start = sample.to_array, evaluation.compare, train.Run.start
+        measure = evaluation.measure_baselines
 
         def my_to_array(source, *rest):
             self.read.setdefault(self.now, set()).add(source if isinstance(source, str) else "not a file")
@@ -39,11 +40,19 @@ class Witness:
             self.now = "evaluation"
             return compare(*args, **options)
 
+        def my_measure(*args):
+            self.now = "baselines"
+            found = measure(*args)
+            self.now = "evaluation"
+            return found
+
         def my_start(run, stage):
             self.now = stage
             return start(run, stage)
 
-        patch.setattr(sample, "to_array", my_to_array)
+        for module in (sample, augment, baselines):
+            patch.setattr(module, "to_array", my_to_array)
+        patch.setattr(evaluation, "measure_baselines", my_measure)
         patch.setattr(evaluation, "compare", my_compare)
         patch.setattr(train.Run, "start", my_start)
         patch.setattr(curves, "curves", lambda *_: b"none")        # takes longer than a short run
@@ -124,6 +133,64 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
                                                 "sft_direct", "perfect", "grpo_token_zero"}
 
 
+def red_and_blue(folder):
+    """Eight red and eight blue pictures to train on and four to test, in class folders."""
+    rng = np.random.default_rng(0)
+    for n in range(24):
+        pixels = rng.integers(0, 90, (20, 30, 3), dtype=np.uint8)
+        pixels[..., (0, 2)[n % 2]] += 160
+        place = folder / ("train" if n < 16 else "val") / ("red", "blue")[n % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{n}.png")
+    return f"--data=images:{folder}"
+
+
+def test_a_run_of_few_shots_sees_no_other_training_picture_and_stands_beside_its_baselines(
+        tmp_path, capsys, monkeypatch):
+    data, out = red_and_blue(tmp_path / "pictures"), tmp_path / "run"
+    witness = Witness(monkeypatch)
+    train.main([*TINY, data, "--shots=2", "--augment=flip,crop,colour", "--stage=clip,align,sft,cot", f"--out={out}"])
+    said = capsys.readouterr().out
+    splits, _ = images.load(tmp_path / "pictures")
+    seen = witness.read["clip"] - {"not a file"}
+    assert len(seen) == 4 and seen < paths(splits["train"]) and "--shots=2: 4 of 16 to train on" in said
+    assert all(witness.read[stage] == seen for stage in ("align", "sft", "cot"))
+    assert witness.read["evaluation"] == paths(splits["val"])
+    assert witness.read["baselines"] == seen | paths(splits["val"])
+
+    found = {row["method"]: row for row in rows(out, "baselines.json")}
+    assert [*found] == ["majority class", "nearest pixels", "linear probe", "zero-shot CLIP", "sft, no thinking"]
+    assert all(row["n"] == 8 and row["split"] == "val" for row in found.values())
+    assert found["majority class"]["value"] == 0.5 and found["nearest pixels"]["value"] == 1.0
+    assert "Baselines, accuracy on the prompts of greedy decoding" in said and "nearest pixels" in said
+    evaluation.main([f"--checkpoint={out / 'sft.pt'}", "--eval-greedy=8", "--eval-sampled=4", "--eval-samples=2"])
+    greedy = capsys.readouterr().out.splitlines()[2].split()
+    assert greedy[:2] == ["sft", f"{found['sft, no thinking']['value']:.3f}"]
+
+
+def test_a_killed_and_resumed_clip_sees_the_same_changed_pictures(tmp_path, monkeypatch):
+    flags = [*TINY, red_and_blue(tmp_path / "pictures"), "--augment=crop,colour", "--clip-steps=4", "--stage=clip"]
+    train.main([*flags, f"--out={tmp_path / 'whole'}"])
+    train.main([*(flag for flag in flags if "augment" not in flag), f"--out={tmp_path / 'plain'}"])
+    augmented = augment.augmented
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return augmented(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "augmented", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*flags, f"--out={tmp_path / 'killed'}"])
+    train.main(["--resume", f"--out={tmp_path / 'killed'}"])
+    found = {name: checkpoint.load(tmp_path / name / "clip.pt")["clip"] for name in ("whole", "plain", "killed")}
+    whole, plain, resumed = found["whole"], found["plain"], found["killed"]
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+    assert any((whole[name] != plain[name]).any() for name in whole)
+
+
 def test_the_test_above_would_see_a_validation_picture_in_training(tmp_path, monkeypatch):
     witness, path = Witness(monkeypatch), colours(tmp_path)
     samples = Supply.samples
@@ -157,6 +224,7 @@ with pytest.MonkeyPatch.context() as patch:
     splits, _ = images.load(pictures)
     read = json.loads((tmp_path / "read.json").read_text())
     assert set(read) >= {"clip", "align", "sft", "cot", "rl", "cot_continued", "filtered", "evaluation"}
+    assert {*read.pop("baselines")} == paths(splits["train"] + splits["val"])
     for stage, found in read.items():
         assert set(found) <= paths(splits["val" if stage == "evaluation" else "train"]), stage
     assert set(read["clip"]) == paths(splits["train"]) and set(read["evaluation"]) == paths(splits["val"])

@@ -10,7 +10,7 @@ from rl.report.log import mean_log, read_log
 from rl.report.matched import frontier, matched_text
 from rl.report.statistics import main_decoding, over_seeds, result_lines, seeds_table
 
-FILES = ("results", "differences", "kinds", "training", "routes", "generalisation", "growth", "curve")
+FILES = ("results", "differences", "kinds", "training", "baselines", "routes", "generalisation", "growth", "curve")
 # Files with tables of their own: rl/report/matched.py, generalisation.py, growth.py.
 NOT_TABLES = ("curve", "generalisation", "growth")
 
