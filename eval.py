@@ -579,7 +579,7 @@ class EvalOptions:
     llava: str = ""                                 # a LLaVA folder, or its name on the hub, instead
     clip: str = ""                                  # its image tower, if not in it: a folder, or NAME/TAG
     export: str = ""                                # hf:DIR: write the model there, and stop
-    data: str = ""                                  # images:DIR or jsonl:FILE; empty: the checkpoint's own
+    data: str = ""                                  # as train.py's, but llava:FILE; empty: the checkpoint's own
     set: str = choice(*scenes.TEST_SEED)            # prompts to use: test | val (for tuning)
     splits: str = ""                                # which splits, as in id,walk3; empty: all there are
     method: str = choice("", *chat.PROMPTS)         # one of chat.PROMPTS; empty: the checkpoint's own

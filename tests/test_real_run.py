@@ -131,6 +131,8 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
     assert len(witness.read["clip"]) == 16 and witness.read["evaluation"] <= paths(splits["val"])
     assert {r["method"] for r in rows(out)} == {"cot", "grpo_token", "cot_continued", "filtered", "rejection",
                                                 "sft_direct", "perfect", "grpo_token_zero"}
+    direct = value(rows(out), "sft_direct", "greedy")
+    assert value(rows(out, "baselines.json"), "sft_direct, no thinking", "greedy", "baseline")["value"] == direct["value"]
 
 
 def red_and_blue(folder):
@@ -149,6 +151,13 @@ def test_a_run_of_few_shots_sees_no_other_training_picture_and_stands_beside_its
         tmp_path, capsys, monkeypatch):
     data, out = red_and_blue(tmp_path / "pictures"), tmp_path / "run"
     witness = Witness(monkeypatch)
+    load_vlm, loaded = evaluation.load_vlm, []
+
+    def my_load_vlm(path, *rest):
+        if witness.now == "baselines":
+            loaded.append(Path(path).name)
+        return load_vlm(path, *rest)
+    monkeypatch.setattr(evaluation, "load_vlm", my_load_vlm)
     train.main([*TINY, data, "--shots=2", "--augment=flip,crop,colour", "--stage=clip,align,sft,cot", f"--out={out}"])
     said = capsys.readouterr().out
     splits, _ = images.load(tmp_path / "pictures")
@@ -158,6 +167,7 @@ def test_a_run_of_few_shots_sees_no_other_training_picture_and_stands_beside_its
     assert witness.read["evaluation"] == paths(splits["val"])
     assert witness.read["baselines"] == seen | paths(splits["val"])
 
+    assert loaded == ["cot.pt", "sft.pt"]       # features and towers; who answers without thinking
     found = {row["method"]: row for row in rows(out, "baselines.json")}
     assert [*found] == ["majority class", "nearest pixels", "linear probe", "zero-shot CLIP", "sft, no thinking"]
     assert all(row["n"] == 8 and row["split"] == "val" for row in found.values())
@@ -184,6 +194,7 @@ def test_a_killed_and_resumed_clip_sees_the_same_changed_pictures(tmp_path, monk
         patch.setattr(augment, "augmented", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main([*flags, f"--out={tmp_path / 'killed'}"])
+    assert len({seed for *_, seed in calls}) == 3
     train.main(["--resume", f"--out={tmp_path / 'killed'}"])
     found = {name: checkpoint.load(tmp_path / name / "clip.pt")["clip"] for name in ("whole", "plain", "killed")}
     whole, plain, resumed = found["whole"], found["plain"], found["killed"]

@@ -105,3 +105,12 @@ def test_one_seed_alone_has_no_interval(runs):
     assert first == ("Result on id, T = 1 [95 % interval over 1 seed]: grpo is right on 0.600; cot, imitation alone, "
                      "on 0.450.")
     assert second.endswith("-15.0 points, without an interval.")
+
+
+def test_baselines_have_a_table_of_their_own_over_the_seeds(runs):
+    for seed, value in ((3, 0.2), (4, 0.4)):
+        leave(runs / f"seed-{seed}", "baselines.json", [row("linear probe", value, "baseline", "val", "greedy", seed)])
+    text, written = report(runs)
+    assert len(json.loads(written["baselines.json"])) == 2
+    [table] = [part for part in text.split("\n\n") if part.startswith("baseline, greedy: mean over 2 seeds")]
+    assert table.splitlines()[2].split()[:3] == ["linear", "probe", "0.300"]
