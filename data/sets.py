@@ -114,7 +114,8 @@ def opened(name, folder, part, download):
     try:
         return make(os.path.expanduser(folder), **options)
     except ImportError as error:
-        raise ValueError(f"--data={given} needs the package {error.name}: pip install {error.name}") from None
+        package = str(error.name).partition(".")[0]
+        raise ValueError(f"--data={given} needs the package {package}: pip install {package}") from None
     except (RuntimeError, OSError) as error:
         if download:
             raise ValueError(f"--data={given} could not be downloaded: {first_line(error)}") from None

@@ -159,6 +159,15 @@ def test_a_set_that_the_folder_lacks_is_one_sentence_that_names_download_and_not
         sets.load(f"CIFAR10@{tmp_path}")
 
 
+def test_a_package_that_a_set_needs_is_named(tmp_path, monkeypatch):
+    (tmp_path / "train_32x32.mat").write_bytes(b"any")
+    monkeypatch.setitem(datasets.SVHN.split_list, "train", ["", "train_32x32.mat", md5(tmp_path / "train_32x32.mat")])
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ValueError, match=f"^--data=torchvision:SVHN@{tmp_path} needs the package scipy: pip inst"):
+        sets.load(f"SVHN@{tmp_path}")
+
+
 def test_download_lets_torchvision_fetch_the_set(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "download", lambda dataset: cifar10(Path(dataset.root), monkeypatch))
     splits, _ = sets.load(f"CIFAR10@{tmp_path}", download=True)
