@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import baselines, chat, long_walks, scenes, tokenizer, transfer, worlds
+from data import baselines, chat, long_walks, scenes, tokenizer, transfer
 from data.answers import commonest_answer, is_right
 from data.jinja import jinja
 from data.prompting import METHODS
@@ -28,6 +28,7 @@ from data.sample import Sample
 from data.skills import procedure
 from data.supply import real_data, scene_teacher
 from data.teachers import TeacherOptions, nearest_answers
+from data.worlds import DRAWN, world_of
 from model import memory
 from model.clip import Clip
 from model.generate import Sampler, generate
@@ -632,7 +633,7 @@ def check(options, search):
         raise ValueError(f"--serve={options.serve} and --search={search.search} do not go together: what is served is "
                          "sampled plainly")
     only_asks = options.ask or options.export or serves
-    if options.llava and not only_asks and options.data in ("", "scenes"):
+    if options.llava and not only_asks and options.data in ("", *DRAWN):
         raise ValueError(f"--llava={options.llava} needs --ask=, --data= or --export=: it was not trained on drawn "
                          "scenes")
 
@@ -676,7 +677,7 @@ def test_samples(cfg, trained):
     """{split: samples} that the options and the config of the checkpoint name."""
     options = cfg.what
     real, _ = real_data(options.data or trained["data"], trained["val_percent"])
-    world = worlds.WORLDS[trained.get("world", "grid")]         # checkpoints of older versions name none
+    world = world_of(options.data or trained["data"], trained.get("world", "grid"))     # older checkpoints name none
     known = [split for split in real if split != "train"] if real else [*world.splits]
     chosen = options.splits.split(",") if options.splits else known
     for split in chosen:
@@ -688,7 +689,7 @@ def test_samples(cfg, trained):
                                            drop_hop=trained["drop_hop"]), world)
     count = max(cfg.judge.eval_greedy, cfg.judge.eval_sampled)
     seed = scenes.TEST_SEED[options.set]
-    return {split: scenes.load(split, count, seed, teacher, world=world) for split in chosen}
+    return {split: world.load(split, count, seed, teacher) for split in chosen}
 
 
 def print_tables(vlm, tok, label, tests, prompting, options, trained):

@@ -38,7 +38,8 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import augment, chat, llava, scenes, teachers, teaching, tokenizer, transfer
+from data import augment, chat, llava, monitors, scenes, teachers, teaching, tokenizer, transfer
+from data.digit_probe import digit_probe
 from data.prompting import METHODS
 from data.records import export_llava
 from data.sample import Sample, batch_indices, collate
@@ -46,6 +47,7 @@ from data.shape_probe import shape_probe
 from data.supply import STREAMS, DataOptions, Supply, source_of
 from data.teachers import TeacherOptions
 from data.teaching import RecordOptions, kind_of
+from data.worlds import DRAWN
 from eval import Contender, JudgeOptions
 from model import memory, prepare
 from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
@@ -228,6 +230,8 @@ class Config:
         need(not out or Path(out).parent.is_dir(), "export", self.run.export, "lie in a folder that exists")
         need(not self.run.seeds and not self.run.tune, "stage", "teach", "come without --seeds and --tune")
         need(self.data.world == "grid", "world", self.data.world, "be grid with --stage=teach")
+        need(self.data.data != "monitors", "data", "monitors",
+             "be scenes, images:DIR, jsonl:FILE or a source of your own with --stage=teach")
         return []
 
     def check_rates(self, stages):
@@ -250,7 +254,7 @@ class Config:
         """As `check`, of --curve. parts: those of the questions that stages learn from."""
         if not self.run.curve:
             return
-        need(source == "scenes", "curve", self.run.curve,
+        need(source in DRAWN, "curve", self.run.curve,
              "be 0 with data of your own, which has no validation prompts beside those that are reported")
         need(not parts, "curve", self.run.curve,
              "be 0 with stages of a part of the questions: its points are chosen by prompts of the first split, which "
@@ -268,7 +272,7 @@ class Config:
              "come with drawn scenes and --world=long_walks")
         need(world != "long_walks" or self.teacher.cot_format == "think", "cot_format", self.teacher.cot_format,
              "be think with --world=long_walks, whose looks and hops are read from thoughts")
-        need(source == "scenes" or not self.data.replay, "replay", self.data.replay,
+        need(source in DRAWN or not self.data.replay, "replay", self.data.replay,
              "be 0 with data of your own, which has no captions and looking questions apart")
         if compare == "generalisation":
             need(self.data.world == "transfer", "world", self.data.world,
@@ -300,6 +304,12 @@ class Config:
              "be left out with --data=llava:FILE, whose stages take no chains")
         need(source != "scenes" or self.clip.image_size == scenes.SIZE or self.run.bench, "image_size",
              self.clip.image_size, f"be {scenes.SIZE} for drawn scenes")
+        need(source != "monitors" or self.clip.image_size == monitors.SIZE or self.run.bench, "image_size",
+             self.clip.image_size, f"be {monitors.SIZE} for drawn monitors")
+        need(source != "monitors" or self.teacher.cot_format == "think", "cot_format", self.teacher.cot_format,
+             "be think with --data=monitors, whose teacher writes no four sections")
+        need(source != "monitors" or not self.data.skills, "skills", self.data.skills,
+             "be false with --data=monitors: they are those of drawn scenes")
         for name in stages:
             need(name in STAGES, "stage", f"{self.run.stage}: {name!r}",
                  "be one of clip, align, sft, cot, rl and the others that train.py's STAGES names, or teach alone")
@@ -347,12 +357,13 @@ class Config:
         moved = {name for name, value in vars(self.teacher).items() if value != getattr(TeacherOptions, name)}
         if self.teacher.teacher and len(moved) > 1:
             notes.append("a --teacher of one's own makes its own mistakes: the rates of ours have no effect")
-        elif source != "scenes" and moved & {"slip", "confuse", "drop_hop"}:
-            notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teacher of drawn scenes")
+        elif source not in DRAWN and moved & {"slip", "confuse", "drop_hop"}:
+            notes.append("--slip, --confuse and --drop-hop have no effect: they belong to the teachers of drawn "
+                         "pictures")
         if self.data.augment and "clip" not in stages:
             notes.append("--augment has no effect without the stage clip, which trains a CLIP from nothing")
         if source != "scenes" and self.data.world != "grid":
-            notes.append("--world has no effect with data of your own: it is about drawn scenes")
+            notes.append(f"--world has no effect with --data={self.data.data}: it is about drawn scenes")
         if self.rl.distill_from != RlOptions.distill_from and "distilled" not in stages:
             notes.append("--distill-from has no effect without the stage distilled")
         replays = [stage for stage in stages if stage == "cot" or stage.startswith("replay_")]
@@ -770,6 +781,11 @@ def clip(run, name, cfg, origin):
         found = shape_probe(model.visual, cfg.vlm.feature_layer)
         write_json(run.folder / "probe.json", found)
         print(f"  shape probe on the features that W reads: {found['id']:.3f}, held-out pairs {found['pairs']:.3f}")
+    if cfg.data.data == "monitors" and config.patch == monitors.CELL:
+        found = digit_probe(model.visual, cfg.vlm.feature_layer)
+        write_json(run.folder / "probe.json", found)
+        shares = ", ".join(f"{split} {share:.3f}" for split, share in found.items())
+        print(f"  digit probe on the features that W reads: {shares}")
     towers = dict(clip=model.state_dict(), clip_config=asdict(config))
     run.finish_stage(name, cfg, "", meter, towers)
 

@@ -104,6 +104,14 @@ class World:
         """Name -> Split of all samples that need thinking."""
         return {"train": self.train, "val": self.train, **self.parts, **self.splits}
 
+    def load(self, split, count, seed, teacher=None, staged=False):
+        """As `load` below, of this world."""
+        return load(split, count, seed, teacher, staged, self)
+
+    def pieces(self):
+        """As `pieces` below, of this world."""
+        return pieces(self)
+
 
 GRID = World()              # the default
 

@@ -19,16 +19,20 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
     if tower.config.patches != scenes.CELLS ** 2 or tower.config.image_size != scenes.SIZE:
         raise ValueError("the shape probe needs one patch for each cell of the drawn scenes")
     samples = scenes.load("id", scenes_each, scenes.TEST_SEED["val"])
-    x, y = _objects(tower, feature_layer, samples)
-    target = torch.nn.functional.one_hot(y, len(scenes.SHAPES)).float()
-    ridge = 1e-2 * len(x) * torch.eye(x.shape[1]) * x.var(0).mean()
-    weight = torch.linalg.solve(x.T @ x + ridge, x.T @ target)
+    weight = read_out(*_objects(tower, feature_layer, samples), classes=len(scenes.SHAPES))
     found = {}
     for split in ("id", "pairs"):
         samples = scenes.load(split, 600, scenes.TEST_SEED["test"])
         x, y = _objects(tower, feature_layer, samples, only_held_out=split == "pairs")
         found[split] = float(((x @ weight).argmax(1) == y).float().mean())
     return found
+
+
+def read_out(x, y, classes):
+    """Ridge regression of one-hot classes: x (n, D) fp32, y (n,) -> weight (D, classes)."""
+    target = torch.nn.functional.one_hot(y, classes).float()
+    ridge = 1e-2 * len(x) * torch.eye(x.shape[1]) * x.var(0).mean()
+    return torch.linalg.solve(x.T @ x + ridge, x.T @ target)
 
 
 def _objects(tower, feature_layer, samples, only_held_out=False):

@@ -10,6 +10,7 @@ from data import augment, chat, images, jsonl, llava, records, scenes, sets, ski
 from data.answers import key
 from data.sample import Sample
 from data.splits import few_shots, mixed
+from data.worlds import DRAWN, world_of
 from model.runs.config import check_fields, choice, need, number
 
 # Random streams by name: what is drawn for one purpose stays the same whatever else a run draws. The numbers are part
@@ -27,7 +28,7 @@ NAMED_BY = {"images": "DIR", "torchvision": "NAME@DIR"}     # what stands behind
 @dataclass(frozen=True)
 class DataOptions:
     """pictures and questions"""
-    data: str = "scenes"                            # scenes | images:DIR | torchvision:NAME@DIR | SOURCE:FILE
+    data: str = "scenes"                            # scenes | monitors | images:DIR | torchvision:NAME@DIR | SOURCE:FILE
     download: bool = False                          # torchvision may fetch the set of --data=torchvision:NAME@DIR
     shots: int = number(0, "[0, 1000000]")          # training pictures a class, of images and torchvision; 0: all
     augment: str = ""                               # random changes to clip's pictures: some of flip,crop,colour
@@ -36,7 +37,7 @@ class DataOptions:
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
     questions: int = number(12000, "[1, 100000000]")  # drawn for sft
     skills: bool = False                            # sft on drawn scenes teaches small skills beside looking
-    replay: float = number(0.0, "[0, 1)")           # drawn scenes: share of cot's records that are captions or looking
+    replay: float = number(0.0, "[0, 1)")           # drawn pictures: share of cot's records that are captions or looking
     traces: int = number(10000, "[1, 100000000]")   # teacher's chains for cot, and as many fresh ones to continue
     rl_prompts: int = number(4800, "[1, 100000000]")  # drawn for rl
     eval_set: str = choice(*scenes.TEST_SEED)       # prompts of the evaluation: test | val, for tuning
@@ -60,21 +61,21 @@ class DataOptions:
 
 
 def source_of(data):
-    """--data -> (scenes, llava or one of SOURCES; the folder or file behind it, "" for scenes). Raises ValueError for
-    anything else."""
-    source, _, where = data.partition(":")
-    known = source in ("scenes", "llava", *SOURCES)
-    if not known or (source != "scenes") != bool(where):
+    """--data -> (one of DRAWN, llava or one of SOURCES; the folder or file behind it, "" for what is drawn). Raises
+    ValueError for anything else."""
+    source, colon, where = data.partition(":")
+    known = source in (*DRAWN, "llava", *SOURCES)
+    if not known or (source in DRAWN and colon) or (source not in DRAWN and not where):
         others = [f"{name}:{NAMED_BY.get(name, 'FILE')}" for name in SOURCES]
-        raise ValueError(f"--data={data} must be scenes, {', '.join(others)} or llava:FILE")
+        raise ValueError(f"--data={data} must be {', '.join(DRAWN)}, {', '.join(others)} or llava:FILE")
     return source, where
 
 
 def real_data(data, val_percent, download=False):
     """--data -> ({"train": samples, "val": samples, ..}, what was found); (None, "") for what has no such splits.
 
-    download: of a published set. Raises ValueError for anything else than scenes, llava:FILE or one of SOURCES, and for
-    what `load` refuses.
+    download: of a published set. Raises ValueError for anything else than what is drawn, llava:FILE or one of SOURCES,
+    and for what `load` refuses.
     """
     source, where = source_of(data)
     if source not in SOURCES:
@@ -92,7 +93,7 @@ def real_data(data, val_percent, download=False):
 
 
 def scene_teacher(options, world=scenes.GRID):
-    """The teacher of a world of drawn scenes."""
+    """The teacher of a world of drawn pictures."""
     make = world.teacher or teachers.SceneTeacher
     return make(options.slip, options.confuse, options.drop_hop)
 
@@ -105,7 +106,7 @@ class Supply:
         self.options = options
         self.seed = seed
         self.staged = teacher_options.cot_format == "llava_cot"
-        self.world = worlds.WORLDS[options.world]
+        self.world = world_of(options.data, options.world)
         self.teacher = scene_teacher(teacher_options, self.world)
         self.flawless = scene_teacher(replace(teacher_options, slip=0.0, confuse=0.0, drop_hop=0.0), self.world)
         self.teach = None                               # the function of --teacher
@@ -141,7 +142,7 @@ class Supply:
         if self.real:
             return self.real["train"]
         staged = self.staged and teacher is not None
-        return scenes.load(purpose, count, self.stream(stream), teacher, staged, self.world)
+        return self.world.load(purpose, count, self.stream(stream), teacher, staged)
 
     def first_answers(self):
         """[(sample, target text)] of stage sft: answers without a chain; with --skills also the small skills that
@@ -168,7 +169,7 @@ class Supply:
         else:
             tests = {}
             for split in self.world.splits:
-                tests[split] = scenes.load(split, count, seed, self.teacher, world=self.world)
+                tests[split] = self.world.load(split, count, seed, self.teacher)
         if self.teach:
             for split, samples in tests.items():
                 tests[split] = teachers.taught(samples, self.teach, seed)
@@ -177,7 +178,7 @@ class Supply:
     def of_parts(self, count, eval_set=""):
         """{part of the world: prompts of --eval-set}, `count` of each; nothing trains on them."""
         seed = scenes.TEST_SEED[eval_set or self.options.eval_set]
-        return {part: scenes.load(part, count, seed, world=self.world) for part in self.world.parts}
+        return {part: self.world.load(part, count, seed) for part in self.world.parts}
 
     def taught(self, samples, stream):
         """Samples with the chains of the user's own teacher."""
@@ -243,7 +244,7 @@ class Supply:
                 texts += [sample.question, sample.answer, sample.summary, sample.caption, sample.reasoning]
             texts = [text for text in texts if text]
         else:
-            words += scenes.pieces(self.world)
+            words += self.world.pieces()
             for sample in self.samples("train", 1000, "tokenizer", self.teacher):
                 texts.append(f"{sample.question} {sample.reasoning} {sample.caption}")
             if self.staged or self.options.skills:

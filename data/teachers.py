@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from data import scenes
-from data.chat import ALL_TAGS, IMAGE, normalise, staged_text, target_text
+from data.answers import is_right
+from data.chat import ALL_TAGS, IMAGE, staged_text, target_text
 from data.sample import collate, to_pixels
 from model.runs.config import check_fields, choice, first_line, number
 
@@ -28,9 +29,9 @@ class TeacherOptions:
     """who writes the chains of thought, and how wrong they are"""
     teacher: str = ""                              # FILE.py:NAME(sample, rng); teach: a URL or model too; empty: ours
     cot_format: str = choice("think", "llava_cot")  # tags of the chains
-    slip: float = number(0.06, "[0, 1]")           # drawn scenes: each step goes wrong at random
-    confuse: float = number(0.65, "[0, 1]")        # drawn scenes: purple is read as blue, cyan as green
-    drop_hop: float = number(0.60, "[0, 1]")       # drawn scenes: the last hop of a walk is forgotten
+    slip: float = number(0.06, "[0, 1]")           # drawn pictures: each step goes wrong at random
+    confuse: float = number(0.65, "[0, 1]")        # purple is read as blue, cyan as green; monitors: 3 as 8, 8 as 3
+    drop_hop: float = number(0.60, "[0, 1]")       # a walk's last hop is forgotten; monitors: the trace
     forget_close: float = number(0.60, "[0, 1]")   # </think>, or </REASONING>, is left out
     teacher_error: float = number(0.30, "[0, 1]")  # real pictures: names a wrong candidate
     candidates: int = number(3, "[2, 1000]")       # answers a chain on a real picture weighs
@@ -149,8 +150,8 @@ PERFECT = SceneTeacher(slip=0.0, confuse=0.0, drop_hop=0.0)
 
 
 def is_conclusion_right(sample):
-    """Whether the teacher's answer is the gold one; also what the checker filters chains by."""
-    return normalise(sample.conclusion) == normalise(sample.answer)
+    """Whether the teacher's answer is the gold one, as rewards and evaluation judge it."""
+    return is_right(sample, sample.conclusion)
 
 
 # ---------------------------------------------------------------- real pictures

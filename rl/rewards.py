@@ -7,6 +7,7 @@ import ast
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from rl.worker import Worker
 
 COSINE_WORDS = 64               # words of a completion at which the length reward has gone all its way; for you to edit
 HEAVIEST = 1000000              # weight of a reward; far heavier ones are infinite in fp32
-GATED = ("correctness", "iou")  # earn nothing in a malformed completion, where the gate is on
+GATED = ("correctness", "iou", "caption")  # earn nothing in a malformed completion, where the gate is on
 TAG = re.compile("|".join(ALL_TAGS))
 WORD = re.compile(r"[-+]?\w+(?:[.,]\w+)*|%")
 NUMBERS = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
@@ -131,6 +132,17 @@ def consistency(sample, text):
     return float(bool(answer) and thought[-len(answer):] == answer)
 
 
+def caption(sample, text):
+    """F1 of the answer's words with the caption's: how much of what is shown it says, and how much else (SQuAD's token
+    F1, arXiv 1606.05250, section 6.1). Case, order and punctuation do not count; a word as often as both have it."""
+    given = Counter(WORD.findall(parse(text).answer.lower()))
+    shown = Counter(WORD.findall(sample.caption.lower()))
+    shared = (given & shown).total()
+    if not shared:
+        return 0.0
+    return 2 * shared / (given.total() + shown.total())
+
+
 # A reward of your own: a function above, whose docstring's first line is what reports say of it, and
 # its name here. Or, without touching this file, --rewards=FILE.py:NAME:WEIGHT.
 REWARDS = {
@@ -142,6 +154,7 @@ REWARDS = {
     "length": length,
     "repetition": repetition,
     "consistency": consistency,
+    "caption": caption,
 }
 
 

@@ -165,13 +165,13 @@ def run(finished, tmp_path):
     ("--rewards=joy:1", r"--rewards=joy:1: 'joy' must be one of correctness, format"),
     ("--rewards=format:x", r"--rewards=format:x: the weight 'x' of format must be a number"),
     ("--rewards=format:inf", r"--rewards=format:inf: the weight of format must lie in"),
-    ("--data=photos", r"--data=photos must be scenes, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
+    ("--data=photos", r"--data=photos must be scenes, monitors, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
      "records:FILE or llava:FILE"),
-    ("--data=images", r"--data=images must be scenes, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
+    ("--data=images", r"--data=images must be scenes, monitors, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
      "records:FILE or llava:FILE"),
-    ("--data=images:", r"--data=images: must be scenes, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
+    ("--data=images:", r"--data=images: must be scenes, monitors, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
      "records:FILE or llava:FILE"),
-    ("--data=scenes:x", r"--data=scenes:x must be scenes, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
+    ("--data=scenes:x", r"--data=scenes:x must be scenes, monitors, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
      "records:FILE or llava:FILE"),
     ("--align-epochs=inf", r"--align-epochs=inf must lie in \[0, 100000\]"),
     ("--max-new=1000000000", r"--max-new=1000000000 must lie in \[1, 131072\]"),

@@ -591,7 +591,7 @@ def test_a_larger_val_percent_only_adds_to_the_val_of_a_small_class():
 
 def test_data_that_names_no_source_is_an_error():
     for data in ("nonsense:x", "nonsense", "", "images", "images:", "jsonl:", "llava:", "scenes:x", ":"):
-        expected = "scenes, images:DIR, torchvision:NAME@DIR, jsonl:FILE, records:FILE or llava:FILE"
+        expected = "scenes, monitors, images:DIR, torchvision:NAME@DIR, jsonl:FILE, records:FILE or llava:FILE"
         with pytest.raises(ValueError, match=f"^--data={data} must be {expected}$"):
             real_data(data, 20)
 

@@ -18,7 +18,7 @@ from data import chat, scenes
 from data.sample import Sample
 from model.runs.config import change
 from rl import rewards, worker
-from rl.rewards import RewardOptions, Rewards, boxes_of, consistency, correctness, format, iou, length, repetition
+from rl.rewards import RewardOptions, Rewards, boxes_of, caption, consistency, correctness, format, iou, length, repetition
 
 
 def gold(answer, **fields):
@@ -230,7 +230,8 @@ def test_gold_answers_of_drawn_scenes_are_right_and_their_neighbours_wrong():
 UNITS = ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "a", " ", "<think></think>",
          "99**98**97 ", "1,", "(", "a) ", "\n", ".", "3 ", "<think>a</think><answer>b</answer>", "1e"]
 FUNCTIONS = [*rewards.REWARDS.values()]
-ODD = gold("two", choices=("one", "two"), question="(A) one (B) two", boxes=((0, 0, 1, 1),), unit="cm", tolerance=0.5)
+ODD = gold("two", choices=("one", "two"), question="(A) one (B) two", boxes=((0, 0, 1, 1),), unit="cm", tolerance=0.5,
+           caption="two cats")
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -261,7 +262,7 @@ CORRECTNESS = Rewards(RewardOptions(rewards="correctness:1"))
 @example("<think></think><answer>1e999</answer>")
 def test_no_text_makes_a_reward_raise_or_leave_its_range(text):
     for name, low, high in (("correctness", 0, 1), ("format", 0, 1), ("iou", 0, 1), ("length", -1, 1),
-                            ("repetition", -1, 0), ("consistency", 0, 1)):
+                            ("repetition", -1, 0), ("consistency", 0, 1), ("caption", 0, 1)):
         value = rewards.REWARDS[name](ODD, text)
         assert isinstance(value, float) and low <= value <= high
     assert isinstance(CORRECTNESS.why(ODD, text), str)
@@ -318,6 +319,24 @@ def test_repetition_by_hand():
     ("it is dark green", "dark green", 1), ("3 . 5", "3.5", 0)])
 def test_consistency_by_hand(think, answer, value):
     assert consistency(gold("bird", unit="cm"), says(answer, think)) == value
+
+
+@pytest.mark.parametrize("answer, value", [
+    ("a cat on a mat", 1), ("on a mat, a CAT.", 1), ("cat", 2 / 6), ("a a a cat", 6 / 9), ("dog", 0), ("", 0),
+    ("a cat on a mat and a dog", 10 / 13)])
+def test_caption_by_hand(answer, value):
+    sample = gold("cat", caption="a cat on a mat")
+    assert caption(sample, says(answer)) == pytest.approx(value)
+    assert caption(sample, f"<think>{answer}</think>{answer}") == 0         # nothing outside of the tag counts
+    assert caption(gold("cat"), says(answer)) == 0                          # no caption to agree with
+
+
+def test_the_gate_holds_for_caption_and_it_is_off_by_default():
+    assert "caption" not in Rewards(RewardOptions()).weights
+    sample = gold("cat", caption="a cat")
+    texts = [[says("a cat"), "<answer> a cat</answer>"]]
+    _, earned = Rewards(RewardOptions(rewards="caption:2")).score([sample], texts, None)
+    assert earned.tolist() == [[[1.0], [0.0]]]
 
 
 # ---------------------------------------------------------------- a reward of one's own
