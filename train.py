@@ -3,6 +3,7 @@
     python train.py                                    # everything from nothing, then the comparison
     python train.py --compare=all                      # more arms: rejection sampling, direct answers, flawless chains
     python train.py --seeds=5                          # mean and spread over seeds 0-4
+    python train.py --data=monitors                    # drawn patient monitors in place of scenes
     python train.py --data=images:DIR                  # your own folder of class sub-folders of pictures
     python train.py --data=jsonl:FILE                  # your own questions and answers
     python train.py --preset=llava-1.5-7b --data=llava:FILE --image-root=DIR       # a published recipe

@@ -45,8 +45,8 @@ def _digits(tower, feature_layer, samples):
 
 
 def digit_cells(caption):
-    """The caption of a drawn monitor -> [(number of the cell in reading order, digit)]; nothing of a
-    covered number."""
+    """The caption of a drawn monitor -> [(number of the cell in reading order, digit)]; nothing of
+    a covered number."""
     found = []
     *rows, _ = caption.split(" , ")
     for row, entry in enumerate(rows, monitors.TRACE_ROWS):

@@ -1,4 +1,4 @@
-"""Drawn patient monitors with questions: a second task made by the program from a seed, `--data=monitors`.
+"""Drawn patient monitors with questions, `--data=monitors`: a task made by the program from a seed.
 
 Picture: 80 x 80 RGB, 5 x 5 cells of 16 pixels. Two rows of cells hold an ECG trace, a strip of
 3 seconds: its beats are its high spikes, and each stands for 20 beats a minute. Three rows hold a
@@ -97,6 +97,12 @@ class Monitor:
         """The number of a value's row, from 0 at the top."""
         return LAYOUTS[self.layout].index(value)
 
+    def spelled(self, value):
+        """The digits of a value, or that it is covered."""
+        if value == "hr" and self.hidden:
+            return HIDDEN
+        return spelled(getattr(self, value))
+
     def places(self):
         """x of every beat in pixels, from the left."""
         apart = (SIZE - 2 * EDGE) / self.beats
@@ -133,7 +139,7 @@ class Case(NamedTuple):
     question: Question
 
 
-def verdict(value, number):
+def level(value, number):
     """ "low", "ok" or "high": a number beside the normal range of its value."""
     low, high = RANGES[value]
     if number < low:
@@ -145,7 +151,7 @@ def gold(case):
     """-> (the right answer, its unit, its tolerance)"""
     monitor, question = case
     if question.kind == "range":
-        out = [value for value in VALUES if verdict(value, getattr(monitor, value)) != "ok"]
+        out = [value for value in VALUES if level(value, getattr(monitor, value)) != "ok"]
         return (out[0] if out else NONE), "", 0.0
     if question.kind == "agree":
         return ("yes" if monitor.agrees else "no"), "", 0.0
@@ -171,10 +177,9 @@ class Split:
         question = Question(kind)
         if kind == "read":
             question = Question(kind, rng.choice(VALUES))
-        numbers = self._numbers(rng, kind)
         contradicts = rng.random() < CONTRADICTED[kind]
-        beats = [count for count in BEATS if _stands_in_for(count, numbers["hr"], contradicts)]
-        while not beats:                # between two beats of a trace
+        beats = []
+        while not beats:                # no trace clearly agrees with a rate half-way between those of two
             numbers = self._numbers(rng, kind)
             beats = [count for count in BEATS if _stands_in_for(count, numbers["hr"], contradicts)]
         hidden = question == Question("read", "hr") and rng.random() < COVERED
@@ -203,7 +208,7 @@ def _candidates(value, held_out, out):
     shown = [number for number in SHOWN[value] if is_held_out(number) == held_out]
     if out is None:
         return shown
-    return [number for number in shown if (verdict(value, number) != "ok") == out]
+    return [number for number in shown if (level(value, number) != "ok") == out]
 
 
 def _stands_in_for(beats, hr, contradicts):
@@ -256,9 +261,10 @@ def _mask(rows):
 
 
 DIGIT_MASKS = tuple(_mask(rows) for rows in DIGITS)             # (14, 10, 1) each
-LABEL_MASKS = {value: np.concatenate([_mask(LETTERS[letter]) if letter else np.zeros((10, DOT, 1), np.float32)
-                                      for letter in (label[0], "", label[1])], 1)      # (10, 14, 1)
-               for value, label in LABELS.items()}
+LABEL_MASKS = {}                                                # (10, 14, 1) each
+for _value, (_first, _second) in LABELS.items():
+    _gap = np.zeros((10, DOT, 1), np.float32)
+    LABEL_MASKS[_value] = np.concatenate([_mask(LETTERS[_first]), _gap, _mask(LETTERS[_second])], 1)
 
 
 def draw(monitor, rng):
@@ -349,10 +355,7 @@ def entries(monitor):
     """What a picture shows, an entry for each row from the top and one for the trace."""
     rows = []
     for value in LAYOUTS[monitor.layout]:
-        shown = spelled(getattr(monitor, value))
-        if value == "hr" and monitor.hidden:
-            shown = HIDDEN
-        rows.append(f"{value} {shown}")
+        rows.append(f"{value} {monitor.spelled(value)}")
     return [*rows, f"trace {counted(monitor.columns())}"]
 
 
@@ -381,10 +384,9 @@ def looking_question(monitor, rng):
     if kind == 1:
         return "where are the beats ?", counted(monitor.columns())
     if kind == 2:
-        return f"which digits has {value} ?", HIDDEN if value == "hr" and monitor.hidden else \
-            spelled(getattr(monitor, value))
+        return f"which digits has {value} ?", monitor.spelled(value)
     if value == "hr" and monitor.hidden:
-        value = "spo2"
+        value = "spo2"                  # what a covered number is takes counting
     return f"what is {value} ?", f"{getattr(monitor, value)} {UNITS[value]}"
 
 
@@ -425,8 +427,7 @@ class MonitorTeacher:
             return self._range(monitor, rng)
         if question.kind == "agree":
             return self._agree(monitor, rng)
-        trusts = rng.random() < self.drop_hop
-        if question.kind == "rate" and not trusts:
+        if question.kind == "rate" and rng.random() >= self.drop_hop:
             return self._count(monitor, rng, "")
         words, number = self._find(monitor, question.value, rng)
         if number is None:
@@ -453,7 +454,7 @@ class MonitorTeacher:
         words = []
         for value in LAYOUTS[monitor.layout]:
             number = self._digits(getattr(monitor, value), rng)
-            found = verdict(value, number)
+            found = level(value, number)
             words.append(f"{value} {spelled(number)} {found}")
             if found != "ok":
                 return " ".join(words), value

@@ -37,7 +37,7 @@ class DataOptions:
     pictures: int = number(16000, "[1, 100000000]")  # drawn for clip and for align
     questions: int = number(12000, "[1, 100000000]")  # drawn for sft
     skills: bool = False                            # sft on drawn scenes teaches small skills beside looking
-    replay: float = number(0.0, "[0, 1)")           # drawn pictures: share of cot's records that are captions or looking
+    replay: float = number(0.0, "[0, 1)")           # drawn pictures: share of captions and looking in cot's records
     traces: int = number(10000, "[1, 100000000]")   # teacher's chains for cot, and as many fresh ones to continue
     rl_prompts: int = number(4800, "[1, 100000000]")  # drawn for rl
     eval_set: str = choice(*scenes.TEST_SEED)       # prompts of the evaluation: test | val, for tuning

@@ -18,7 +18,8 @@ from data import chat, scenes
 from data.sample import Sample
 from model.runs.config import change
 from rl import rewards, worker
-from rl.rewards import RewardOptions, Rewards, boxes_of, caption, consistency, correctness, format, iou, length, repetition
+from rl.rewards import (RewardOptions, Rewards, boxes_of, caption, consistency, correctness, format, iou, length,
+                        repetition)
 
 
 def gold(answer, **fields):
