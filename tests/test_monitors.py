@@ -12,7 +12,7 @@ from data import monitors
 from data.answers import is_right
 from data.digit_probe import digit_cells
 from data.supply import DataOptions, Supply
-from data.teachers import TeacherOptions
+from data.teachers import TeacherOptions, is_conclusion_right
 
 TRAINS = ("clip", "align", "sft", "train")
 ALL = (*TRAINS, "val", *monitors.SPLITS)
@@ -277,7 +277,7 @@ def test_trusting_alone_ignores_the_trace_where_a_number_is_shown(drawn):
     for sample, case in zip(samples, cases):
         if case.question.kind in ("rate", "agree"):
             looked.append("trace" in sample.reasoning)
-            assert is_right(sample, sample.conclusion) == (looked[-1] or case.monitor.agrees)
+            assert is_conclusion_right(sample) == (looked[-1] or case.monitor.agrees)     # within its tolerance
         else:
             assert is_right(sample, sample.conclusion)
     assert abs(np.mean(looked) - 0.4) < 0.05
