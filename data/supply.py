@@ -28,7 +28,7 @@ NAMED_BY = {"images": "DIR", "torchvision": "NAME@DIR"}     # what stands behind
 @dataclass(frozen=True)
 class DataOptions:
     """pictures and questions"""
-    data: str = "scenes"                            # scenes | monitors | images:DIR | torchvision:NAME@DIR | SOURCE:FILE
+    data: str = "scenes"                            # scenes | monitors | images:DIR | torchvision:NAME@DIR | jsonl: ..
     download: bool = False                          # torchvision may fetch the set of --data=torchvision:NAME@DIR
     shots: int = number(0, "[0, 1000000]")          # training pictures a class, of images and torchvision; 0: all
     augment: str = ""                               # random changes to clip's pictures: some of flip,crop,colour
@@ -56,8 +56,8 @@ class DataOptions:
         need(source in WITH_CLASSES or not self.shots, "shots", self.shots,
              f"be 0 with --data={self.data}, which has no classes")
         augment.names_in(self.augment)
-        need(source != "scenes" or not self.augment, "augment", self.augment,
-             "be left out with drawn scenes, whose captions say what is where in which colour")
+        need(source not in DRAWN or not self.augment, "augment", self.augment,
+             "be left out with drawn pictures, whose captions say what is where in which colour")
 
 
 def source_of(data):
