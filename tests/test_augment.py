@@ -64,7 +64,8 @@ def test_a_change_that_is_not_known_is_one_sentence(text):
 
 
 def test_drawn_scenes_are_not_changed_and_a_run_without_clip_is_told():
-    with pytest.raises(ValueError, match="^--augment=flip must be left out with drawn pictures, whose captions say what"):
+    said = "^--augment=flip must be left out with drawn pictures, whose captions say what"
+    with pytest.raises(ValueError, match=said):
         DataOptions(augment="flip")
     assert names_in("") == () and names_in("crop,flip") == ("crop", "flip")
     cfg = change(train.Config(), data="images:x", augment="flip", stage="align,sft", init="x")

@@ -118,7 +118,7 @@ def test_ask_answers_about_a_picture_and_without_one(run, tmp_path, capsys):
     (["--max-new=-1"], "--max-new=-1 must lie in [0, 131072]"),
     (["--ask=what ?", "--image=/no/such.png"], "image '/no/such.png' does not exist"),
     (["--device=tpu"], "--device=tpu is not available here"),
-    (["--data=nonsense:x"], "--data=nonsense:x must be scenes, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
+    (["--data=nonsense:x"], "--data=nonsense:x must be scenes, monitors, images:DIR, torchvision:NAME@DIR, jsonl:FILE, "
      "records:FILE or llava:FILE"),
     (["--data=llava:x"], "--data=llava:x holds conversations, which nothing can check; expected images:DIR or jsonl:"),
     (["--checkpoint=/no/such.pt"], "checkpoint '/no/such.pt' does not exist")])
