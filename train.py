@@ -276,14 +276,14 @@ class Config:
         need(source in DRAWN or not self.data.replay, "replay", self.data.replay,
              "be 0 with data of your own, which has no captions and looking questions apart")
         if compare == "generalisation":
-            need(self.data.world == "transfer", "world", self.data.world,
-                 "be transfer with --compare=generalisation, whose arms learn from its parts")
+            need(world == "transfer", "compare", compare,
+                 "come with drawn scenes and --world=transfer, from whose parts its arms learn")
             need(self.teacher.cot_format == "think", "cot_format", self.teacher.cot_format,
                  "be think with --compare=generalisation, which begins thoughts in its tags")
             need(self.rl.algorithm == RlOptions.algorithm, "algorithm", self.rl.algorithm,
                  f"be {RlOptions.algorithm} with --compare=generalisation, whose tables compare every arm with that")
-        need(not parts or self.data.world == "transfer", "world", self.data.world,
-             f"be transfer with stages of its parts, {', '.join(sorted(parts))}")
+        need(not parts or world == "transfer", "stage", self.run.stage,
+             f"come with drawn scenes and --world=transfer, whose parts {', '.join(sorted(parts))} it learns from")
 
     def check(self):
         """Raises ValueError in one sentence about the first options that do not go together; returns notes on idle
@@ -306,7 +306,7 @@ class Config:
         need(source != "scenes" or self.clip.image_size == scenes.SIZE or self.run.bench, "image_size",
              self.clip.image_size, f"be {scenes.SIZE} for drawn scenes")
         need(source != "monitors" or self.clip.image_size == monitors.SIZE or self.run.bench, "image_size",
-             self.clip.image_size, f"be {monitors.SIZE} for drawn monitors")
+             self.clip.image_size, f"be {monitors.SIZE}, with --patch={monitors.CELL}, for drawn monitors")
         need(source != "monitors" or self.teacher.cot_format == "think", "cot_format", self.teacher.cot_format,
              "be think with --data=monitors, whose teacher writes no four sections")
         need(source != "monitors" or not self.data.skills, "skills", self.data.skills,

@@ -295,7 +295,8 @@ def test_every_arm_of_a_part_starts_from_cot_and_gets_the_flops_of_its_parts_rl(
 
 
 @pytest.mark.parametrize("options, named", [
-    (dict(compare="generalisation", stage="cot"), "--world=grid"), (dict(stage="rl_looks"), "--world=grid"),
+    (dict(compare="generalisation", stage="cot"), "--compare=generalisation must come with drawn scenes and --world"),
+    (dict(stage="rl_looks"), "--stage=rl_looks must come with drawn scenes and --world=transfer"),
     (dict(compare="generalisation", world="transfer", cot_format="llava_cot"), "--cot-format=llava_cot"),
     (dict(data="jsonl:x", replay=0.5), "--replay=0.5"),
     (dict(compare="generalisation", world="transfer", algorithm="grpo"), "--algorithm=grpo must be grpo_token"),

@@ -313,7 +313,11 @@ def test_a_supply_of_monitors_serves_every_purpose():
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--data=monitors --image-size=48 --patch=12", "--image-size=48 must be 80 for drawn monitors"),
+    ("--data=monitors --compare=generalisation --world=transfer",
+     "--compare=generalisation must come with drawn scenes and --world=transfer"),
+    ("--data=monitors --stage=cot,rl_walks --world=transfer",
+     "--stage=cot,rl_walks must come with drawn scenes and --world=transfer"),
+    ("--data=monitors --image-size=48 --patch=12", "--image-size=48 must be 80, with --patch=16, for drawn monitors"),
     ("--data=monitors --skills", "--skills=True must be false with --data=monitors"),
     ("--data=monitors --cot-format=llava_cot", "--cot-format=llava_cot must be think with --data=monitors"),
     ("--data=monitors:x", "--data=monitors:x must be scenes, monitors, images:DIR"),

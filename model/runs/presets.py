@@ -81,9 +81,9 @@ PRESETS = {
         world="long_walks", compare="long_walks", max_new=96, confuse=0.2, drop_hop=0.2, rl_steps=120,
         rates="rl:5e-4,rl_pass_at_k:2.5e-4,rl_curriculum:5e-4,filtered:2e-3,cot_continued:2e-3",
         eval_greedy=100, eval_sampled=60),
-    # drawn patient monitors: larger pictures, longer chains
+    # drawn patient monitors: larger pictures, longer chains; the rates are those that --tune chose
     "monitors": dict(data="monitors", image_size=80, patch=16, pictures=10000, questions=8000, traces=8000,
-                     rl_prompts=3200, max_new=48),
+                     rl_prompts=3200, max_new=48, rates="rl:5e-4,filtered:5e-4,cot_continued:1e-3"),
     # LLaVA-1.5's training of whatever parts are named; a part that is not is a small one, from nothing
     "llava": LLAVA_15 | dict(template="auto", image_positions=False, dtype="float32", checkpointing=False),
     **RECIPES,
