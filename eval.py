@@ -449,6 +449,11 @@ def scores_of(contender, cfg, tests):
 def write_growth(folder, grown):
     """growth.json and growth.png; grown: rows of rl/report/growth.py."""
     write_json(folder / "growth.json", grown)
+    draw_growth(folder, grown)
+
+
+def draw_growth(folder, grown):
+    """growth.png alone."""
     write_picture(folder / "growth.png", growth.growth_picture(grown, max(long_walks.TRAINED)))
 
 
@@ -485,26 +490,10 @@ def measure_baselines(folder, cfg, contenders, tests, scores, shown):
     path = folder / "baselines.json"
     if path.exists():
         return json.loads(path.read_text())
-    device = pick_device(cfg.machine.device)
-    dtype = pick_dtype(cfg.machine.dtype)
-    vlm, tok, state = load_vlm(next(iter(contenders.values())).path, device)
-    vlm = vlm.to(dtype)
     asked = {split: samples[:cfg.judge.eval_greedy] for split, samples in tests.items()}
     prompts_of_all = [sample for samples in asked.values() for sample in samples]
-    side = min(PIXELS, vlm.config.clip.image_size)
-    answers = {
-        "majority class": baselines.majority(shown, prompts_of_all),
-        "nearest pixels": baselines.nearest_pixels(shown, prompts_of_all, side),
-        "linear probe": baselines.probed(shown, prompts_of_all, lambda pixels: vlm.features(pixels.to(device)),
-                                         vlm.config.pixels),
-    }
-    if "clip" in state:
-        towers = Clip.from_config(state["clip_config"], state["clip"]).to(device, dtype)
-        names = sorted({sample.answer for sample in shown})
-        nearest = nearest_answers(towers, prompts_of_all, names, tok, 1, device, dtype)
-        answers["zero-shot CLIP"] = [name for [name] in nearest]
     right = {}
-    for method, given in answers.items():
+    for method, given in simple_answers(cfg, next(iter(contenders.values())).path, prompts_of_all, shown).items():
         given = iter(given)
         right[method] = {}
         for split, samples in asked.items():
@@ -518,6 +507,28 @@ def measure_baselines(folder, cfg, contenders, tests, scores, shown):
     rows = baseline_rows(right, cfg.run.seed)
     write_json(path, rows)
     return rows
+
+
+def simple_answers(cfg, path, asked, shown):
+    """{baseline: an answer to each sample of `asked`}. path: a checkpoint of the run, for its image tower; shown: the
+    training samples."""
+    device = pick_device(cfg.machine.device)
+    dtype = pick_dtype(cfg.machine.dtype)
+    vlm, tok, state = load_vlm(path, device)
+    vlm = vlm.to(dtype)
+    side = min(PIXELS, vlm.config.clip.image_size)
+    answers = {
+        "majority class": baselines.majority(shown, asked),
+        "nearest pixels": baselines.nearest_pixels(shown, asked, side),
+        "linear probe": baselines.probed(shown, asked, lambda pixels: vlm.features(pixels.to(device)),
+                                         vlm.config.pixels),
+    }
+    if "clip" in state:
+        towers = Clip.from_config(state["clip_config"], state["clip"]).to(device, dtype)
+        names = sorted({sample.answer for sample in shown})
+        nearest = nearest_answers(towers, asked, names, tok, 1, device, dtype)
+        answers["zero-shot CLIP"] = [name for [name] in nearest]
+    return answers
 
 
 def right_directly(path, cfg, asked):

@@ -1624,7 +1624,7 @@ def show_joint(folder):
     if (folder / "growth.json").exists():
         found = json.loads((folder / "growth.json").read_text())
         print("\n" + growth.growth_text(found))
-        evaluation.write_growth(folder, found)
+        evaluation.draw_growth(folder, found)
 
 
 def run_bench(cfg, steps=6):

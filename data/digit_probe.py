@@ -3,8 +3,7 @@ sees."""
 import torch
 
 from data import monitors, scenes
-from data.sample import to_pixels
-from data.shape_probe import read_out
+from data.shape_probe import read_out, share_read, tokens_of, with_bias
 
 
 @torch.no_grad()
@@ -24,24 +23,20 @@ def digit_probe(tower, feature_layer, pictures=300):
     found = {}
     for split in monitors.SPLITS:
         x, y = _digits(tower, feature_layer, monitors.load(split, pictures, scenes.TEST_SEED["test"]))
-        found[split] = float(((x @ weight).argmax(1) == y).float().mean())
+        found[split] = share_read(weight, x, y)
     return found
 
 
 def _digits(tower, feature_layer, samples):
     """The digits of drawn monitors -> (token of the digit's cell and a 1 for the bias, (n, D + 1)
     fp32; the digit, (n,))."""
-    pixels = to_pixels([sample.images[0] for sample in samples], monitors.SIZE).to(tower.proj)
-    tokens = torch.cat([tower.features(chunk, feature_layer) for chunk in pixels.split(256)])
-    tokens = tokens.float().cpu()                                           # (B, N, D)
+    tokens = tokens_of(tower, feature_layer, samples)
     x, y = [], []
     for picture, sample in enumerate(samples):
         for cell, digit in digit_cells(sample.caption):
             x.append(tokens[picture, cell])
             y.append(digit)
-    x = torch.stack(x)
-    ones = torch.ones(len(x), 1)
-    return torch.cat([x, ones], 1), torch.tensor(y)
+    return with_bias(x), torch.tensor(y)
 
 
 def digit_cells(caption):

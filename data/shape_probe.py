@@ -24,7 +24,7 @@ def shape_probe(tower, feature_layer, scenes_each=1500):
     for split in ("id", "pairs"):
         samples = scenes.load(split, 600, scenes.TEST_SEED["test"])
         x, y = _objects(tower, feature_layer, samples, only_held_out=split == "pairs")
-        found[split] = float(((x @ weight).argmax(1) == y).float().mean())
+        found[split] = share_read(weight, x, y)
     return found
 
 
@@ -35,12 +35,28 @@ def read_out(x, y, classes):
     return torch.linalg.solve(x.T @ x + ridge, x.T @ target)
 
 
+def tokens_of(tower, feature_layer, samples):
+    """Samples of one picture each -> the tower's patch tokens, (B, N, D) fp32 on the CPU."""
+    pixels = to_pixels([sample.images[0] for sample in samples], tower.config.image_size).to(tower.proj)
+    tokens = torch.cat([tower.features(chunk, feature_layer) for chunk in pixels.split(256)])
+    return tokens.float().cpu()
+
+
+def with_bias(rows):
+    """n tokens (D,) -> (n, D + 1), with a 1 for the bias."""
+    x = torch.stack(rows)
+    return torch.cat([x, torch.ones(len(x), 1)], 1)
+
+
+def share_read(weight, x, y):
+    """Share of the rows of x whose class y the weight of a read-out finds."""
+    return float(((x @ weight).argmax(1) == y).float().mean())
+
+
 def _objects(tower, feature_layer, samples, only_held_out=False):
     """The objects of drawn scenes -> (token of the object's cell and a 1 for the bias, (n, D + 1)
     fp32; number of its shape, (n,))."""
-    pixels = to_pixels([sample.images[0] for sample in samples], scenes.SIZE).to(tower.proj)
-    tokens = torch.cat([tower.features(chunk, feature_layer) for chunk in pixels.split(256)])
-    tokens = tokens.float().cpu()                                           # (B, N, D)
+    tokens = tokens_of(tower, feature_layer, samples)
     x, y = [], []
     for row, sample in enumerate(samples):
         for entry in sample.caption.split(" , "):
@@ -50,6 +66,4 @@ def _objects(tower, feature_layer, samples, only_held_out=False):
             patch = (int(cell[1]) - 1) * scenes.CELLS + "abcd".index(cell[0])
             x.append(tokens[row, patch])
             y.append(scenes.SHAPES.index(shape))
-    x = torch.stack(x)
-    ones = torch.ones(len(x), 1)
-    return torch.cat([x, ones], 1), torch.tensor(y)
+    return with_bias(x), torch.tensor(y)
