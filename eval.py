@@ -336,17 +336,19 @@ def without_looking(split, samples):
 class Contender:
     """A row of a comparison: a checkpoint, and how it is asked.
 
-    method: of data.chat's PROMPTS, "" for the one that it was taught; prompting: of data.prompting's METHODS instead;
+    is_folder: the path is a LLaVA folder or its name on the hub, which then needs a method. method: of data.chat's
+    PROMPTS, "" for the one that it was taught; prompting: of data.prompting's METHODS instead;
     search: how its answers are searched for, None for plain ones; splits: () for all; most: prompts of each at most, 0
     for any number; samples: completions of each prompt, 0 for --eval-samples.
     """
-    path: Path
+    path: Path | str
     method: str = ""
     prompting: str = ""
     search: Search | None = None
     splits: tuple = ()
     most: int = 0
     samples: int = 0
+    is_folder: bool = False
 
     def tests(self, tests):
         """Those of {split: samples} that it is asked."""
@@ -434,11 +436,17 @@ def note_of(cfg):
 
 def scores_of(contender, cfg, tests):
     """{split: raw scores} of a Contender; tests: {split: samples}."""
-    vlm, tok, state = load_vlm(contender.path, pick_device(cfg.machine.device))
-    vlm = vlm.to(pick_dtype(cfg.machine.dtype))
+    device = pick_device(cfg.machine.device)
+    dtype = pick_dtype(cfg.machine.dtype)
+    method = contender.method
+    if contender.is_folder:
+        vlm, tok = pretrained.load_llava(contender.path, dtype, device, cfg.clip.clip)
+    else:
+        vlm, tok, state = load_vlm(contender.path, device)
+        vlm = vlm.to(dtype)
+        method = method or state["method"]
     stages = METHODS.get(contender.prompting, ())
-    prompting = Prompting(contender.method or state["method"], cfg.data.template, cfg.sampling.max_new, stages,
-                          contender.search)
+    prompting = Prompting(method, cfg.data.template, cfg.sampling.max_new, stages, contender.search)
     options = contender.judge(cfg.judge)
     scores = {}
     for split, samples in contender.tests(tests).items():

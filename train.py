@@ -170,7 +170,7 @@ class SupervisedOptions:
     sft_steps: int = number(200, "[0, 1000000000]")  # optimizer steps; 0 skips the stage
     sft_epochs: float = number(0.0, "[0, 100000]")  # passes over sft's records, in place of steps; 0: steps
     sft_lr: float = number(2e-3, "(0, 10000]")      # peak learning rate
-    cot_steps: int = number(700, "[0, 1000000000]")  # optimizer steps
+    cot_steps: int = number(700, "[0, 1000000000]")  # optimizer steps; 0 skips the stage
     cot_lr: float = number(2e-3, "(0, 10000]")      # peak learning rate
     batch: int = number(32, "[1, 1000000]")         # samples a step
 
@@ -216,9 +216,7 @@ class Config:
             stages.append("sft")
         if self.data.data.startswith("llava:"):
             return stages
-        if self.pretrained:
-            return [*stages, "rl"]
-        if self.run.compare != "routes":
+        if self.supervised.cot_steps and self.run.compare != "routes":
             stages.append("cot")
         return [*stages, *COMPARISONS[self.run.compare]]
 
@@ -309,6 +307,8 @@ class Config:
              self.clip.image_size, f"be {monitors.SIZE}, with --patch={monitors.CELL}, for drawn monitors")
         need(source != "monitors" or self.teacher.cot_format == "think", "cot_format", self.teacher.cot_format,
              "be think with --data=monitors, whose teacher writes no four sections")
+        need(self.data.template != "brief" or self.rl.method == "asked", "method", self.rl.method,
+             "be asked with --template=brief, whose models know no English")
         need(source != "monitors" or not self.data.skills, "skills", self.data.skills,
              "be false with --data=monitors: they are those of drawn scenes")
         for name in stages:
@@ -736,7 +736,7 @@ def preflight(run, name, cfg, vlm, samples, method, rewards, teacher=None):
     clock.lap("update")
     costs = metrics.costs(clock.laps, rollout, passed)
     steps = None if run.allowed(name) else cfg.rl.rl_steps
-    print(preflight_text(rollout, active / count, costs, steps, cfg.algorithm.refill))
+    print(preflight_text(rollout, active / count, costs, steps, cfg.algorithm.refill, rewards.options.gated))
 
 
 # ---------------------------------------------------------------- the stages
@@ -862,9 +862,8 @@ def cot(run, name, cfg, origin):
 def rl(run, name, cfg, origin, method="", part="train", teacher=None):
     """RL on correctness and format, with the switches of the stage's name, for --rl-steps or for the FLOPs that
     another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, only the
-    prompt asks for the tags. part: of the world, that the prompts are of."""
-    if not method:
-        method = origin.method if origin.method in chat.FORMS else "asked"
+    prompt asks for the tags, as --method has it. part: of the world, that the prompts are of."""
+    method = method or asked_by(cfg, origin.method)
     if not run.plan:
         memory.announce(name, origin.vlm, cfg, samples=True)
     samples = run.samples(part, cfg.data.rl_prompts, "rl")
@@ -877,6 +876,11 @@ def rl(run, name, cfg, origin, method="", part="train", teacher=None):
     meter = Meter()
     reinforce(run, name, cfg, origin.vlm, samples, method, rewards, schedule, meter, teacher)
     run.finish_stage(name, cfg, method, meter, origin.towers, origin.vlm)
+
+
+def asked_by(cfg, taught):
+    """How reinforcement learning asks a model whose last stage was asked by the method `taught`, "" for none."""
+    return taught if taught in chat.FORMS else cfg.rl.method
 
 
 def distilled(run, name, cfg, origin):
@@ -1440,6 +1444,7 @@ def compare_methods(run):
     if not contenders:
         write_json(run.folder / "results.json", [])     # none: but the run is finished
         return
+    contenders = before_learning(run, stages, contenders) | contenders
     learned = [labels[name] for name in stages if name in algorithms.STAGES]
     to = learned[0] if learned else ""
     tests = run.supply.tests(count_of_tests(cfg))
@@ -1453,6 +1458,37 @@ def compare_methods(run):
     judge_methods(run, contenders, to, trained)
     if cfg.run.curve:
         show_curves(run, points)
+
+
+def before_learning(run, stages, contenders):
+    """{"before": Contender} of what reinforcement learning, or the first chains of a pretrained model, start from,
+    asked for the tags; {} where that is a row already. A stage that starts elsewhere than the first of them has a row
+    of its own, "before_NAME"."""
+    cfg = run.cfg
+    rows = {contender.path for contender in contenders.values()}
+    found = {}
+    for name in stages:
+        teaches = name in algorithms.STAGES or cfg.pretrained and name == "cot"
+        if not teaches:
+            continue
+        start = start_of(run, name, stages)
+        if start.path in rows:
+            continue
+        rows.add(start.path)
+        found[f"before_{name}" if found else "before"] = start
+    return found
+
+
+def start_of(run, stage, stages):
+    """What a stage starts from as a Contender, asked as the stage asks or, of supervised ones, for the tags."""
+    cfg = run.cfg
+    is_first = stage == stages[0]
+    if is_first and cfg.vlm.llava:
+        return Contender(cfg.vlm.llava, cfg.rl.method, is_folder=True)
+    paths = [run.path(name) for name in STAGES[stage].starts_from if run.path(name).exists()]
+    path = Path(cfg.run.init) if cfg.run.init and (is_first or not paths) else paths[0]
+    method = getattr(STAGES[stage].train, "keywords", {}).get("method", "")
+    return Contender(path, method or asked_by(cfg, checkpoint.load(path).get("method", "")))
 
 
 def judge_methods(run, contenders, to="", trained=None):

@@ -29,14 +29,48 @@ ALL_TAGS = TAGS + STAGE_TAGS
 SECTIONS = tuple(name.lower() for name in FORMS["llava_cot"])       # as the fields of a Sample are called
 IMAGE = "<image>"
 
-# What a method appends to the question.
+
+
+class Prompt(NamedTuple):
+    """How a method asks.
+
+    brief: what it appends to the question, in the few words that models from nothing know, of template "brief".
+    english: the same for models that know English, of all other templates.
+    system: the text that opens the conversation; None for the template's own.
+    example: a turn without a picture, (question, reply), in front of the conversation; () for none.
+    """
+    brief: str
+    english: str
+    system: str | None = None
+    example: tuple = ()
+
+    def appended(self, template):
+        return self.brief if template == "brief" else self.english
+
+
+# The tags only asked for: of models from nothing in the words that their tokenizers know whole; of pretrained ones as
+# R1-V and Visual-RFT (arXiv 2503.01785) do.
+_ASKED = " think inside <think> </think> then answer inside <answer> </answer> ."
+_ASKED_IN_ENGLISH = (" Output the thinking process in <think> </think> and only the final answer in <answer> </answer> "
+                     "tags.")
+# DeepSeek-R1-Zero's template (arXiv 2501.12948, table 1), shortened.
+_SYSTEM = ("A conversation between User and Assistant. The assistant first thinks about the reasoning process and then "
+           "provides the user with the answer. The reasoning process and the answer are enclosed within <think> "
+           "</think> and <answer> </answer> tags, i.e., <think> reasoning process here </think> <answer> answer here "
+           "</answer>")
+_EXAMPLE = ("Which is larger, 12 or 5?" + _ASKED_IN_ENGLISH,
+            "<think> 12 is 7 more than 5, so 12 is larger.</think><answer> 12</answer>")
+
 PROMPTS = {
-    "direct": "",               # answer at once
-    "think": " think .",        # chain of thought, taught by examples
-    # The tags are only asked for.
-    "asked": " think inside <think> </think> then answer inside <answer> </answer> .",
-    "llava_cot": " stages .",   # LLaVA-CoT's four sections, taught by examples
+    "direct": Prompt("", ""),                               # answer at once
+    "think": Prompt(" think .", " think ."),                # chain of thought, taught by examples
+    "asked": Prompt(_ASKED, _ASKED_IN_ENGLISH),             # the tags are only asked for
+    # by a system text besides, and with an example of a reply in front: for models that know English
+    "asked_system": Prompt(_ASKED, _ASKED_IN_ENGLISH, system=_SYSTEM),
+    "asked_example": Prompt(_ASKED, _ASKED_IN_ENGLISH, example=_EXAMPLE),
+    "llava_cot": Prompt(" stages .", " stages ."),          # LLaVA-CoT's four sections, taught by examples
 }
+ASKED = ("asked", "asked_system", "asked_example")
 
 
 # ---------------------------------------------------------------- templates
@@ -191,7 +225,7 @@ def _turns(sample, method, template, target):
     if method not in PROMPTS:
         raise ValueError(f"method={method!r} must be one of {', '.join(PROMPTS)}")
     turns = list(sample.turns)
-    question = sample.question + PROMPTS[method]
+    question = sample.question + PROMPTS[method].appended(template)
     if template == "brief":             # its texts begin with a space; a target has what it needs
         turns = [(f" {asked}", f" {answer}") for asked, answer in turns]
         question = f" {question}"
@@ -239,19 +273,22 @@ def encode(sample, tokenizer, image_tokens, method="think", template="brief", ta
 
     Every picture becomes `image_tokens` image ids where an <image> in a question stands for it, without
     any in front of the first question. system: what opens the conversation, None for the template's
-    own text. With a target the answers of earlier turns are targets too. Prompt ids are the
-    beginning of the ids with a target. ValueError for an unknown template or method, an <image> in
-    an answer or in `system`, and another number of <image> than of pictures.
+    own text. With a target the answers of earlier turns are targets too, but not a method's example.
+    Prompt ids are the beginning of the ids with a target. ValueError for an unknown template or
+    method, an <image> in an answer or in `system`, and another number of <image> than of pictures.
     """
     turns = _turns(sample, method, template, target)
     if system is None:
-        system = SYSTEM[template]
+        system = _system(method, template)
     if IMAGE in system:
         raise ValueError(f"system must not hold {IMAGE}, which stands for a picture: {system!r}")
     pieces = [Put("bos")]
-    for number, (question, answer) in enumerate(turns):
-        opening = system if number == 0 else None
-        pieces += TEMPLATES[template](opening, question, answer)
+    if PROMPTS[method].example:
+        pieces += _shown(template, system, PROMPTS[method].example)
+        system = None
+    for question, answer in turns:
+        pieces += TEMPLATES[template](system, question, answer)
+        system = None
     ids, mask = [], []
     for piece in pieces:
         if isinstance(piece, Say):
@@ -264,6 +301,23 @@ def encode(sample, tokenizer, image_tokens, method="think", template="brief", ta
             taught = [False] * len(new_ids)
         mask += taught
     return ids, mask, sample.images
+
+
+def _system(method, template):
+    """What opens a conversation."""
+    system = PROMPTS[method].system
+    return SYSTEM[template] if system is None else system
+
+
+def _shown(template, system, example):
+    """The pieces of a turn that is shown and not taught. example: (question, reply)."""
+    pieces = []
+    for piece in TEMPLATES[template](system, *example):
+        if isinstance(piece, Say):
+            pieces.append(Say(piece.asked + piece.taught))
+        else:
+            pieces.append(Put(piece.token))
+    return pieces
 
 
 def token_ids(tokenizer, name):
@@ -280,7 +334,8 @@ def prompt_text(sample, method, template):
     """The text of the last turn of `encode`: <image> for a picture, the names of special tokens, no
     BOS."""
     turns = _turns(sample, method, template, None)
-    system = SYSTEM[template] if len(turns) == 1 else None
+    opens = len(turns) == 1 and not PROMPTS[method].example
+    system = _system(method, template) if opens else None
     text = ""
     for piece in TEMPLATES[template](system, *turns[-1]):
         if isinstance(piece, Say):

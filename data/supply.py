@@ -253,5 +253,5 @@ class Supply:
             for sample in self.taught(self.samples("train", 1000, "tokenizer")[:1000], "tokenizer"):
                 texts += [sample.reasoning, sample.conclusion]
         for method in ("direct", "think", "asked"):
-            texts += [chat.PROMPTS[method].replace(tag, "") for tag in chat.TAGS]
+            texts += [chat.PROMPTS[method].brief.replace(tag, "") for tag in chat.TAGS]
         return [f" {text}" for text in texts], list(dict.fromkeys(words))

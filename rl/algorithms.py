@@ -7,6 +7,7 @@ settings share a name: `label`.
 import math
 from dataclasses import dataclass, fields
 
+from data import chat
 from model.runs.config import change, check_fields, choice, flag, get, need, number
 from rl.advantages import BASELINES, CONSTANTS
 from rl.learner import CRITICS
@@ -161,6 +162,7 @@ class RlOptions:
     epochs: int = number(1, "[1, 10000]")           # passes over a rollout
     mini_batches: int = number(1, "[1, 10000]")     # optimizer steps a pass, at most
     bad_steps: int = number(3, "[1, 1000000]")      # losses or gradients in a row, not finite, that end the run
+    method: str = choice(*chat.ASKED)               # how a model that learned no chains is asked: chat.py's PROMPTS
     curriculum: bool = False                        # drawn scenes: prompts of few hops first, all from half time on
     distill_from: str = "perfect"                   # of stage distilled the teacher: a stage of the run, or FILE.pt
 

@@ -35,11 +35,12 @@ def picture_words(image):
     return f"drawn, {image.shape[1]} x {image.shape[0]}"
 
 
-def preflight_text(rollout, active, costs, steps, refill=0):
+def preflight_text(rollout, active, costs, steps, refill=0, gated=False):
     """Text: what a batch of rollouts from the model as it is looks like, how long the run will take, and warnings.
 
     active: share of the groups that can move the model; costs: what metrics.costs says of rollout and update; refill:
-    how many more rollouts a step may take; steps: of the stage, None where FLOPs end it.
+    how many more rollouts a step may take; steps: of the stage, None where FLOPs end it; gated: whether a right answer
+    only counts in a well-formed completion.
     """
     line = metrics.of_rollout(rollout)
     P, G = rollout.reward.shape
@@ -61,13 +62,17 @@ def preflight_text(rollout, active, costs, steps, refill=0):
             f"{line['length']:.1f} tokens, {100 * line['truncated']:.0f} % cut off, "
             f"{costs['tokens_per_second']:.0f} tokens/s",
             f"  {', '.join(shares)}; {step:.2f} s a step (update {update:.2f}), {end}"]
-    return "\n".join(text + [f"  warning: {warning}" for warning in warnings(line, active)])
+    return "\n".join(text + [f"  warning: {warning}" for warning in warnings(line, active, gated)])
 
 
-def warnings(line, active):
+def warnings(line, active, gated=False):
     """What of a rollout's metrics promises little, a sentence each."""
     found = []
-    if active < 0.05:
+    if gated and line.get("reward/format") == 0:
+        found.append("no completion has the form that rewards ask for, so that all are 0 and nothing can be learned: "
+                     "teach it first by chains of thought (stage cot, --cot-steps), ask for it by "
+                     "--method=asked_system or asked_example, or let right answers count without it (--gated=False)")
+    elif active < 0.05:
         found.append("almost no group can move the model, all rewards in it being equal or all completions left out: "
                      "easier or harder prompts, a larger --group, a warmer start or another reward would help")
     if line["reward/correctness"] < 0.02:

@@ -485,24 +485,26 @@ def test_stages_start_from_the_init_of_another_run_and_take_its_shape(finished, 
     train.main([*SMALL, "--stage=rl,cot_continued", f"--init={finished / 'cot.pt'}", f"--out={tmp_path / 'new'}",
                 "--ff=128"])
     rows = json.loads((tmp_path / "new/results.json").read_text())
-    assert {row["method"] for row in rows} == {"teacher", "grpo_token", "cot_continued"}
+    assert {row["method"] for row in rows} == {"teacher", "before", "grpo_token", "cot_continued"}
     assert "note: --init decides the model's shape: ff=64, not 128\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "new/config.json").read_text())["ff"] == 64
 
 
 def labels_on_disk(out):
     """What each file of a finished run calls what its RL stages made."""
+    others = {"teacher", "before"}
+
     def rows(name):
         return json.loads((out / f"{name}.json").read_text())
 
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return {
-        "results": {row["method"] for row in rows("results")} - {"teacher"}, "kinds": {
-            row["method"] for row in rows("kinds")} - {"teacher"},
-        "scores": {*rows("scores")} - {"teacher"}, "training": {row["method"] for row in rows("training")},
+        "results": {row["method"] for row in rows("results")} - others, "kinds": {
+            row["method"] for row in rows("kinds")} - others,
+        "scores": {*rows("scores")} - others, "training": {row["method"] for row in rows("training")},
         "log": {line["method"] for line in log if "reward" in line},
         "checkpoints": {checkpoint.load(path)["label"] for path in out.glob("*.pt")},
-        "page": {*re.findall(r"<tr><th>(\S+)</th><td>\d", (out / "samples.html").read_text())} - {"teacher"}}
+        "page": {*re.findall(r"<tr><th>(\S+)</th><td>\d", (out / "samples.html").read_text())} - others}
 
 
 @pytest.mark.parametrize("flags, labels", [
@@ -517,7 +519,7 @@ def test_every_file_of_a_run_calls_a_setting_by_its_one_label(finished, tmp_path
     assert f"Paired difference to {first} in points, T = 1" in said
     differences = json.loads((out / "differences.json").read_text())
     assert {row["metric"] for row in differences} == {f"accuracy - {first}"}
-    assert {row["method"] for row in differences} == {"teacher", *wanted} - {first}
+    assert {row["method"] for row in differences} == {"teacher", "before", *wanted} - {first}
     evaluation.main([f"--checkpoint={out / 'rl.pt'}", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1",
                      "--splits=id"])
     assert f"\n{first} " in capsys.readouterr().out

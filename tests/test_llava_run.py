@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -346,7 +347,7 @@ def test_what_nothing_can_check_is_not_evaluated(folder):
         evaluation.main([f"--checkpoint={folder[0] / 'run' / 'sft.pt'}"])
 
 
-def test_a_pretrained_model_goes_from_sft_to_rl_and_has_no_teacher(folder, tmp_path, capsys):
+def test_a_pretrained_model_goes_from_sft_to_rl_beside_what_it_was_before(folder, tmp_path, capsys, monkeypatch):
     folder, _ = folder
     for n in range(12):
         Image.new("RGB", (9, 9), (n * 9, 0, 0)).save(tmp_path / f"{n}.png")
@@ -355,12 +356,14 @@ def test_a_pretrained_model_goes_from_sft_to_rl_and_has_no_teacher(folder, tmp_p
     mine = [f"--llava={folder / 'hf'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", "--threads=1", "--dtype=float32"]
     with pytest.raises(ValueError, match="cot needs a reasoning in every line"):
         train.main([*mine, "--stage=sft,cot", f"--out={tmp_path / 'none'}"])
-    train.main([*mine, f"--out={tmp_path / 'run'}", "--sft-steps=1", "--rl-steps=1", "--rl-batch=2", "--group=2",
-                "--max-new=24", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1"])
+    few = ["--lora-rank=0", "--sft-steps=1", "--rl-steps=1", "--rl-batch=2", "--group=2",
+           "--max-new=24", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1"]
+    train.main([*mine, *few, "--cot-steps=0", f"--out={tmp_path / 'run'}"])
     said = capsys.readouterr().out
     assert said.index("planned: weights") < said.index("config, what differs")       # before a weight is loaded
     sft, rl = (checkpoint.load(tmp_path / "run" / f"{stage}.pt") for stage in ("sft", "rl"))
     assert rl["method"] == "asked" and rl["config"]["template"] == "vicuna_v1"
+    assert rl["label"] == "grpo" and methods(tmp_path / "run") == ["before", "grpo"]
     start = pretrained.load_llava(folder / "hf")[0].llm.norm.weight     # RL went on from sft, not from the folder
     assert not torch.equal(sft["vlm"]["llm.norm.weight"], start)
     assert not torch.equal(rl["vlm"]["llm.norm.weight"], start)
@@ -368,6 +371,23 @@ def test_a_pretrained_model_goes_from_sft_to_rl_and_has_no_teacher(folder, tmp_p
                 "--rl-steps=1", "--rl-batch=2", "--group=2", "--max-new=24", "--eval-greedy=1", "--eval-sampled=1",
                 "--eval-samples=1"])
     assert checkpoint.load(tmp_path / "next" / "rl.pt")["config"]["template"] == "vicuna_v1"
+    assert methods(tmp_path / "next")[0] == "before"
+
+    # Before RL on the folder itself, it is asked as RL asks.
+    asked = []
+    monkeypatch.setattr(evaluation, "evaluate", partial(noted, asked, evaluation.evaluate))
+    train.main([*mine, *few, "--stage=rl", "--method=asked_example", f"--out={tmp_path / 'folder'}"])
+    assert methods(tmp_path / "folder") == ["before", "grpo"] and asked == ["asked_example", "asked_example"]
+
+
+def methods(out):
+    return [*dict.fromkeys(row["method"] for row in json.loads((out / "results.json").read_text()))]
+
+
+def noted(asked, evaluate, vlm, tok, samples, prompting, *options):
+    """As eval.evaluate; appends the method to `asked`."""
+    asked.append(prompting.method)
+    return evaluate(vlm, tok, samples, prompting, *options)
 
 
 def test_the_clip_stage_names_records_that_are_no_pair(folder, tmp_path):

@@ -11,8 +11,9 @@ from model import lora, memory
 from model.clip import Clip
 from model.hub import names, pretrained
 from model.runs.config import change
-from model.runs.presets import RECIPES
+from model.runs.presets import RECIPES, RL_RECIPES
 from model.vlm import VLM, VlmConfig
+from rl import algorithms
 
 # As the hub counts them: parameters and tensors of the decoder's own files, and of the whole image
 # tower.
@@ -104,6 +105,16 @@ def test_a_recipes_names_and_shapes_are_transformers_own(name):
         assert ours.pop("projector.weight") == (llm.width, clip.clip_width)
         assert ours.pop("projector.bias") == (llm.width,)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("name", [*RL_RECIPES, "llm-rl", "llava-rl", "llava-1.5-7b"])
+def test_reinforcement_learning_of_pretrained_models_is_grpo_as_its_table_has_it(name):
+    cfg = config(name)
+    assert algorithms.label(cfg, "rl") == "grpo" and cfg.algorithm == algorithms.ALGORITHMS["grpo"]
+    assert cfg.sampling.group == 8 and cfg.sampling.temperature == 1.0
+    trains_all = name == "llava-1.5-7b"
+    assert cfg.rl.rl_lr == 1e-6 if trains_all else cfg.lora.lora_rank == 64
+    assert cfg.data.template != "brief"         # which asks in words that no pretrained model was taught
 
 
 def test_a_7b_is_planned_without_a_byte_of_it():

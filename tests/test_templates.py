@@ -419,6 +419,30 @@ def test_the_method_is_appended_to_the_last_question_only():
     assert VICUNA.decode(encode(sample, VICUNA, "vicuna_v1", system="", method="think")[0]).count("think") == 1
 
 
+def test_the_tags_are_asked_for_in_english_by_a_system_text_and_by_an_example():
+    sample = Sample(images=(PICTURE,), question="And", turns=())
+    english = " Output the thinking process in <think> </think> and only the final answer in <answer> </answer> tags."
+    example, reply = chat.PROMPTS["asked_example"].example
+
+    def prompt(method):
+        ids, mask = encode(sample, QWEN, "chatml", method=method)
+        assert not any(mask)
+        return QWEN.decode([QWEN.encode("?")[0] if i == QWEN.image_id else i for i in ids]), ids
+
+    plain, _ = prompt("asked")
+    turn = f"user\n??\nAnd{english}\nassistant\n"
+    assert plain == f"system\nYou are a helpful assistant.\n{turn}"
+    opened, _ = prompt("asked_system")
+    assert opened == f"system\n{chat.PROMPTS['asked_system'].system}\n{turn}"
+    shown, ids = prompt("asked_example")
+    assert shown == f"system\nYou are a helpful assistant.\nuser\n{example}\nassistant\n{reply}\n{turn}"
+    assert example.endswith(english) and chat.parse(reply).well_formed
+    taught, mask = encode(sample, QWEN, "chatml", "yes", method="asked_example")
+    assert taught[:len(ids)] == ids                                     # asked as taught, and the example is not taught
+    assert QWEN.decode([i for i, m in zip(taught, mask) if m]) == "yes"
+    assert chat.prompt_text(sample, "asked_example", "chatml").startswith("<|im_start|>user\n<image>\nAnd Output")
+
+
 @pytest.mark.parametrize("template, first, later", [
     ("brief", "<image> What", " What"),
     ("vicuna_v1", chat.SYSTEM["vicuna_v1"] + " USER: <image>\nWhat ASSISTANT:", "USER: What ASSISTANT:"),

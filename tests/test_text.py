@@ -161,14 +161,15 @@ def test_the_mask_holds_the_target_and_its_eos_and_nothing_else(tok, template, t
     sample = Sample(images=(PICTURE,), question=QUESTION)
     ids, mask, images = chat.encode(sample, tok, PATCHES, method, template, TARGET)
     assert target_of(tok, ids, mask) == taught + "[EOS]" and mask == sorted(mask) and len(ids) == len(mask)
-    assert ids[0] == tok.bos_id and ids.count(tok.eos_id) == 1 and images == sample.images
+    turns = 1 + bool(chat.PROMPTS[method].example)
+    assert ids[0] == tok.bos_id and ids.count(tok.eos_id) == turns and images == sample.images
     prompt, nothing, _ = chat.encode(sample, tok, PATCHES, method, template)
     assert ids[:mask.index(True)] == prompt and not any(nothing)        # asked exactly as taught
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_every_picture_becomes_its_patches_in_front_of_the_question(tok, images):
-    sample, think = Sample(images=(PICTURE,) * images, question=QUESTION), chat.PROMPTS["think"]
+    sample, think = Sample(images=(PICTURE,) * images, question=QUESTION), chat.PROMPTS["think"].brief
     picture = "#" * PATCHES
     for template, wanted in (("brief", f"[BOS]{picture * images} {QUESTION}{think}"),
                              ("vicuna_v1", f"[BOS]{chat.SYSTEM['vicuna_v1']} USER: {f'{picture}{chr(10)}' * images}"

@@ -575,6 +575,9 @@ def test_the_preflight_warns_of_what_cannot_be_learned():
     assert "5.00 s a step (update 3.00), about 2.5 minutes in all" in said([[1.0, 0.0], [0.0, 0.0]], refill=3)
     assert "almost no completion is right" in said([[0.0, 0.0]])
     assert "almost no group can move the model" in said([[0.0, 0.0]], active=0.0)
+    gated = preflight_text(rollout_of([[0.0, 0.0]]), 0.0, costs, 30, gated=True)
+    assert "no completion has the form that rewards ask for" in gated and "almost no group" not in gated
+    assert "no completion has the form" not in preflight_text(rollout_of([[1.0, 0.0]]), 0.0, costs, 30, gated=True)
     assert "almost no group can move" not in said([[0.0, 0.0]], active=1.0)         # a critic learns from flat ones too
     assert "every completion is right already" in said([[1.0, 1.0]])
     assert "cut off before they answer" in said([[1.0, 0.0]], ended=[[False, False]])

@@ -23,12 +23,39 @@ SMOLLM2 = dict(llm="HuggingFaceTB/SmolLM2-135M-Instruct", vocab=49152, width=576
 QWEN_05B = dict(llm="Qwen/Qwen2.5-0.5B-Instruct", vocab=151936, width=896, layers=24, heads=14, kv_heads=2, ff=4864,
                 theta=1000000.0, eps=1e-6, tied=True, qkv_bias=True, template="chatml")
 
+# As rl/algorithms.py has it.
+GRPO = dict(algorithm="grpo", norm="sequence", flat="count", kl_coef=0.04)
+
 LLAVA_V1 = dict(
     projector="linear", image_fit="crop", align_lr=2e-3, align_batch=128, align_epochs=1.0, sft_lr=2e-5, batch=128,
     sft_epochs=3.0, warmup=0.03, final_lr=0.0, weight_decay=0.0, beta2=0.999, grad_clip=1.0, max_length=2048,
-    dtype="bfloat16", checkpointing=True, micro_batch=4, max_new=128, save_every=500)
+    dtype="bfloat16", checkpointing=True, micro_batch=4, max_new=128, save_every=500,
+    # reinforcement learning after it, of all weights: R1-V's and Visual-RFT's
+    compare="none", cot_steps=0, **GRPO, rl_lr=1e-6, rl_batch=8)
 LLAVA_15 = LLAVA_V1 | dict(projector="mlp2x_gelu", image_fit="pad", align_lr=1e-3, align_batch=256, sft_epochs=1.0,
                            group_lengths=True)
+
+# For pictures in classes: a few hundred are known by heart after a few epochs; more steps gain nothing on others.
+SMALL_CLIP = dict(image_size=64, patch=16, clip_steps=200, clip_batch=64)
+
+# Reinforcement learning of pretrained models by adapters, on pictures and questions of one's own. GRPO, its KL of 0.04,
+# groups of 8 and temperature 1 are R1-V's and Visual-RFT's (arXiv 2503.01785), which take 200 steps; 1e-5 is VLM-R1's
+# rate of adapters (arXiv 2504.07615), 2e-4 LLaVA-1.5's of supervised ones. A few chains teach the tags before: `cot`.
+RL_OF_PRETRAINED = SMALL_CLIP | dict(
+    compare="none", template="auto", projector="linear", image_positions=False, image_fit="pad",
+    lora_rank=64, lora_alpha=128.0, lora_targets="all", align_lr=1e-3, align_steps=200, sft_lr=2e-4, sft_steps=0,
+    cot_lr=2e-4, cot_steps=100, batch=16, **GRPO, rl_lr=1e-5, rl_batch=8, rl_steps=200, max_new=256, warmup=0.03,
+    final_lr=0.0, weight_decay=0.0, beta2=0.99, grad_clip=1.0, save_every=50)
+ON_A_GPU = dict(dtype="bfloat16", checkpointing=True, micro_batch=4)
+ASKS_FOR_TAGS = dict(cot_steps=0)       # of a whole LLaVA, which follows its prompt, nothing else is taught
+
+RL_RECIPES = {
+    # from nothing but the decoder, on two CPU cores: a small CLIP first
+    "smollm2-small": SMOLLM2 | RL_OF_PRETRAINED | dict(
+        align_steps=60, cot_steps=40, rl_steps=40, rl_lr=1e-4, max_new=40, eval_greedy=100, eval_sampled=50, eval_samples=4, save_every=10),
+    "qwen2.5-0.5b-rl": CLIP_L | QWEN_05B | RL_OF_PRETRAINED | ON_A_GPU,
+    "llava-1.5-7b-rl": RL_OF_PRETRAINED | ON_A_GPU | ASKS_FOR_TAGS | dict(llava="llava-hf/llava-1.5-7b-hf"),
+}
 
 RECIPES = {
     "llava-v1-7b": CLIP_L | VICUNA_7B_V1 | LLAVA_V1,
@@ -46,10 +73,11 @@ def preset_of(given):
     data = given.get("data", "scenes")
     if given.get("bench"):
         return "bench"
-    if {"clip", "llm", "llava"} & {*given}:
+    pretrained = {"clip", "llm", "llava"} & {*given}
+    if data.startswith("llava:") and (pretrained or given.get("init")):
         return "llava"
-    if given.get("init") and data.startswith("llava:"):
-        return "llava"
+    if pretrained:
+        return "llava-rl" if given.get("llava") else "llm-rl"
     drawn = {"scenes": "embedded", "monitors": "monitors"}
     return drawn.get(data, "images")
 
@@ -86,10 +114,13 @@ PRESETS = {
                      rl_prompts=3200, max_new=48, rates="rl:5e-4,filtered:5e-4,cot_continued:1e-3"),
     # LLaVA-1.5's training of whatever parts are named; a part that is not is a small one, from nothing
     "llava": LLAVA_15 | dict(template="auto", image_positions=False, dtype="float32", checkpointing=False),
+    # reinforcement learning of whatever parts, or whole LLaVA, are named
+    "llm-rl": RL_OF_PRETRAINED,
+    "llava-rl": RL_OF_PRETRAINED | ASKS_FOR_TAGS,
     **RECIPES,
-    # a few hundred pictures are known by heart after a few epochs; more steps than these gain nothing on others
-    "images": dict(image_size=64, patch=16, clip_steps=200, clip_batch=64, align_steps=30, sft_steps=30, cot_steps=100,
-                   batch=48, rl_steps=30, rl_batch=16, max_new=48, vocab=1024, save_every=50),
+    **RL_RECIPES,
+    "images": SMALL_CLIP | dict(align_steps=30, sft_steps=30, cot_steps=100, batch=48, rl_steps=30, rl_batch=16,
+                                max_new=48, vocab=1024, save_every=50),
     # the shape of the step that is timed against other trainers
     "bench": dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", width=192,
                   heads=6, kv_heads=6, ff=512, tied=False, image_positions=False, rl_batch=8, max_new=48),
