@@ -27,8 +27,9 @@ from data.records import is_leak
 from data.sample import Sample
 from data.skills import procedure
 from data.supply import real_data, scene_teacher
-from data.teachers import TeacherOptions, nearest_answers
+from data.teachers import TeacherOptions
 from data.worlds import DRAWN, world_of
+from data.zero_shot import ZeroShot, as_captions
 from model import memory
 from model.clip import Clip
 from model.generate import Sampler, generate
@@ -531,12 +532,28 @@ def simple_answers(cfg, path, asked, shown):
         "linear probe": baselines.probed(shown, asked, lambda pixels: vlm.features(pixels.to(device)),
                                          vlm.config.pixels),
     }
-    if "clip" in state:
-        towers = Clip.from_config(state["clip_config"], state["clip"]).to(device, dtype)
-        names = sorted({sample.answer for sample in shown})
-        nearest = nearest_answers(towers, asked, names, tok, 1, device, dtype)
+    clip = zero_shot(cfg, state, tok)
+    if clip:
+        nearest = clip.nearest(asked, sorted({sample.answer for sample in shown}), 1)
         answers["zero-shot CLIP"] = [name for [name] in nearest]
     return answers
+
+
+def zero_shot(cfg, towers, tok):
+    """The ZeroShot of the CLIP at hand: the one that a run trained, whose weights and config stand in `towers` as in a
+    checkpoint, and which reads words by the run's tokenizer `tok`; else that of --clip, with OpenAI's words. None where
+    neither has a text tower that can be read. cfg: train.py's."""
+    device = pick_device(cfg.machine.device)
+    # Cosines of a picture with two classes often differ by less than bfloat16 tells apart.
+    dtype = torch.promote_types(pick_dtype(cfg.machine.dtype), torch.float32)
+    name = cfg.clip.clip
+    if "clip" in towers:
+        clip = Clip.from_config(towers["clip_config"], towers["clip"]).to(device, dtype)
+        return ZeroShot(clip, as_captions(tok, clip.config.text_length))
+    if not name or pretrained.text_fault(name):
+        return None
+    clip = pretrained.load_clip(name, dtype, device)
+    return ZeroShot(clip, pretrained.photo_reader(clip.config.text_length))
 
 
 def right_directly(path, cfg, asked):

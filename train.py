@@ -943,12 +943,12 @@ def real_chains(run, cfg, origin, stream, flawless):
     samples = run.real["train"]
     answers = sorted({sample.answer for sample in samples})
     nearest = [()] * len(samples)
-    if not all(sample.reasoning for sample in samples):
-        if not origin.towers:
-            raise ValueError("chains on real pictures need a checkpoint that carries its CLIP text tower")
-        towers = Clip.from_config(origin.towers["clip_config"], origin.towers["clip"]).to(run.device, run.dtype)
-        nearest = teachers.nearest_answers(towers, samples, answers, run.tokenizer, cfg.teacher.candidates, run.device,
-                                           run.dtype)
+    without = [place for place, sample in enumerate(samples) if not sample.reasoning]
+    if without:
+        clip = evaluation.zero_shot(cfg, origin.towers, run.tokenizer)
+        found = clip.nearest([samples[place] for place in without], answers, cfg.teacher.candidates)
+        for place, candidates in zip(without, found):
+            nearest[place] = candidates
     error = 0.0 if flawless else cfg.teacher.teacher_error
     return teachers.candidate_chains(samples, nearest, error, run.supply.stream(stream), answers)
 
@@ -1284,11 +1284,6 @@ def open_run(run):
     if "iou" in rewards.weights and not any(sample.boxes for sample in own):
         raise ValueError(f"--rewards={cfg.reward.rewards}: iou needs samples with boxes, and --data={cfg.data.data} "
                          "has none")
-    trains_on = run.real["train"] if run.real else own
-    has_chains = run.supply.teach or all(sample.reasoning for sample in trains_on)
-    if run.plan and "cot" in stages and not has_chains:
-        raise ValueError(f"--stage={cfg.run.stage}: cot needs a reasoning in every line of --data={cfg.data.data}, or "
-                         "a --teacher: a pretrained model has none")
     if run.supply.teach:        # it may fail on a prompt of the tests: better now than after training
         run.supply.tests(count_of_tests(cfg))
     starts_from = {name: stage.starts_from for name, stage in STAGES.items()}
@@ -1300,6 +1295,7 @@ def open_run(run):
     for name, stage in STAGES.items():
         costs_like[name] = () if name in algorithms.STAGES else stage.costs_like    # RL has --rl-steps without
     run.check_origins(stages, starts_from, costs_like, cfg.run.init)
+    check_chains(run, stages)
     run.prepare_tokenizer()
     if "distilled" in stages:
         check_distillation(run, stages)
@@ -1313,6 +1309,33 @@ def open_run(run):
     if isinstance(run.tokenizer.saved, bytes):
         checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
     return notes
+
+
+def check_chains(run, stages):
+    """Raises ValueError unless stages that learn from chains find some for one's own pictures: in the data, from
+    --teacher, or from a CLIP that names the answers nearest to a picture."""
+    cfg = run.cfg
+    learners = [stage for stage in stages if stage in ("cot", "cot_continued", "filtered", "perfect")]
+    has_chains = run.supply.teach or not run.real or all(sample.reasoning for sample in run.real["train"])
+    if not learners or has_chains or "clip" in stages:
+        return
+    fault = why_nothing_is_named(cfg)
+    if fault:
+        raise ValueError(f"--stage={cfg.run.stage}: {learners[0]} needs a reasoning in every line of "
+                         f"--data={cfg.data.data}, --teacher=FILE.py:NAME, or --clip=NAME of a CLIP with both towers, "
+                         f"which names the nearest answers: {fault}")
+
+
+def why_nothing_is_named(cfg):
+    """Why a run without stage clip has no CLIP that can name answers, as the end of a sentence; "" if it has one."""
+    if cfg.run.init and "clip" in checkpoint.load(cfg.run.init):
+        return ""
+    if cfg.clip.clip:
+        fault = pretrained.text_fault(cfg.clip.clip)
+        return f"--clip={cfg.clip.clip} {fault}" if fault else ""
+    if cfg.run.init:
+        return f"--init={cfg.run.init} carries none"
+    return f"--llava={cfg.vlm.llava} holds the image tower alone"
 
 
 def check_distillation(run, stages):

@@ -1,7 +1,7 @@
 """What answers to pictures in classes are worth without a language model, to be held beside those of one.
 
 Each gives an answer for every sample that is asked, from the training samples that are shown; one
-chunk of pictures is decoded at a time. Zero-shot CLIP is `data.teachers.nearest_answers`.
+chunk of pictures is decoded at a time. Zero-shot CLIP is `data.zero_shot`.
 """
 import numpy as np
 import torch

@@ -15,12 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data import scenes
 from data.answers import is_right
 from data.chat import ALL_TAGS, IMAGE, staged_text, target_text
-from data.sample import collate, to_pixels
 from model.runs.config import check_fields, choice, first_line, number
 
 
@@ -156,36 +154,15 @@ def is_conclusion_right(sample):
 
 # ---------------------------------------------------------------- real pictures
 
-@torch.no_grad()
-def nearest_answers(clip, samples, answers, tokenizer, count, device, dtype):
-    """For each sample the `count` answers that its picture's embedding is nearest to, best first
-    (zero-shot CLIP).
-
-    clip: both towers, on `device` in `dtype`, with config.text_length, config.image_size and
-    nearest(pixels, ids, length, count) -> for each picture the places of its `count` nearest texts.
-    """
-    rows = []
-    for answer in answers:
-        ids = tokenizer.encode(" " + answer)[:clip.config.text_length - 1] + [tokenizer.eos_id]
-        rows.append((ids, [0] * len(ids), ()))
-    batch = collate(rows, tokenizer.pad_id, image_size=1).to(device)
-    nearest = []
-    for first in range(0, len(samples), 64):
-        pictures = [sample.images[0] for sample in samples[first:first + 64]]
-        pixels = to_pixels(pictures, clip.config.image_size).to(device, dtype)
-        for places in clip.nearest(pixels, batch.ids, batch.length, count):
-            nearest.append([answers[place] for place in places])
-    return nearest
-
-
 def candidate_chains(samples, nearest, error, seed, answers):
     """Chains for real pictures: name the candidates, then choose one. Samples that bring their
     reasoning keep it.
 
     nearest: for each sample the answers its picture looks most like, best first, as
-    `nearest_answers` gives them. The teacher is wrong with probability `error`, and then names
-    another of its candidates; the gold answer takes the last place among the candidates when the
-    encoder did not think of it. Returns the samples with reasoning and conclusion.
+    `zero_shot.ZeroShot` gives them; empty for one that brings its reasoning. The teacher is wrong
+    with probability `error`, and then names another of its candidates; the gold answer takes the
+    last place among the candidates when the encoder did not think of it. Returns the samples with
+    reasoning and conclusion.
     """
     rng = random.Random(f"teacher {seed}")
     chains = []

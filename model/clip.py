@@ -273,12 +273,6 @@ class Clip(nn.Module):
             model.load_state_dict(state)
         return model
 
-    @torch.no_grad()
-    def nearest(self, pixels, ids, length, count):
-        """Zero-shot: for each picture the indices of its `count` nearest texts, best first."""
-        similarity = self.encode_image(pixels) @ self.encode_text(ids, length).T       # (B, texts)
-        return similarity.topk(min(count, len(ids))).indices.tolist()
-
     def encode_image(self, pixels):
         """pixels (B, 3, S, S) -> unit vectors (B, E)."""
         return F.normalize(self.visual(pixels), dim=-1)

@@ -1,7 +1,6 @@
-"""Teachers of one's own, and what an encoder tells the others: nearest answers and the shape probe."""
+"""Teachers of one's own, and what the shape probe tells of an encoder."""
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,7 +8,6 @@ from data import scenes, teachers
 from data.answers import commonest_answer
 from data.sample import Sample
 from data.shape_probe import shape_probe
-from data.tokenizer import train
 
 GOOD = """
 import dataclasses
@@ -104,29 +102,6 @@ def test_a_teacher_that_raises_is_an_error_that_names_the_sample():
         return {}["missing"]
     with pytest.raises(ValueError, match="^teacher, sample 'a7': KeyError: 'missing'$"):
         teachers.taught([Sample(id="a7")], teach, 0)
-
-
-class Shades:
-    """Stands in for CLIP: a picture is nearest to the text whose number of tokens is nearest to its mean grey."""
-    config = SimpleNamespace(text_length=4, image_size=2)
-
-    def nearest(self, pixels, ids, length, count):
-        assert ids.shape == (len(length), int(length.max())) and pixels.dtype == torch.float64
-        distance = (pixels.mean((1, 2, 3))[:, None] - length[None]).abs()
-        return distance.argsort(1)[:, :count].tolist()
-
-
-def test_nearest_answers_are_those_of_the_encoder_best_first_over_all_batches(monkeypatch):
-    tokenizer = train(["a b c d e f"] * 2, [f"▁{letter}" for letter in "abcdef"], 300)
-    answers = ["a", "a b", "a b c d e f"]           # 2, 3 and, cut off, 4 tokens with the end token
-    level = {2: 0, 3: 120, 4: 255}
-    monkeypatch.setattr(teachers, "to_pixels", lambda images, size: torch.stack(
-        [torch.full((3, size, size), float({v: k for k, v in level.items()}[int(image.max())])) for image in images]))
-    samples = [Sample(images=(np.full((2, 2, 3), level[2 + n % 3], np.uint8),)) for n in range(130)]
-    found = teachers.nearest_answers(Shades(), samples, answers, tokenizer, 2, "cpu", torch.float64)
-    assert len(found) == 130 and all(len(row) == 2 for row in found)
-    assert [row[0] for row in found] == [answers[n % 3] for n in range(130)]
-    assert found[0] == ["a", "a b"]
 
 
 class Tower:

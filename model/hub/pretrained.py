@@ -353,6 +353,62 @@ def _check_same_tensors(wanted, found, where):
     complain(where, wanted.keys() - found.keys(), found.keys() - wanted.keys(), wrong)
 
 
+# ---------------------------------------------------------------- CLIP's words
+
+# The prompt of a class by itself (arXiv 2103.00020, section 3.1.4).
+PHOTO = "a photo of a {}."
+OPENAI_VOCAB = 49408        # byte pairs of OpenAI's CLIP, which LAION's and most others share
+
+
+def text_fault(name):
+    """Why the CLIP that `load_clip` would load cannot read words here, as the end of a sentence
+    about it; "" when it can. Tells by configs and the names of tensors: reads no weight."""
+    if _is_open_clip(name):
+        return _vocabulary_fault(_open_clip_shape(name).vocab)      # a config with other words is refused
+    folder = resolve(name, "--clip")
+    names = _collect(TensorFolder(folder).shapes, clip_name, f"CLIP folder {str(folder)!r}")
+    if not {"text_projection", "visual.proj"} <= names.keys():
+        return "holds no text tower"
+    fault = _vocabulary_fault(folder_clip_config(folder, text=True).vocab)
+    if not fault and not _has_openais_pieces(folder):
+        fault = "has another vocabulary than OpenAI's"
+    return fault
+
+
+def _vocabulary_fault(size):
+    if size == OPENAI_VOCAB:
+        return ""
+    return f"has a vocabulary of {size} pieces, not OpenAI's {OPENAI_VOCAB}"
+
+
+def _has_openais_pieces(folder):
+    """Whether the vocabulary that lies in a CLIP folder is OpenAI's, as it is taken to be where
+    none does."""
+    from open_clip.tokenizer import SimpleTokenizer
+    pieces = {}
+    if (folder / "vocab.json").is_file():
+        pieces = read_json(folder / "vocab.json")
+    elif (folder / "tokenizer.json").is_file():
+        pieces = read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    if not pieces:
+        return True
+    expected = SimpleTokenizer().encoder
+    ends = ("<start_of_text>", "<end_of_text>")         # which Hugging Face spells otherwise
+    return all(pieces.get(piece) == place for piece, place in expected.items() if piece not in ends)
+
+
+def photo_reader(text_length):
+    """-> read(answer), the ids of "a photo of a ANSWER." in OpenAI's vocabulary, cut to
+    `text_length` with the end token kept, as open_clip cuts."""
+    from open_clip.tokenizer import SimpleTokenizer
+    words = SimpleTokenizer()
+
+    def read(answer):
+        ids = [words.sot_token_id, *words.encode(PHOTO.format(answer))]
+        return [*ids[:text_length - 1], words.eot_token_id]
+    return read
+
+
 # ---------------------------------------------------------------- decoders
 
 def load_llm(path, dtype=torch.float32, device="cpu"):
