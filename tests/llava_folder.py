@@ -93,6 +93,33 @@ def train_tokenizer(dummy_prefix=True):
     return proto.getvalue()
 
 
+def byte_level_json(texts):
+    """A small tokenizer.json of Qwen's and SmolLM2's kind, with ChatML's tokens, as text."""
+    import tokenizers
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model.train_from_iterator(texts, trainer)
+    return model.to_str()
+
+
+def write_chat_llm(folder):
+    """A tiny decoder of SmolLM2's kind: tied, byte-level, ChatML's tokens; random weights."""
+    torch.manual_seed(0)
+    source = byte_level_json(["system user assistant\nWhat colour is it? red blue\n"] * 4)
+    llm = LlamaConfig(
+        vocab_size=len(json.loads(source)["model"]["vocab"]), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True, initializer_range=0.3)
+    LlamaForCausalLM(llm).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(source)
+    names = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
 def write_models(folder, side=24, patch=8):
     """DIR/clip and DIR/llm, as transformers writes them, with random weights."""
     torch.manual_seed(0)

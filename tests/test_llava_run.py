@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import eval as evaluation
 import train
 from data import chat
 from data.sample import Sample
-from llava_folder import train_tokenizer, write_models, write_records
+from llava_folder import train_tokenizer, write_chat_llm, write_models, write_records
 from model.hub import pretrained
 from model.hub.export import export_hf
-from model.lora import adapters
+from model.lora import adapters, off
 from model.runs import checkpoint
 from model.runs.config import change
 from model.vlm import VLM, VlmConfig
@@ -195,6 +195,45 @@ def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder
     with torch.no_grad():
         wanted = vlm.logits(pixels, ids)
         assert (merged.logits(pixels, ids) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_an_exported_decoder_with_adapters_says_greedily_in_transformers_what_it_says_here(tmp_path):
+    write_chat_llm(tmp_path / "llm")
+    rng = np.random.default_rng(0)
+    lines_of_data = []
+    for n in range(12):
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(tmp_path / f"{n}.png")
+        colour = ("red", "blue")[n % 2]
+        lines_of_data.append(json.dumps(dict(image=f"{n}.png", question=f"What colour is it? {n}", answer=colour,
+                                             reasoning="it looks so")))
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines_of_data))
+    run = tmp_path / "run"
+    train.main([f"--llm={tmp_path / 'llm'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", f"--out={run}", "--threads=1",
+                f"--export=hf:{tmp_path / 'hf'}", "--stage=clip,align,sft,cot", "--image-positions=False",
+                "--clip-stem=conv", "--clip-pool=class", "--image-size=24", "--patch=12", "--clip-width=16",
+                "--clip-heads=2", "--clip-steps=2", "--clip-batch=4", "--align-steps=2", "--align-batch=4",
+                "--sft-steps=3", "--cot-steps=5", "--batch=4", "--cot-lr=1e-2", "--lora-rank=4", "--lora-targets=all",
+                "--max-new=32", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1"])
+    vlm, tok, state = evaluation.load_vlm(run / "cot.pt")
+    assert state["config"]["template"] == "chatml" and len(adapters(vlm.llm)) == 14
+    samples = [Sample(images=(str(tmp_path / f"{n}.png"),), question=f"What is number {n}?") for n in range(12)]
+    prompting = evaluation.Prompting(state["method"], "chatml", 32)
+    ours = [text for [text] in evaluation.complete(vlm, tok, samples, prompting).texts]
+    with off(vlm.llm):
+        base = [text for [text] in evaluation.complete(vlm, tok, samples, prompting).texts]
+    assert len({*ours}) == 12 and not {*ours} & {*base}         # pictures, questions and adapters all matter
+
+    # What a user of transformers does, prompt and pixels by the folder's own files.
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    hf = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    for sample, text in zip(samples, ours):
+        content = [dict(type="image", image=Image.open(sample.images[0])),
+                   dict(type="text", text=sample.question + chat.PROMPTS[state["method"]])]
+        asked = processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True,
+                                              tokenize=True, return_dict=True, return_tensors="pt")
+        with torch.no_grad():
+            said = hf.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1]:]
+        assert processor.tokenizer.decode(said, skip_special_tokens=True) == text
 
 
 def test_from_nothing_the_records_train_every_part(folder, tmp_path):

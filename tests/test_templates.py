@@ -22,6 +22,7 @@ from data import chat
 from data.jinja import TURNS, jinja
 from data.sample import Sample
 from data.tokenizer import BytePairTokenizer, Tokenizer, from_saved, load, train
+from llava_folder import byte_level_json
 from model.clip import ClipConfig
 from model.hub.export import export_hf
 from model.llama import LlamaConfig
@@ -49,18 +50,7 @@ def sentencepiece_model():
     return buffer.getvalue()
 
 
-def byte_level_json():
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model.train_from_iterator(LINES, trainer)
-    return model.to_str()
-
-
-PROTO, JSON = sentencepiece_model(), byte_level_json()
+PROTO, JSON = sentencepiece_model(), byte_level_json(LINES)
 VICUNA = Tokenizer(PROTO)
 QWEN = BytePairTokenizer(JSON, bos=None, eos="<|endoftext|>", pad="<|endoftext|>")
 OWN = train(["A sea gull, two cats; what is it?", " It is a dog."] * 3, chat.TAGS, 400)
