@@ -1297,6 +1297,7 @@ def open_run(run):
     run.check_origins(stages, starts_from, costs_like, cfg.run.init)
     check_chains(run, stages)
     run.prepare_tokenizer()
+    check_template(run)
     if "distilled" in stages:
         check_distillation(run, stages)
     notes = []
@@ -1309,6 +1310,16 @@ def open_run(run):
     if isinstance(run.tokenizer.saved, bytes):
         checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
     return notes
+
+
+def check_template(run):
+    """Raises ValueError unless the run's tokenizer has every token that its template puts between turns."""
+    template = run.cfg.data.template
+    try:
+        chat.encode(Sample(question="one"), run.tokenizer, 1, "direct", template, "two")
+    except ValueError as error:
+        raise ValueError(f"--template={template} must be one of the tokenizer's, brief where a run trains its own: "
+                         f"{error}") from None
 
 
 def check_chains(run, stages):

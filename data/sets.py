@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,8 +112,10 @@ def opened(name, folder, part, download):
     if download:
         options["download"] = True
     given = f"torchvision:{name}@{folder}"
+    root = Path(os.path.expanduser(folder))
     try:
-        return make(os.path.expanduser(folder), **options)
+        with leaving_no_empty_folder(root):
+            return make(str(root), **options)
     except ImportError as error:
         package = str(error.name).partition(".")[0]
         raise ValueError(f"--data={given} needs the package {package}: pip install {package}") from None
@@ -123,6 +126,21 @@ def opened(name, folder, part, download):
                          "torchvision keeps them, or --download") from None
     except Exception as error:                          # what is not guarded by a checksum may be anything
         raise ValueError(f"--data={given} cannot be read: {first_line(error)}") from None
+
+
+@contextmanager
+def leaving_no_empty_folder(root):
+    """Takes folders that were made meanwhile away again, where an error leaves them without a file."""
+    made = [path for path in (root, *root.parents) if not path.exists()]        # from the inside out
+    try:
+        yield
+    except BaseException:
+        if made:
+            made = [*sorted(root.glob("**/"), reverse=True), *made]
+        for path in made:
+            with suppress(OSError):                     # not empty, or never made
+                path.rmdir()
+        raise
 
 
 def labelled(dataset):

@@ -182,6 +182,29 @@ def test_a_download_that_fails_is_one_sentence_with_its_reason(tmp_path, monkeyp
         sets.load(f"CIFAR10@{tmp_path}", download=True)
 
 
+def test_a_download_that_fails_leaves_no_empty_folder_but_what_was_there_and_what_was_fetched(tmp_path, monkeypatch):
+    def fetch(dataset):
+        Path(dataset.root, "raw").mkdir(parents=True)
+        raise OSError("no route")
+    monkeypatch.setattr(datasets.CIFAR10, "download", fetch)
+    with pytest.raises(ValueError, match="could not be downloaded: no route$"):
+        sets.load(f"CIFAR10@{tmp_path / 'new' / 'sets'}", download=True)
+    assert not (tmp_path / "new").exists() and tmp_path.exists()
+    (tmp_path / "mine" / "empty").mkdir(parents=True)
+    with pytest.raises(ValueError, match="could not be downloaded: no route$"):
+        sets.load(f"CIFAR10@{tmp_path / 'mine'}", download=True)
+    assert (tmp_path / "mine" / "empty").exists()
+
+    def break_off(dataset):
+        Path(dataset.root).mkdir()
+        Path(dataset.root, "cifar-10-python.tar.gz").write_bytes(b"half")
+        raise OSError("no route")
+    monkeypatch.setattr(datasets.CIFAR10, "download", break_off)
+    with pytest.raises(ValueError, match="could not be downloaded: no route$"):
+        sets.load(f"CIFAR10@{tmp_path / 'half'}", download=True)
+    assert (tmp_path / "half" / "cifar-10-python.tar.gz").exists()
+
+
 def test_a_pickle_with_another_checksum_is_not_unpickled(tmp_path, monkeypatch):
     where = cifar10(tmp_path, monkeypatch)
 

@@ -86,7 +86,12 @@ def main_split(splits):
 # ---------------------------------------------------------------- from scores to rows
 
 def majority_right(answers, gold, aliases):
-    """1 when the commonest non-empty answer is right; ties go to the one sampled first."""
+    """1 when the commonest non-empty answer is right; ties go to the one sampled first.
+
+    Votes are counted by normalised text: two numbers within the tolerance of each other, or two
+    names of one thing, are different votes. The winner is right when it is the gold answer or one
+    of its aliases, both normalised, word for word.
+    """
     votes = Counter(answer for answer in answers if answer)
     if not votes:
         return 0
