@@ -1318,7 +1318,7 @@ def check_template(run):
     try:
         chat.encode(Sample(question="one"), run.tokenizer, 1, "direct", template, "two")
     except ValueError as error:
-        raise ValueError(f"--template={template} must be one of the tokenizer's, brief where a run trains its own: "
+        raise ValueError(f"--template={template} must be a template whose tokens the tokenizer has, as brief is: "
                          f"{error}") from None
 
 

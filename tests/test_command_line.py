@@ -158,7 +158,7 @@ def run(finished, tmp_path):
     ("--projector=x", r"--projector=x must be one of linear, mlp2x_gelu"),
     ("--clip-stem=x", r"--clip-stem=x must be one of mlp, conv"),
     ("--template=x", r"--template=x must be one of brief, auto, vicuna_v1, llama_2, chatml"),
-    ("--template=chatml", r"--template=chatml must be one of the tokenizer's, brief where a run trains its own: the "
+    ("--template=chatml", r"--template=chatml must be a template whose tokens the tokenizer has, as brief is: the "
      r"tokenizer has no token '<\|im_start\|>'"),
     ("--preset=huge", r"--preset=huge must be one of embedded, evidence, routes, generalisation, "),
     ("--dtype=int8", r"--dtype=int8 must be one of float32, bfloat16, float64"),
