@@ -1326,8 +1326,11 @@ def check_chains(run, stages):
     """Raises ValueError unless stages that learn from chains find some for one's own pictures: in the data, from
     --teacher, or from a CLIP that names the answers nearest to a picture."""
     cfg = run.cfg
-    learners = [stage for stage in stages if stage in ("cot", "cot_continued", "filtered", "perfect")]
-    has_chains = run.supply.teach or not run.real or all(sample.reasoning for sample in run.real["train"])
+    learn_from_chains = ("cot", "cot_continued", "filtered", "perfect")
+    if run.supply.teach:
+        learn_from_chains = ("perfect",)    # whose flawless chains are never those of --teacher
+    learners = [stage for stage in stages if stage in learn_from_chains]
+    has_chains = not run.real or all(sample.reasoning for sample in run.real["train"])
     if not learners or has_chains or "clip" in stages:
         return
     fault = why_nothing_is_named(cfg)

@@ -243,7 +243,10 @@ def test_a_clip_that_names_nothing_is_refused_before_the_run_folder_is_made(tmp_
         train.main([*base, "--stage=align,cot"])
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     (tmp_path / "mine.py").write_text("def teach(sample, rng):\n    return 'looks so', sample.answer\n")
-    train.main([*base, "--stage=align,cot", f"--teacher={tmp_path / 'mine.py'}:teach"])
+    teacher = f"--teacher={tmp_path / 'mine.py'}:teach"
+    with pytest.raises(ValueError, match="perfect needs a reasoning in every line"):    # its chains are never --teacher's
+        train.main([*base, "--stage=align,cot,rl,perfect", teacher])
+    train.main([*base, "--stage=align,cot", teacher])
     found = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert "zero-shot CLIP" not in {row["method"] for row in found}
     shutil.rmtree(tmp_path / "run")
