@@ -244,7 +244,8 @@ def test_a_clip_that_names_nothing_is_refused_before_the_run_folder_is_made(tmp_
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     (tmp_path / "mine.py").write_text("def teach(sample, rng):\n    return 'looks so', sample.answer\n")
     teacher = f"--teacher={tmp_path / 'mine.py'}:teach"
-    with pytest.raises(ValueError, match="perfect needs a reasoning in every line"):    # its chains are never --teacher's
+    # Flawless chains are never those of --teacher.
+    with pytest.raises(ValueError, match="perfect needs a reasoning in every line"):
         train.main([*base, "--stage=align,cot,rl,perfect", teacher])
     train.main([*base, "--stage=align,cot", teacher])
     found = json.loads((tmp_path / "run" / "baselines.json").read_text())
