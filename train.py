@@ -925,7 +925,7 @@ def chains(run, cfg, origin, stream, flawless=False, sees_answer=False, part="tr
         forget_close = 0.0          # its mistakes are its own
         samples = run.supply.taught(run.samples(part, cfg.data.traces, stream), stream)
     elif run.real:
-        samples = real_chains(run, cfg, origin, stream, flawless)
+        samples = real_chains(run, origin.towers, run.real["train"], run.supply.stream(stream), flawless)
     else:
         teacher = run.supply.flawless if flawless else run.supply.teacher
         samples = run.samples(part, cfg.data.traces, stream, teacher)
@@ -937,20 +937,20 @@ def chains(run, cfg, origin, stream, flawless=False, sees_answer=False, part="tr
     return records
 
 
-def real_chains(run, cfg, origin, stream, flawless):
-    """Training samples of one's own pictures, each with its own reasoning or a teacher's chain over the answers that
-    CLIP finds nearest."""
-    samples = run.real["train"]
-    answers = sorted({sample.answer for sample in samples})
+def real_chains(run, towers, samples, seed, flawless=False):
+    """Samples of one's own pictures, each with its own reasoning or a teacher's chain over the answers that CLIP finds
+    nearest. towers: as in Origin."""
+    cfg = run.cfg
+    answers = sorted({sample.answer for sample in run.real["train"]})
     nearest = [()] * len(samples)
     without = [place for place, sample in enumerate(samples) if not sample.reasoning]
     if without:
-        clip = evaluation.zero_shot(cfg, origin.towers, run.tokenizer)
+        clip = evaluation.zero_shot(cfg, towers, run.tokenizer)
         found = clip.nearest([samples[place] for place in without], answers, cfg.teacher.candidates)
         for place, candidates in zip(without, found):
             nearest[place] = candidates
     error = 0.0 if flawless else cfg.teacher.teacher_error
-    return teachers.candidate_chains(samples, nearest, error, run.supply.stream(stream), answers)
+    return teachers.candidate_chains(samples, nearest, error, seed, answers)
 
 
 def checked_chains(run, cfg, origin, stream, part="train"):
@@ -1531,13 +1531,28 @@ def start_of(run, stage, stages):
 def judge_methods(run, contenders, to="", trained=None):
     """As evaluation.compare, on the tests of the run."""
     cfg = run.cfg
-    has_teacher = bool(run.supply.teach) or not run.real
-    tests = run.supply.tests(count_of_tests(cfg))
+    tests, has_teacher = taught_tests(run)
     probes = None
     if cfg.run.compare == "generalisation" and "cot" in contenders:
         probes = evaluation.probes_of(run.supply, cfg.judge, "cot")
     shown = run.real["train"] if run.supply.has_classes else ()
     evaluation.compare(run.folder, cfg, contenders, tests, run.rewards(cfg), has_teacher, to, trained, probes, shown)
+
+
+def taught_tests(run):
+    """-> (the tests of the run, each with the chain of the teacher that stage cot learns from; whether they have one).
+    Of one's own pictures that is --teacher, or the candidates of the CLIP at hand with choices that are the same for
+    every seed; chains that the data bring all end in the gold answer."""
+    cfg = run.cfg
+    tests = run.supply.tests(count_of_tests(cfg))
+    if run.supply.teach or not run.real:
+        return tests, True
+    asked = [sample for samples in tests.values() for sample in samples]
+    own_chains = all(sample.reasoning for sample in run.real["train"])
+    if own_chains or not run.path("cot").exists():
+        return tests, False
+    chains_of = iter(real_chains(run, checkpoint.load(run.path("cot")), asked, scenes.TEST_SEED[cfg.data.eval_set]))
+    return {split: [next(chains_of) for _ in samples] for split, samples in tests.items()}, True
 
 
 # ---------------------------------------------------------------- along the curves

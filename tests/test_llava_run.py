@@ -171,8 +171,8 @@ def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder
     (tmp_path / "mine.py").write_text("def mine(sample, text):\n    return (sum(map(ord, text)) % 7) / 7\n")
     run = tmp_path / "run"
     train.main([f"--llava={folder / 'hf'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", "--stage=rl", f"--out={run}",
-                f"--rewards={tmp_path / 'mine.py'}:mine:1", "--lora-rank=2", "--lora-targets=all", "--kl-coef=0.05",
-                "--rl-steps=2", "--rl-batch=4", "--group=3", "--max-new=24", "--rl-lr=1e-2", "--threads=1",
+                f"--rewards={tmp_path / 'mine.py'}:mine:1", "--lora-rank=2", "--lora-alpha=16", "--lora-targets=all",
+                "--kl-coef=0.05", "--rl-steps=2", "--rl-batch=4", "--group=3", "--max-new=24", "--rl-lr=1e-2", "--threads=1",
                 "--compare=none", "--epochs=2", "--eval-greedy=2", "--eval-sampled=2", "--eval-samples=2",
                 "--dtype=float32"])
     base = pretrained.load_llava(folder / "hf")[0]
@@ -228,7 +228,7 @@ def test_an_exported_decoder_with_adapters_says_greedily_in_transformers_what_it
     hf = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     for sample, text in zip(samples, ours):
         content = [dict(type="image", image=Image.open(sample.images[0])),
-                   dict(type="text", text=sample.question + chat.PROMPTS[state["method"]])]
+                   dict(type="text", text=sample.question + chat.PROMPTS[state["method"]].english)]
         asked = processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True,
                                               tokenize=True, return_dict=True, return_tensors="pt")
         with torch.no_grad():

@@ -30,7 +30,7 @@ class Witness:
     def __init__(self, patch):
         self.now, self.read = "loading", {}
         to_array, compare, start = sample.to_array, evaluation.compare, train.Run.start
-        measure = evaluation.measure_baselines
+        measure, taught = evaluation.measure_baselines, train.taught_tests
 
         def my_to_array(source, *rest):
             self.read.setdefault(self.now, set()).add(source if isinstance(source, str) else "not a file")
@@ -46,6 +46,10 @@ class Witness:
             self.now = "evaluation"
             return found
 
+        def my_taught(run):
+            self.now = "teacher"
+            return taught(run)
+
         def my_start(run, stage):
             self.now = stage
             return start(run, stage)
@@ -54,6 +58,7 @@ class Witness:
             patch.setattr(module, "to_array", my_to_array)
         patch.setattr(evaluation, "measure_baselines", my_measure)
         patch.setattr(evaluation, "compare", my_compare)
+        patch.setattr(train, "taught_tests", my_taught)
         patch.setattr(train.Run, "start", my_start)
         patch.setattr(curves, "curves", lambda *_: b"none")        # takes longer than a short run
 
@@ -100,14 +105,17 @@ def test_a_jsonl_file_goes_through_every_stage_with_and_without_reasoning(tmp_pa
     text = checkpoint.load(out / "cot.pt")["tokenizer"]
     assert (b"most" in text) == reasoning and (b"like" in text)         # the tokenizer knows the words of the chains
     found = rows(out)
-    assert {(r["method"], r["split"]) for r in found} == {
-        (method, "val") for method in ("cot", "cot_continued", "filtered", "grpo_token")}
+    methods = ["cot", "cot_continued", "filtered", "grpo_token"]
+    if not reasoning:                   # chains that data bring all end in the gold answer: no row of a teacher
+        methods.append("teacher")
+    assert {(r["method"], r["split"]) for r in found} == {(method, "val") for method in methods}
     assert {r["n"] for r in found if r["decoding"] == "greedy"} == {8}
 
     train_paths, val_paths = ({str(tmp_path / f"{n}.png") for n in range(24) if (n % 4 == 3 or n % 8 == 2) == is_val}
                               for is_val in (False, True))
     assert all(witness.read[stage] and witness.read[stage] <= train_paths for stage in stages)
     assert witness.read["evaluation"] and witness.read["evaluation"] <= val_paths
+    assert witness.read.get("teacher", set()) == (set() if reasoning else val_paths)
 
 
 def test_eval_asks_about_the_validation_pictures_of_the_data_a_checkpoint_was_trained_on(tmp_path, capsys):
@@ -164,7 +172,7 @@ def test_a_run_of_few_shots_sees_no_other_training_picture_and_stands_beside_its
     seen = witness.read["clip"] - {"not a file"}
     assert len(seen) == 4 and seen < paths(splits["train"]) and "--shots=2: 4 of 16 to train on" in said
     assert all(witness.read[stage] == seen for stage in ("align", "sft", "cot"))
-    assert witness.read["evaluation"] == paths(splits["val"])
+    assert witness.read["evaluation"] == witness.read["teacher"] == paths(splits["val"])
     assert witness.read["baselines"] == seen | paths(splits["val"])
 
     assert loaded == ["cot.pt", "sft.pt"]       # features and towers; who answers without thinking
