@@ -116,6 +116,7 @@ def test_the_mean_of_classes_counts_each_class_alike():
     assert (found["class-averaged accuracy"]["value"], found["class-averaged accuracy"]["n"]) == (0.75, 2)
     text = table(list(found.values()), {"cot": {"val": {"t1": scores}}})
     assert "Class-averaged accuracy, T = 1 (classes)" in text and "0.750 (2)" in text
+    assert "Accuracy on val by question kind" in text and "(a constant)" not in text    # of a class its name is right
     assert "class-averaged accuracy" not in {row["metric"] for row in rows("cot", "id", {"t1": scored([[1, 0]])}, 0)}
 
 

@@ -524,9 +524,10 @@ def _asked(scores, split, decoding):
 
 def _constant(scores, split, decoding):
     """{kind: accuracy of always giving its commonest gold answer} on a split; {} without gold
-    answers."""
+    answers, and where kinds are the classes of pictures, each with one answer."""
     guesses = constant_guess(*_asked(scores, split, decoding))
-    return {kind: share for kind, (_, share) in guesses.items()}
+    shares = {kind: share for kind, (_, share) in guesses.items()}
+    return {} if min(shares.values(), default=1) == 1 else shares
 
 
 def _best_constants(scores, splits, decoding):
