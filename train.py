@@ -1302,7 +1302,8 @@ def open_run(run):
         check_distillation(run, stages)
     notes = []
     if run.real:
-        notes = chat.too_long(own, run.tokenizer, cfg.sampling.max_new, cfg.clip.text_length)
+        read = cfg.clip.text_length if "clip" in stages else math.inf       # captions that no CLIP reads are not cut
+        notes = chat.too_long(own, run.tokenizer, cfg.sampling.max_new, read)
     if not cfg.run.resume:
         run.create(flat(run.cfg), own)
     if cfg.run.tensorboard:
