@@ -41,7 +41,7 @@ from model.runs.device import pick_device, pick_dtype
 from model.runs.folder import write_json
 from model.vlm import VLM
 from rl import measures
-from rl.report import curves, generalisation, growth, page, routes, statistics
+from rl.report import curves, generalisation, growth, misread, page, routes, statistics
 from rl.report.baselines import baseline_rows, baselines_text
 from rl.report.log import read_log
 from rl.report.statistics import decoding_name
@@ -401,6 +401,9 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     grown = growth.rows(scores, seed)
     if grown:
         write_growth(folder, grown)
+    if cfg.data.data == "monitors":
+        misreadings = misread.rows(scores, seed)
+        write_json(folder / "misread.json", misreadings)
     if trained:
         found = routes.rows(scores, trained, is_leak, procedure, seed)
         write_json(folder / "routes.json", found)
@@ -421,6 +424,8 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
         print(without_looking(split, asked), end="")
     if shown:
         print("\n" + baselines_text(simple))
+    if cfg.data.data == "monitors" and misreadings:
+        print("\n" + misread.misread_text(misreadings))
     if trained:
         print("\n" + routes.routes_text(scores, found))
     if probes:

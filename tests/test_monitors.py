@@ -13,6 +13,7 @@ from data.answers import is_right
 from data.digit_probe import digit_cells
 from data.supply import DataOptions, Supply
 from data.teachers import TeacherOptions, is_conclusion_right
+from rl.report import misread
 
 TRAINS = ("clip", "align", "sft", "train")
 ALL = (*TRAINS, "val", *monitors.SPLITS)
@@ -302,6 +303,20 @@ def test_slipping_alone_reads_another_row_or_counts_one_beat_off(drawn):
     assert always(case, random.Random(0))[1] == "121 %"         # a covered number is none to take by mistake
 
 
+# ---------------------------------------------------------------- who misreads as the teacher does
+
+def test_misreadings_are_counted_by_prompt_and_only_where_they_can_be():
+    raw = dict(kind=["read", "read", "read", "rate"], gold=["83 bpm", "97 %", "138 mmhg", "80 bpm"],
+               answer=[["88 bpm", "83 bpm"], ["97 %", "91 %"], ["183 mmhg", "133 mmhg"], ["30 bpm", "80 bpm"]])
+    [row] = misread.rows({"cot": {"id": {"t1": raw}}}, 7)       # half of the first prompt's, both of the third's
+    assert (row["metric"], row["value"], row["n"], row["seed"]) == ("misread", 0.75, 2, 7)
+    taught = dict(kind=raw["kind"], text=[f"<think> so</think><answer> {a[0]}</answer>" for a in raw["answer"]])
+    found = misread.rows({"teacher": {"id": {"t1": taught}}, "cot": {"id": {"t1": raw}}}, 7)
+    assert [row["value"] for row in found] == [1.0, 0.75]       # the teacher's are read from its chains
+    assert "0.750 [" in misread.misread_text(found) and "teacher" in misread.misread_text(found)
+    assert misread.rows({"cot": {"id": {"t1": dict(raw, kind=["rate"] * 4)}}}, 7) == []
+
+
 # ---------------------------------------------------------------- the command
 
 def test_a_supply_of_monitors_serves_every_purpose():
@@ -338,3 +353,4 @@ def test_a_tiny_run_goes_through_all_stages_and_probes_the_digits(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {row["split"] for row in rows} == set(monitors.SPLITS)
     assert {"teacher", "cot", "grpo_token", "filtered"} <= {row["method"] for row in rows}
+    assert "teacher" in {row["method"] for row in json.loads((tmp_path / "misread.json").read_text())}

@@ -69,7 +69,7 @@ def test_the_text_is_the_result_the_probes_and_the_tables(runs):
     # t of one degree 12.706, times a deviation of .0707 / sqrt(2)
     assert "cot minus grpo, paired by prompt, -10.0 points [-73.5, +53.5], an interval that includes 0." in second
     assert third == "Form and length were not measured."
-    assert probes == "shape probe, seed by seed: id 0.400, pairs 0.500; id 0.600, pairs 0.500"
+    assert probes == "probe of the features that W reads, seed by seed: id 0.400, pairs 0.500; id 0.600, pairs 0.500"
     titles = [table.splitlines()[0] for table in tables]
     assert titles[::2] == [f"{metric}, T = 1: mean over 2 seeds [95 % t-interval over seeds] sd"
                            for metric in ("accuracy", "accuracy on at")]

@@ -10,7 +10,8 @@ from rl.report.log import mean_log, read_log
 from rl.report.matched import frontier, matched_text
 from rl.report.statistics import main_decoding, over_seeds, result_lines, seeds_table
 
-FILES = ("results", "differences", "kinds", "training", "baselines", "routes", "generalisation", "growth", "curve")
+FILES = ("results", "differences", "kinds", "training", "baselines", "misread", "routes", "generalisation", "growth",
+         "curve")
 # Files with tables of their own: rl/report/matched.py, generalisation.py, growth.py.
 NOT_TABLES = ("curve", "generalisation", "growth")
 
@@ -69,7 +70,7 @@ def _compared_to(differences):
 
 
 def _probes(runs):
-    """A line of text with every seed's shape probe, as a list; [] where a run has none."""
+    """A line of text with every seed's shape or digit probe, as a list; [] where a run has none."""
     files = [run / "probe.json" for run in runs]
     if not all(file.exists() for file in files):
         return []
@@ -77,4 +78,4 @@ def _probes(runs):
     for file in files:
         shares = json.loads(file.read_text())
         texts.append(", ".join(f"{split} {share:.3f}" for split, share in shares.items()))
-    return ["shape probe, seed by seed: " + "; ".join(texts)]
+    return ["probe of the features that W reads, seed by seed: " + "; ".join(texts)]
