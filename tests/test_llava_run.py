@@ -173,8 +173,8 @@ def test_adapters_train_alone_and_the_model_without_them_is_the_reference(folder
     train.main([f"--llava={folder / 'hf'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", "--stage=rl", f"--out={run}",
                 f"--rewards={tmp_path / 'mine.py'}:mine:1", "--lora-rank=2", "--lora-alpha=16", "--lora-targets=all",
                 "--kl-coef=0.05", "--rl-steps=2", "--rl-batch=4", "--group=3", "--max-new=24", "--rl-lr=1e-2",
-                "--threads=1", "--compare=none", "--epochs=2", "--eval-greedy=2", "--eval-sampled=2", "--eval-samples=2",
-                "--dtype=float32"])
+                "--threads=1", "--compare=none", "--epochs=2", "--eval-greedy=2", "--eval-sampled=2",
+                "--eval-samples=2", "--dtype=float32"])
     base = pretrained.load_llava(folder / "hf")[0]
     learner = learners[-1]
     assert learner.reference.llm is learner.policy.llm          # no second decoder
