@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 import eval as evaluation
-from data import augment, chat, llava, monitors, scenes, teachers, teaching, tokenizer, transfer
+from data import augment, chat, llava, monitors, preview, scenes, teachers, teaching, tokenizer, transfer
 from data.digit_probe import digit_probe
 from data.prompting import METHODS
 from data.records import export_llava
@@ -50,7 +50,7 @@ from data.teachers import TeacherOptions
 from data.teaching import RecordOptions, kind_of
 from data.worlds import DRAWN
 from eval import Contender, JudgeOptions
-from model import memory, prepare
+from model import machine, memory, prepare
 from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
 from model.flops import Meter
 from model.generate import Sampler
@@ -67,7 +67,7 @@ from model.runs.folder import RunFolder, choose, resumed, write_json
 from model.runs.presets import PRESETS
 from model.runs.seeds import run_seeds
 from model.vlm import VLM, VlmConfig, VlmOptions
-from rl import algorithms, bench, curriculum, metrics
+from rl import algorithms, bench, curriculum, forecast, metrics
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, preflight_text
 from rl.learner import Guard, make_learner
@@ -427,10 +427,11 @@ class Schedule:
 class Run(RunFolder):
     """A run folder and what all of its stages share: config, device, data, tokenizer, rewards."""
 
-    def __init__(self, cfg, folder, plan=None):
+    def __init__(self, cfg, folder, plan=None, bare=None):
         super().__init__(folder, pick_device(cfg.machine.device))
         self.cfg = cfg
         self.plan = plan                # VlmConfig of a pretrained model, told at the start
+        self.memory = memory.Announcer(self.device, bare)
         self.dtype = pick_dtype(cfg.machine.dtype)
         self.supply = Supply(cfg.data, cfg.teacher, cfg.run.seed)
         self.samples = self.supply.samples
@@ -476,6 +477,7 @@ class Run(RunFolder):
     def start(self, stage):
         """Seeds a stage and loads what it starts from, --init, --llava or the stage before -> Origin."""
         cfg = self.cfg
+        machine.give_holes_back()       # that the stage before left
         torch.manual_seed(self.seed_of(stage))
         self.supply.begin(stage, read_log(self.log_path))
         is_first = stage == cfg.stages()[0]
@@ -494,7 +496,8 @@ class Run(RunFolder):
         towers = {name: state[name] for name in ("clip", "clip_config") if name in state}
         if "vlm" not in state:
             return Origin(towers=towers)
-        vlm = VLM.from_config(state["vlm_config"], state["vlm"])
+        # Popped, so that what `ready` merges adapters into does not lie beside what was read.
+        vlm = VLM.from_config(state["vlm_config"], state.pop("vlm"))
         return Origin(self.ready(vlm, stage), state.get("method", ""), towers)
 
     def ready(self, vlm, stage):
@@ -506,6 +509,17 @@ class Run(RunFolder):
         optim = self.cfg.optim
         return make_optimizer(module, optim.beta2, optim.weight_decay, critic, critic_lr, module_lr, optim.moments,
                               optim.master)
+
+    def preview(self, image_tokens):
+        """A look at one's own records, for pictures of so many tokens."""
+        return preview.Preview(self.supply, self.tokenizer, image_tokens, self.cfg.data, self.cfg.teacher)
+
+    def announce(self, stage, vlm, cfg, longest, others=0, *, samples):
+        """Prints what a stage will take of memory, unless that was told at the start; longest: tokens of a record or
+        prompt."""
+        if not self.plan:
+            kept = self.supply.kept_pictures(vlm.config.clip.image_size)
+            self.memory.stage(stage, vlm, cfg, longest, kept, others, samples=samples)
 
     def steps(self, stage, schedule, module, optimizer, meter, generator=None, snapshot=None):
         """Yields (step, learning rate) from where an interrupted stage stopped; draws the bar, saves on the way.
@@ -581,14 +595,25 @@ class Record(NamedTuple):
         return chat.encode(self.sample, tok, image_tokens, self.method or method, template, self.target)
 
 
+def longest_of(run, name, cfg, records, method, image_tokens):
+    """Tokens of the longest record of a supervised stage."""
+    look = run.preview(image_tokens)
+    if run.records:
+        return look.longest(name)
+
+    def encode(_, record):
+        return Record(*record).encoded(run.tokenizer, image_tokens, method, cfg.data.template)
+
+    return look.cut(preview.longest(preview.encoded(records, encode)))
+
+
 def fit(run, name, cfg, origin, records, method, schedule, meter):
     """Supervised training of a stage on records, or (sample, target text), as Record; CLIP frozen. Without records the
     model stays as it is."""
     vlm = origin.vlm
     tok = run.tokenizer
     image_tokens = vlm.config.image_tokens
-    if not run.plan:
-        memory.announce(name, vlm, cfg, samples=False)
+    run.announce(name, vlm, cfg, longest_of(run, name, cfg, records, method, image_tokens), samples=False)
     optimizer = run.optimizer(vlm, cfg.optim.module_lr)
     lengths = None
     if cfg.data.group_lengths and run.records and name == "sft":
@@ -712,27 +737,17 @@ def preflight(run, name, cfg, vlm, samples, method, rewards, teacher=None):
     meter = Meter()
     clock = metrics.Clock(run.device)
     learner = make_learner(vlm, vlm.config.llm.width, cfg.algorithm, teacher)
-    optimizer = make_optimizer(learner, 0.0, 0.0)           # never steps
     guard = Guard(run.folder, f"{name}-preflight", math.inf, checkpoint.save)
     generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "preflight"))
     asked = [samples[i] for i in batch_indices(len(samples), count, 0, run.seed_of(name, "order"))]
-    batch, rollout = roll_out(Sampler(vlm, meter), run.tokenizer, asked, method, cfg, rewards, generator, clock)
-    experience = select_groups(batch, rollout, cfg, keep_all=bool(cfg.run.explain))
+    rollout, experience = forecast.sampled(learner, Sampler(vlm, meter), run.tokenizer, asked, method, cfg, rewards,
+                                           generator, clock, keep_all=bool(cfg.run.explain))
     active = int(experience.active.sum())
-    passed = 0
-    if active:
-        experience = score(learner, experience, cfg, meter)
-        experience, _ = estimate_advantages(learner, experience, rewards, cfg)
     if cfg.run.explain:
         asked_as = [chat.prompt_text(sample, method, cfg.data.template) for sample in asked]
         print(explanation(asked, asked_as, rollout, experience.advantage, rewards))
         return
-
-    def dropped_step(drop=True):
-        return {"grad_norm": optimizer_step(optimizer, 0.0, 1.0, drop=True)[0]}
-
-    if active:
-        _, passed = update(learner, experience, cfg, dropped_step, meter, guard)
+    passed = forecast.updated(learner, experience, cfg, guard, meter) if active else 0
     clock.lap("update")
     costs = metrics.costs(clock.laps, rollout, passed)
     steps = None if run.allowed(name) else cfg.rl.rl_steps
@@ -748,6 +763,9 @@ def clip(run, name, cfg, origin):
     model = Clip(config).to(run.device, run.dtype)
     show_trained(name, model)
     samples = run.samples("clip", cfg.data.pictures, "clip")
+    if not run.plan:
+        captions = preview.encoded(samples, run.preview(0).caption)
+        run.memory.clip(name, model, cfg, run.supply.kept_pictures(config.image_size), preview.longest(captions))
     pixels = dict(image_size=config.image_size, fit="crop", mean=config.mean)
     changes = augment.names_in(cfg.data.augment)
     schedule = Schedule(cfg.supervised.clip_steps, cfg.supervised.clip_batch, cfg.supervised.clip_lr)
@@ -864,9 +882,10 @@ def rl(run, name, cfg, origin, method="", part="train", teacher=None):
     another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, only the
     prompt asks for the tags, as --method has it. part: of the world, that the prompts are of."""
     method = method or asked_by(cfg, origin.method)
-    if not run.plan:
-        memory.announce(name, origin.vlm, cfg, samples=True)
     samples = run.samples(part, cfg.data.rl_prompts, "rl")
+    ask = partial(run.preview(origin.vlm.config.image_tokens).prompt, method)
+    others = sum(p.nbytes for p in teacher.parameters()) if teacher else 0
+    run.announce(name, origin.vlm, cfg, preview.longest(preview.encoded(samples, ask)), others, samples=True)
     rewards = run.rewards(cfg)
     if not run.progress:
         preflight(run, name, cfg, origin.vlm, samples, method, rewards, teacher)
@@ -1224,9 +1243,12 @@ def staged_answers(cfg, name):
 # ---------------------------------------------------------------- a run
 
 def main(argv):
+    bare = machine.resident()
     cfg = from_command_line(Config, PRESETS, argv, __doc__, resumed,
                             lambda given: algorithms.of_flags(given) | prepare.implied(given))
     cfg, plan, notes = loaded_shape(cfg)
+    machine.give_blocks_back(cfg.llm.width)
+    machine.give_holes_back()
     notes += cfg.check()
     if cfg.stages() == ["teach"]:
         torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
@@ -1239,12 +1261,16 @@ def main(argv):
     if cfg.run.explain:
         return explain(cfg, plan, notes)
     if plan:
-        prepare.plan(plan, cfg, [stage for stage in cfg.stages() if stage != "clip"])
+        for name in cfg.stages():
+            prepare.on_meta(plan, config_of(cfg, name), name)       # raises where options do not fit the model
         pretrained.check_weights(cfg)
-    with Run(cfg, choose(cfg.run.out, cfg.run.preset, cfg.run.resume), plan) as run:
+    with Run(cfg, choose(cfg.run.out, cfg.run.preset, cfg.run.resume), plan, bare) as run:
         notes += open_run(run)
+        crowded = show_plan(run) if plan else set()
         if cfg.run.tune:
             return tune(run, notes)
+        if run.supply.source not in DRAWN and not cfg.run.resume:
+            forecast.show(stages_ahead(run), shape_of(run), run.tokenizer, run.device, crowded)
         train_and_compare(run, notes)
 
 
@@ -1353,6 +1379,73 @@ def why_nothing_is_named(cfg):
     return f"--llava={cfg.vlm.llava} holds the image tower alone"
 
 
+def shape_of(run):
+    """VlmConfig of the model of a run, of one from nothing as the options have it."""
+    cfg = run.cfg
+    vocab = len(run.tokenizer)
+    return run.plan or VlmConfig(cfg.clip.config(vocab), cfg.llm.config(vocab), **cfg.vlm.shape())
+
+
+def show_plan(run):
+    """Prints for each stage of a pretrained model what will train and the memory it will take, before a weight of it is
+    loaded -> names of the stages that the machine has no room for."""
+    cfg = run.cfg
+    look = run.preview(run.plan.image_tokens)
+    kept = run.supply.kept_pictures(run.plan.clip.image_size)
+    crowded = set()
+    for name in cfg.stages():
+        variant = config_of(cfg, name)
+        if name == "clip":
+            model = forecast.clip_on_meta(cfg, len(run.tokenizer))
+            warned = run.memory.clip(name, model, variant, kept, look.longest(name))
+        else:
+            samples = name in algorithms.STAGES
+            kind = name if samples or name in ("align", "sft") else "cot"
+            model = prepare.on_meta(run.plan, variant, name)
+            warned = run.memory.stage(name, model, variant, look.longest(kind, method_of(cfg)), kept, samples=samples)
+        if warned:
+            crowded.add(name)
+    return crowded
+
+
+def stages_ahead(run):
+    """The stages of a run on data of one's own, as rl/forecast.py measures them."""
+    look = run.preview(shape_of(run).image_tokens)
+    return [stage_ahead(run, look, name) for name in run.cfg.stages() if not run.path(name).exists()]
+
+
+def stage_ahead(run, look, name):
+    """A stage -> forecast.Ahead."""
+    cfg = config_of(run.cfg, name)
+    options = cfg.supervised
+    like = STAGES[name].costs_like
+    if like and all(other in cfg.stages() or run.path(other).exists() for other in like):
+        return forecast.Ahead(name, "", cfg, like=like)
+    if name in algorithms.STAGES:
+        samples = run.samples("train", cfg.data.rl_prompts, "rl")
+        some = [samples[i] for i in preview.spread(len(samples))]
+        return forecast.Ahead(name, "rl", cfg, cfg.rl.rl_steps, cfg.rl.rl_batch, samples=some, method=method_of(cfg))
+    rows = look.rows(name)
+    if name == "clip":
+        return forecast.Ahead(name, "clip", cfg, options.clip_steps, options.clip_batch, rows)
+    count = range(look.count())
+    if name == "align":
+        batch = options.align_batch or options.batch
+        steps = steps_of(options.align_steps, options.align_epochs, count, batch)
+    elif name == "sft":
+        batch = options.batch
+        steps = steps_of(options.sft_steps, options.sft_epochs, count, batch)
+    else:
+        batch = options.batch
+        steps = steps_of(options.cot_steps, 0, count, batch)
+    return forecast.Ahead(name, "supervised", cfg, steps, batch, rows)
+
+
+def method_of(cfg):
+    """How reinforcement learning after the other stages of a run will prompt."""
+    return asked_by(cfg, cfg.teacher.cot_format if "cot" in cfg.stages() else "")
+
+
 def check_distillation(run, stages):
     """Raises ValueError unless the teacher of stage distilled is there and can teach, or will be there."""
     cfg = run.cfg
@@ -1367,9 +1460,7 @@ def check_distillation(run, stages):
     if source in STAGES:
         return
     teacher, tok, _ = evaluation.load_vlm(source)
-    vocab = len(run.tokenizer)
-    student = run.plan or VlmConfig(cfg.clip.config(vocab), cfg.llm.config(vocab), **cfg.vlm.shape())
-    check_teacher(run, tok, teacher.config, student)
+    check_teacher(run, tok, teacher.config, shape_of(run))
 
 
 def show_notes(notes):

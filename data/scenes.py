@@ -470,11 +470,11 @@ def pictures(scenes, name, seed):
     Every group of DRAWN has a stream of its own, so that the first pictures are the same however
     many follow.
     """
-    drawn = []
+    drawn = np.empty((len(scenes), SIZE, SIZE, 3), np.uint8)
     for first in range(0, len(scenes), DRAWN):
         noise = np.random.default_rng([seed, first // DRAWN, *name.encode()])
-        drawn.append(draw(scenes[first:first + DRAWN], noise))
-    return np.concatenate(drawn)
+        drawn[first:first + DRAWN] = draw(scenes[first:first + DRAWN], noise)
+    return drawn
 
 
 def _looking_texts(split, scene, rng):

@@ -37,9 +37,12 @@ def read_out(x, y, classes):
 
 def tokens_of(tower, feature_layer, samples):
     """Samples of one picture each -> the tower's patch tokens, (B, N, D) fp32 on the CPU."""
-    pixels = to_pixels([sample.images[0] for sample in samples], tower.config.image_size).to(tower.proj)
-    tokens = torch.cat([tower.features(chunk, feature_layer) for chunk in pixels.split(256)])
-    return tokens.float().cpu()
+    tokens = []
+    for first in range(0, len(samples), 256):
+        images = [sample.images[0] for sample in samples[first:first + 256]]
+        pixels = to_pixels(images, tower.config.image_size).to(tower.proj)
+        tokens.append(tower.features(pixels, feature_layer))
+    return torch.cat(tokens).float().cpu()
 
 
 def with_bias(rows):

@@ -6,9 +6,11 @@
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import numpy as np
+
 from data import augment, chat, images, jsonl, llava, records, scenes, sets, skills, teachers, worlds
 from data.answers import key
-from data.sample import Sample
+from data.sample import CACHE_BYTES, Sample
 from data.splits import few_shots, mixed
 from data.worlds import DRAWN, world_of
 from model.runs.config import check_fields, choice, need, number
@@ -126,6 +128,11 @@ class Supply:
             self.found = f"llava: {len(self.records)} records"
 
     @property
+    def source(self):
+        """What the samples come from: one of DRAWN, llava or one of SOURCES."""
+        return source_of(self.options.data)[0]
+
+    @property
     def has_classes(self):
         """Whether the answers are classes of pictures."""
         return source_of(self.options.data)[0] in WITH_CLASSES
@@ -194,6 +201,17 @@ class Supply:
             raise llava.BadRecord("no pair", number, sample.id,
                                   f"{len(sample.images)} pictures, one must go with a caption")
         return self.decoded(sample, pixels)
+
+    def kept_pictures(self, size):
+        """Bytes of decoded pictures, `size` pixels a side, that are kept for the next epoch: of files, up to a bound.
+        Those that are drawn are there already."""
+        records = self.records or (self.real or {}).get("train", ())
+        if not len(records):
+            return 0
+        pictures = len(records)
+        if self.real:
+            pictures = sum(not isinstance(picture, np.ndarray) for sample in records for picture in sample.images)
+        return min(CACHE_BYTES, pictures * 3 * size ** 2)
 
     def begin(self, stage, lines):
         """A new tally for a stage, with what the log's lines already say of it."""

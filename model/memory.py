@@ -2,15 +2,20 @@
 nothing to look at.
 
 Weights, gradients and the optimizer's state are exact. Activations are what autograd keeps of one
-micro-batch, derived below from the tensors that each operation of a block saves. On top come what a
-library's kernels use for a moment, the head's chunk of logits (kernels/linear_logp.py), the encoded
-pictures and what the projector keeps of them.
+micro-batch, derived below from the tensors that each operation of a block saves. The moment is the
+largest of what is there for a moment only: the head's chunk of logits, the gradients inside one
+block, or the optimizer's copies of one weight. On a CPU what the run holds beside the model
+(tokenizer, records, drawn pictures, the libraries) is measured, not planned, and decoded pictures,
+which are kept for the next epoch, are counted. Left out: the encoded pictures and what the
+projector keeps of them.
 """
 import re
 
 import torch
 from torch import nn
 
+from kernels.linear_logp import CPU_CHUNK_BYTES, CUDA_CHUNK_ROWS
+from model import machine
 from model.clip import QuickGELU
 from model.flops import check, flow, input_trains, states_cost, tower_blocks, tower_flow
 from model.flops import tower_input_trains, tower_tokens, trains
@@ -191,8 +196,116 @@ def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, pr
                 cache=rows * cache_tokens * slot)
 
 
-def table(stage, vlm, tokens, **options):
-    """What trains, then the planned memory, as text; the options are those of `plan`."""
+# ---------------------------------------------------------------- a moment
+
+def _head_moment(vlm, tokens, device):
+    """The head's chunk of fp32 logits, and on a CPU, which has no matmul of bf16 with an fp32 result, the head in
+    fp32; the gradient of the head in fp32, beside the one that it is added to."""
+    c = vlm.llm.config
+    wide = torch.promote_types(vlm.llm.head.dtype, torch.float32).itemsize
+    rows = CUDA_CHUNK_ROWS if device.type == "cuda" else CPU_CHUNK_BYTES // (4 * c.vocab)
+    total = wide * c.vocab * min(tokens, max(1, rows))
+    if device.type != "cuda" and is_narrow(vlm.llm.head.dtype):
+        total += wide * c.vocab * c.width
+    if vlm.llm.head.requires_grad:
+        total += wide * c.vocab * c.width
+    return total
+
+
+def _block_moment(vlm, tokens):
+    """Gradients inside one block: of gate, up and their product, and of its input and output."""
+    c = vlm.llm.config
+    return tokens * (3 * c.ff + 2 * c.width) * vlm.llm.embed_tokens.weight.element_size()
+
+
+def _optimizer_moment(vlm, moments, master):
+    """What the AdamW of model/optim.py computes with, for one narrow weight at a time: its gradient and the root in
+    fp32, and whatever is not kept so. torch's own has nothing beside its state."""
+    largest = max((p.numel() for p in vlm.parameters() if p.requires_grad and is_narrow(p.dtype)), default=0)
+    copies = 2 + 2 * (moments != "float32") + (not master)
+    return 4 * copies * largest
+
+
+def moment(vlm, tokens, device, moments="float32", master=True):
+    """Bytes of the largest thing that is there for a moment only; arguments as `plan` has them, device: a
+    torch.device."""
+    return max(_head_moment(vlm, tokens, device), _block_moment(vlm, tokens),
+               _optimizer_moment(vlm, moments, master))
+
+
+def holes(tokens, width, size, activations, device):
+    """Bytes that a CPU's heap loses between blocks: a hole that a forward's temporary leaves does not take the next
+    aligned block of its size. Blocks from model/machine.py's `own_pages` on leave none; of smaller ones a forward frees
+    about as many bytes as it keeps.
+
+    tokens, width, size: of the states of a micro-batch, the last in bytes a number.
+    """
+    is_small = tokens * width * size < machine.own_pages(width)
+    return activations if is_small and device.type == "cpu" else 0
+
+
+# ---------------------------------------------------------------- reinforcement learning's other models
+
+def _twin(vlm):
+    """Bytes of `VLM.twin`: it shares the frozen tower, and beside adapters the frozen weights."""
+    shares = bool(adapters(vlm.llm))
+    copied = []
+    for name, p in vlm.named_parameters():
+        is_shared = not p.requires_grad and (shares or name.startswith("visual."))
+        if not is_shared:
+            copied.append(p)
+    return _bytes(copied)
+
+
+def reference(vlm, switches):
+    """Bytes of the reference and of a critic with a decoder of its own, which trains: the switches of an
+    Algorithm."""
+    total = 0
+    if switches.kl_coef and (switches.ref_sync or not adapters(vlm.llm)):
+        total += _twin(vlm)
+    if switches.baseline == "critic" and switches.critic == "separate":
+        trained = [p for p in vlm.parameters() if p.requires_grad]
+        total += _twin(vlm) + _bytes(trained) + _optimizer(trained, "float32", True)
+    return total
+
+
+# ---------------------------------------------------------------- CLIP
+
+def _text_tower(model, texts, tokens):
+    """Bytes that captions leave in CLIP's text tower, all of which trains."""
+    size = model.token_embedding.weight.element_size()
+    c = model.config
+    token = size * c.text_width + 8 + size * c.text_width       # the last norm's and the embeddings' sum
+    for block in model.transformer.resblocks:
+        kept, _ = _tower_block(block, True, size, c.text_width)
+        token += kept
+    return texts * tokens * token
+
+
+def _image_tower(model, pictures):
+    """Bytes that pictures leave in CLIP's image tower, all of which trains."""
+    c = model.config
+    size = model.visual.positional_embedding.element_size()
+    stem = size * 3 * c.image_size ** 2 if c.stem == "conv" else size * c.patches * _chain(model.visual.stem, False)
+    token = 2 * (size * c.width + 8)                            # the norms before and behind the blocks
+    for block in model.visual.transformer.resblocks:
+        kept, _ = _tower_block(block, True, size, c.width)
+        token += kept
+    return pictures * (stem + tower_tokens(c) * token)
+
+
+def plan_clip(model, pairs, tokens, moments="float32", master=True):
+    """As `plan`, of contrastive training on `pairs` of a picture and a caption of `tokens` tokens, all at once."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return dict(weights=_bytes([*model.parameters(), *model.buffers()]), gradients=_bytes(trained),
+                optimizer=_optimizer(trained, moments, master),
+                activations=_image_tower(model, pairs) + _text_tower(model, pairs, tokens))
+
+
+# ---------------------------------------------------------------- as text
+
+def trained_table(stage, vlm):
+    """What trains, a line for each part of a model."""
     lines = trained_lines(stage, vlm)
     for name, p in vlm.named_parameters(recurse=False):
         lines.append(trained_line(stage, name, [p]))
@@ -200,7 +313,11 @@ def table(stage, vlm, tokens, **options):
     if found:
         pairs = [p for layer in found for p in (layer.lora_a, layer.lora_b)]
         lines.append(trained_line(stage, "  adapters", pairs) + ", part of llm")
-    planned = plan(vlm, tokens, **options)
+    return lines
+
+
+def planned_line(stage, planned, tokens, unknown=0):
+    """{name: bytes} as one line; tokens: of a micro-batch; unknown: modules without their activations."""
     total = sum(planned.values())
     size, unit = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
     parts = []
@@ -208,35 +325,108 @@ def table(stage, vlm, tokens, **options):
         if count:
             part = f"{name} {count / size:.1f}"
             parts.append(f"{part} for {tokens} tokens" if name == "activations" else part)
+    if unknown:
+        parts.append(f"without the activations of {unknown} modules of another class")
+    return f"  {stage:<15} {'memory':<16}{total / size:9.1f} {unit} planned: " + ", ".join(parts)
+
+
+def table(stage, vlm, tokens, beside=None, **options):
+    """What trains, then the planned memory, as text; the options are those of `plan`. beside: {name: bytes} of what
+    else takes memory."""
+    planned = plan(vlm, tokens, **options) | (beside or {})
     unknown = [block for block in vlm.llm.layers if states_cost(block)]
     if trains(vlm.visual) and states_cost(vlm.visual):
         unknown.append(vlm.visual)
-    if unknown:
-        parts.append(f"without the activations of {len(unknown)} modules of another class")
-    start = f"  {stage:<15} {'memory':<16}{total / size:9.1f} {unit} planned: "
-    lines.append(start + ", ".join(parts))
-    return "\n".join(lines)
+    return "\n".join([*trained_table(stage, vlm), planned_line(stage, planned, tokens, len(unknown))])
 
 
-def announce(stage, vlm, cfg, *, samples):
-    """Prints `table` for a stage of train.py's config: micro-batches of records of --max-length (else of a picture and
-    64 tokens), or, in a stage that `samples`, of as long prompts with their groups of completions of --max-new."""
+def warning(stage, needed, room):
+    """A sentence where a stage needs more bytes than there are; "" where it does not, or where nobody knows."""
+    if room is None or needed <= room:
+        return ""
+    return (f"warning: stage {stage} is planned to take {needed / GIB:.1f} GiB more and the machine has "
+            f"{room / GIB:.1f} GiB: a smaller --micro-batch, --group or --max-new, --checkpointing, --lora-rank=16, "
+            "--dtype=bfloat16 or a smaller model needs less")
+
+
+class Announcer:
+    """Prints the plan of a stage, with what the run holds beside its model. device: a torch.device; bare: bytes that
+    the process held before the run began, None: those that it holds now."""
+
+    def __init__(self, device, bare=None):
+        self.device = device
+        self.usage = machine.Usage(machine.resident() if bare is None else bare)
+
+    def beside(self, model, pictures):
+        """{name: bytes} of what is not the model's, on a CPU: what the run holds already, and decoded pictures that it
+        will keep."""
+        if self.device.type == "cuda":
+            return {}
+        held = self.usage.held()
+        if not any(p.is_meta for p in model.parameters()):
+            held -= _bytes([*model.parameters(), *model.buffers()])
+        return dict(held=max(0, held), pictures=pictures)
+
+    def warn(self, stage, model, planned):
+        """Prints a warning where the stage will need more than there is. What is there already asks for nothing."""
+        needed = sum(planned.values()) - planned.get("held", 0)
+        if not any(p.is_meta for p in model.parameters()):
+            needed -= planned["weights"]
+        found = warning(stage, needed, machine.room(self.device))
+        if found:
+            print(found, flush=True)
+        return bool(found)
+
+    def clip(self, stage, model, cfg, pictures, longest):
+        """As `stage`, of CLIP's pre-training on captions of at most `longest` tokens."""
+        c = model.config
+        pairs = cfg.supervised.clip_batch
+        tokens = min(longest, c.text_length)
+        optim = cfg.optim
+        planned = plan_clip(model, pairs, tokens, optim.moments, optim.master)
+        size = model.token_embedding.weight.element_size()
+        planned["holes"] = holes(pairs * tower_tokens(c), c.width, size, planned["activations"], self.device)
+        planned |= self.beside(model, pictures)
+        print(planned_line(stage, planned, pairs * (tokens + tower_tokens(c))), flush=True)
+        return self.warn(stage, model, planned)
+
+    def stage(self, stage, vlm, cfg, longest, pictures=0, others=0, *, samples):
+        """Prints `table` for a stage of train.py's config: micro-batches of records as long as the `longest`, or, in a
+        stage that `samples`, of as long prompts with their groups of completions of --max-new. -> whether it warned.
+
+        longest: tokens, padding included; pictures: bytes of decoded pictures that the run keeps; others: bytes of
+        models beside the policy, its own copies aside.
+        """
+        optim = cfg.optim
+        P, tokens, sampling = shape_of(stage, cfg, longest, samples)
+        options = dict(pictures=P, moments=optim.moments, master=optim.master, **sampling)
+        planned = plan(vlm, tokens, **options)
+        c = vlm.llm.config
+        size = vlm.llm.embed_tokens.weight.element_size()
+        beside = {}
+        if samples:
+            beside["reference"] = others + reference(vlm, cfg.algorithm)
+        beside["moment"] = moment(vlm, tokens, self.device, optim.moments, optim.master)
+        beside["holes"] = holes(tokens, c.width, size, planned["activations"], self.device)
+        beside |= self.beside(vlm, pictures)
+        print(table(stage, vlm, tokens, beside, **options), flush=True)
+        return self.warn(stage, vlm, planned | beside)
+
+
+def shape_of(stage, cfg, longest, samples):
+    """-> (records or prompts of a micro-batch, its tokens, what `plan` is told of sampling)."""
     optim = cfg.optim
-    T = vlm.config.image_tokens + 64
-    if samples:
-        P = min(optim.micro_batch or cfg.rl.rl_batch, cfg.rl.rl_batch)
-        completion_tokens = cfg.sampling.group * cfg.sampling.max_new
-        tokens = P * (T + completion_tokens)
-        sampling = dict(rows=cfg.rl.rl_batch, cache_tokens=T + completion_tokens,
-                        prefix_tokens=P * cfg.sampling.group * T)
-    else:
+    if not samples:
         batch = cfg.supervised.batch
         if stage == "align" and cfg.supervised.align_batch:
             batch = cfg.supervised.align_batch
         P = min(optim.micro_batch or batch, batch)
-        tokens = P * (cfg.data.max_length or T)
-        sampling = {}
-    print(table(stage, vlm, tokens, pictures=P, moments=optim.moments, master=optim.master, **sampling), flush=True)
+        return P, P * longest, {}
+    P = min(optim.micro_batch or cfg.rl.rl_batch, cfg.rl.rl_batch)
+    completion_tokens = cfg.sampling.group * cfg.sampling.max_new
+    sampling = dict(rows=cfg.rl.rl_batch, cache_tokens=longest + completion_tokens,
+                    prefix_tokens=P * cfg.sampling.group * longest)
+    return P, P * (longest + completion_tokens), sampling
 
 
 def shortage(error, advice):

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from model import memory
 from model.hub.export import PROJECTOR_ACT, export_folder
 from model.optim import freeze
 from model.runs.config import change, need
@@ -96,11 +95,9 @@ def prepare(vlm, cfg, aligns):
     return vlm
 
 
-def plan(config, cfg, stages):
-    """Prints for each stage what will train and the memory it will take, before a weight of the model is loaded."""
+def on_meta(config, cfg, stage):
+    """The model of a stage by its VlmConfig, prepared as `cfg` wants it, without memory."""
     cfg = change(cfg, compile=False)
-    for stage in stages:
-        with torch.device("meta"):
-            vlm = VLM(config)
-        vlm = prepare(vlm, cfg, stage == "align").to(pick_dtype(cfg.machine.dtype))
-        memory.announce(stage, vlm, cfg, samples=stage not in ("align", "sft", "cot"))
+    with torch.device("meta"):
+        vlm = VLM(config)
+    return prepare(vlm, cfg, stage == "align").to(pick_dtype(cfg.machine.dtype))

@@ -1,14 +1,21 @@
 """Planned memory against tensors that exist; blocks computed again in the backward against blocks kept."""
+import dataclasses
+import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model.clip import ClipConfig
+import measure_memory
+import train
+from model import machine, memory
+from model.clip import Clip, ClipConfig
 from model.generate import Sampler
 from model.llama import LlamaConfig
 from model.lora import attach
-from model.memory import plan, table
+from model.memory import Announcer, plan, plan_clip, shape_of, table
 from model.optim import make_optimizer, optimizer_step
 from model.vlm import VLM, VlmConfig
 from test_flops import TOWERS, AttentionOnly, Gathers
@@ -239,3 +246,157 @@ def test_the_table_names_image_positions():
 def test_a_negative_count_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} -1 must be at least 0"):
         plan(make_vlm(), **dict(tokens=1) | {name: -1})
+
+
+# ---------------------------------------------------------------- beside the model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("clip", [dict(), dict(stem="mlp", pool="mean")], ids=["conv, class", "mlp, mean"])
+def test_activations_of_clip_are_what_autograd_keeps(clip):
+    # Wide enough that what is left out, the pooled states and the loss, weighs little.
+    config = ClipConfig(image_size=32, patch=4, width=48, layers=3, heads=4, embed=16, text_width=40, text_layers=3,
+                        text_heads=4, text_length=20, vocab=50, **clip)
+    model = Clip(config)
+    pixels = torch.randn(3, 3, 32, 32)
+    ids = torch.randint(50, (3, 14))
+    found = kept(lambda: model.encode_image(pixels).sum() + model.encode_text(ids, torch.tensor([14, 9, 3])).sum(),
+                 model)
+    planned = plan_clip(model, 3, 14)
+    assert abs(planned["activations"] / found - 1) < 0.05
+    assert planned["weights"] == planned["gradients"] == size(model.parameters())
+
+
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_a_reference_takes_what_its_copy_takes(trained):
+    vlm = model(trained)
+    switches = SimpleNamespace(kl_coef=0.1, ref_sync=1, baseline="mean", critic="shared")
+    own = {p.data_ptr() for p in vlm.parameters()}
+    copied = size(p for p in vlm.twin().parameters() if p.data_ptr() not in own)
+    assert memory.reference(vlm, switches) == copied > 0
+    switches.ref_sync = 0               # adapters are turned off in place of a copy
+    assert memory.reference(vlm, switches) == (0 if trained == "lora" else copied)
+    switches.kl_coef = 0
+    assert memory.reference(vlm, switches) == 0
+    switches.baseline, switches.critic = "critic", "separate"
+    assert memory.reference(vlm, switches) > 2 * copied
+
+
+def test_the_moment_worked_by_hand():
+    # fp32, width 24, ff 28, 37 pieces: logits of 7 tokens and a second gradient of the head, which trains; frozen, the
+    # gradients inside a block of 7 tokens. In bf16 the optimizer takes the gradient and the root of one weight in fp32.
+    vlm = make_vlm(torch.float32)
+    assert memory.moment(vlm, 7, CPU) == 4 * 37 * (7 + 24)
+    assert memory.moment(vlm.requires_grad_(False), 7, CPU) == 4 * 7 * (3 * 28 + 2 * 24)
+    vlm = make_vlm(torch.bfloat16, llm=dict(vocab=5000)).requires_grad_(True)
+    assert memory.moment(vlm, 1, CPU, moments="bfloat16", master=False) == 4 * 5 * 5000 * 24
+
+
+def test_small_blocks_leave_holes_in_the_heap_of_a_cpu():
+    assert memory.holes(100, 576, 4, 77, CPU) == 77
+    assert memory.holes(200, 576, 4, 77, CPU) == 0              # 450 KiB: pages of its own
+    assert memory.holes(900, 128, 4, 77, CPU) == 77             # as much, of a narrow decoder
+    assert memory.holes(100, 576, 4, 77, torch.device("cuda")) == 0
+
+
+def test_micro_batches_are_as_long_as_the_longest_record():
+    cfg = train.Config()
+    cfg = dataclasses.replace(cfg, supervised=dataclasses.replace(cfg.supervised, batch=100, align_batch=7))
+    assert shape_of("sft", cfg, 29, False) == (48, 48 * 29, {})
+    assert shape_of("align", cfg, 29, False) == (7, 7 * 29, {})
+    # 32 prompts of 29 tokens, 8 completions of 32 each.
+    sampling = dict(rows=32, cache_tokens=29 + 256, prefix_tokens=32 * 8 * 29)
+    assert shape_of("rl", cfg, 29, True) == (32, 32 * (29 + 256), sampling)
+
+
+def test_a_plan_beyond_the_machine_is_warned_of(monkeypatch, capsys):
+    announcer = Announcer(CPU)
+    vlm = make_vlm(torch.float32)
+    cfg = train.Config()
+    monkeypatch.setattr(machine, "room", lambda device: None)
+    assert not announcer.stage("sft", vlm, cfg, 30, samples=False)
+    monkeypatch.setattr(machine, "room", lambda device: 2 ** 40)
+    assert not announcer.stage("sft", vlm, cfg, 30, samples=False)
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setattr(machine, "room", lambda device: 2 ** 20)
+    assert announcer.stage("rl", vlm, cfg, 30, samples=True)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert "stage rl" in line and "the machine has 0.0 GiB" in line and "--micro-batch" in line
+
+
+def test_what_is_there_already_asks_for_no_more_room(monkeypatch, capsys):
+    announcer = Announcer(CPU)
+    vlm = make_vlm(torch.float32)
+    planned = dict(weights=2 ** 30, held=2 ** 32, activations=2 ** 20)
+    monkeypatch.setattr(machine, "room", lambda device: 2 ** 21)
+    assert not announcer.warn("sft", vlm, planned)
+    assert announcer.warn("sft", vlm.to("meta"), planned)       # its weights are still to come
+
+
+def test_room_is_the_least_of_the_machines_and_the_containers(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "number_after", lambda name, path: dict(MemAvailable=9000, VmRSS=400)[name])
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "LIMITS", (str(tmp_path / "none"), str(limit)))
+    assert machine.room(CPU) == 9000
+    limit.write_text("max\n")
+    assert machine.room(CPU) == 9000
+    limit.write_text("1000\n")
+    assert machine.room(CPU) == 600
+    monkeypatch.setattr(machine, "number_after", lambda name, path: None)
+    monkeypatch.setattr(machine, "LIMITS", ())
+    assert machine.room(CPU) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux's files")
+def test_what_the_process_holds_is_seen_and_warming_up_draws_no_number():
+    usage = machine.Usage(machine.resident())
+    torch.manual_seed(0)
+    before = usage.held()
+    drawn = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(()))
+    block = torch.ones(2 ** 24)
+    assert 0.9 < (usage.held() - before) / block.nbytes < 1.2
+
+
+@pytest.mark.parametrize("folder_of", ["scenes", "jsonl"])
+def test_a_run_plans_with_the_lengths_of_its_records(folder_of, tmp_path, capsys):
+    from test_real_run import colours
+    data = "scenes" if folder_of == "scenes" else f"jsonl:{colours(tmp_path, reasoning=True)}"
+    train.main(["--preset=tiny", "--vocab=400", f"--data={data}", "--image-size=48", "--patch=12", "--threads=1",
+                "--stage=clip,align,sft,cot", f"--out={tmp_path / 'run'}"])
+    said = capsys.readouterr().out
+    tokens = {stage: int(count) for stage, count in re.findall(r"  (\w+) +memory .* for (\d+) tokens", said)}
+    assert [*tokens] == ["clip", "align", "sft", "cot"]
+    # 16 records a step, each with 16 tokens of its picture: multiples of 16, and no longer than the longest.
+    assert all(tokens[stage] % 16 == 0 and 16 * 17 < tokens[stage] < 16 * 90 for stage in ("align", "sft", "cot"))
+    assert tokens["sft"] < tokens["cot"]
+
+
+@pytest.fixture
+def small_llama(tmp_path):
+    """A random decoder's folder, of 20 M parameters, with a small tokenizer."""
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+    from test_templates import JSON
+    config = HFConfig(vocab_size=320, hidden_size=384, intermediate_size=1024, num_hidden_layers=12,
+                      num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0,
+                      eos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
+    (tmp_path / "llm" / "tokenizer.json").write_text(JSON)
+    (tmp_path / "llm" / "tokenizer_config.json").write_text(json.dumps(
+        dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from Linux's files")
+def test_the_plan_lies_within_a_quarter_of_the_peak_of_every_stage(tmp_path, small_llama):
+    (tmp_path / "embedded").mkdir()
+    found = {"embedded": measure_memory.measure(tmp_path / "embedded", []),
+             "decoder with LoRA": measure_memory.with_decoder(tmp_path, small_llama / "llm")}
+    for title, rows in found.items():
+        print(f"\n{title}\n{measure_memory.text(rows)}")
+        assert [stage for stage, *_ in rows] == [*measure_memory.STAGES]
+        assert all(abs(planned / peak - 1) < 0.25 for _, planned, peak in rows), title

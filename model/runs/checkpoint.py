@@ -1,4 +1,5 @@
 """Save and load without ever leaving half a file, and without unsafe pickles."""
+import gc
 import os
 import pickle
 import zipfile
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch
 
 from model.runs.config import first_line
+
+LARGE = 2 ** 26             # bytes of a checkpoint that must not lie about unused
 
 
 def write_atomically(path, write):
@@ -49,6 +52,10 @@ def load(path, device="cpu"):
         if not zipfile.is_zipfile(path):
             raise ValueError("it is truncated or not a checkpoint")
         state = torch.load(path, map_location=device, weights_only=True)
+        if Path(path).stat().st_size > LARGE:
+            # torch's reader leaves a cycle of objects that holds all tensors until Python looks for such: a second and
+            # third copy of the model, where a run reads its shape, its tokenizer and then its weights.
+            gc.collect()
         if not isinstance(state, dict) or "stage" not in state:
             raise ValueError("it is a PyTorch file but not a checkpoint of this project")
         return state
