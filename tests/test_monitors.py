@@ -308,12 +308,14 @@ def test_slipping_alone_reads_another_row_or_counts_one_beat_off(drawn):
 def test_misreadings_are_counted_by_prompt_and_only_where_they_can_be():
     raw = dict(kind=["read", "read", "read", "rate"], gold=["83 bpm", "97 %", "138 mmhg", "80 bpm"],
                answer=[["88 bpm", "83 bpm"], ["97 %", "91 %"], ["183 mmhg", "133 mmhg"], ["30 bpm", "80 bpm"]])
-    [row] = misread.rows({"cot": {"id": {"t1": raw}}}, 7)       # half of the first prompt's, both of the third's
-    assert (row["metric"], row["value"], row["n"], row["seed"]) == ("misread", 0.75, 2, 7)
+    three, eight = misread.rows({"cot": {"id": {"t1": raw}}}, 7)
+    # A 3 as an 8 in half of the first prompt's completions and in one of the third's; an 8 as a 3 in both of the third's.
+    assert (three["metric"], three["value"], three["n"], three["seed"]) == ("3 read as 8", 0.5, 2, 7)
+    assert (eight["metric"], eight["value"], eight["n"]) == ("8 read as 3", 0.5, 2)
     taught = dict(kind=raw["kind"], text=[f"<think> so</think><answer> {a[0]}</answer>" for a in raw["answer"]])
     found = misread.rows({"teacher": {"id": {"t1": taught}}, "cot": {"id": {"t1": raw}}}, 7)
-    assert [row["value"] for row in found] == [1.0, 0.75]       # the teacher's are read from its chains
-    assert "0.750 [" in misread.misread_text(found) and "teacher" in misread.misread_text(found)
+    assert [row["value"] for row in found] == [1.0, 0.5, 0.5, 0.5]      # the teacher's are read from its chains
+    assert "Numbers in which 3 is read as 8, T = 1" in misread.misread_text(found)
     assert misread.rows({"cot": {"id": {"t1": dict(raw, kind=["rate"] * 4)}}}, 7) == []
 
 

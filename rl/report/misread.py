@@ -1,4 +1,4 @@
-"""Who reads a 3 as an 8 and an 8 as a 3, as the teacher of drawn monitors does: misread.json and its table.
+"""Who reads a 3 as an 8 and an 8 as a 3, as the teacher of drawn monitors does: misread.json and its tables.
 
     found = rows(scores, seed)
     print(misread_text(found))
@@ -9,19 +9,25 @@ from data.chat import normalise, parse
 from rl.report.inference import interval
 from rl.report.statistics import decoding_title, grid, main_decoding, share_text
 
+# metric -> (the digits that are shown, the digits that they are read as)
+METRICS = {
+    "3 read as 8": ("3", "8"),
+    "8 read as 3": ("8", "3"),
+}
 ALIKE = "38"
-METRIC = "misread"
 
 
-def is_misread(answer, gold):
-    """Whether an answer is the gold one but for one or more of ALIKE's digits in each other's place.
+def is_misread(answer, gold, shown, read):
+    """Whether an answer is the gold number but for ALIKE's digits, one of which is `shown` and stands there as `read`.
 
-    >>> is_misread("88 bpm", "83 bpm"), is_misread("83 bpm", "83 bpm"), is_misread("93 bpm", "83 bpm")
-    (True, False, False)
+    >>> is_misread("88 bpm", "83 bpm", "3", "8"), is_misread("88 bpm", "83 bpm", "8", "3")
+    (True, False)
+    >>> is_misread("93 bpm", "83 bpm", "8", "3")
+    False
     """
-    if len(answer) != len(gold) or answer == gold:
-        return False
-    return all(a == g or (a in ALIKE and g in ALIKE) for a, g in zip(answer, gold))
+    pairs = list(zip(answer, gold))
+    is_number = len(answer) == len(gold) and all(a == g or (a in ALIKE and g in ALIKE) for a, g in pairs)
+    return is_number and (read, shown) in pairs
 
 
 def answers_of(raw):
@@ -31,45 +37,55 @@ def answers_of(raw):
     return [[normalise(parse(text).answer)] for text in raw["text"]]
 
 
-def rows(scores, seed):
-    """{method: {split: {decoding: raw}}} -> the share of completions that misread, in the form of results.json's
-    rows; one that holds no prompt to be misread has none."""
-    gold = {}                           # (split, decoding) -> gold answers, which a teacher's scores lack
+def misread_shares(raw, gold, shown, read):
+    """The share of completions of each prompt with a digit `shown` that take it for `read`."""
+    shares = []
+    for kind, right, answers in zip(raw["kind"], gold, answers_of(raw)):
+        if kind == "read" and shown in right.partition(" ")[0]:
+            shares.append(sum(is_misread(answer, right, shown, read) for answer in answers) / len(answers))
+    return shares
+
+
+def gold_of(scores):
+    """{(split, decoding): gold answers}, which a teacher's scores lack."""
+    gold = {}
     for splits in scores.values():
         for split, of_split in splits.items():
             for decoding, raw in of_split.items():
                 if "gold" in raw:
                     gold[split, decoding] = raw["gold"]
+    return gold
+
+
+def rows(scores, seed):
+    """{method: {split: {decoding: raw}}} -> a row for each of METRICS, in the form of results.json's; none where no
+    prompt shows the digit."""
+    gold = gold_of(scores)
     found = []
     for method, splits in scores.items():
         for split, of_split in splits.items():
             for decoding, raw in of_split.items():
-                shares = misread_shares(raw, gold.get((split, decoding), ()))
-                if shares:
-                    value, low, high = interval(shares)
-                    found.append(dict(method=method, split=split, decoding=decoding, metric=METRIC, value=value,
-                                      low=low, high=high, n=len(shares), seed=seed))
+                for metric, digits in METRICS.items():
+                    shares = misread_shares(raw, gold.get((split, decoding), ()), *digits)
+                    if shares:
+                        value, low, high = interval(shares)
+                        found.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value,
+                                          low=low, high=high, n=len(shares), seed=seed))
     return found
 
 
-def misread_shares(raw, gold):
-    """The share of misread completions of each prompt that can be misread."""
-    shares = []
-    for kind, right, answers in zip(raw["kind"], gold, answers_of(raw)):
-        number = right.partition(" ")[0]
-        if kind == "read" and any(digit in number for digit in ALIKE):
-            shares.append(sum(is_misread(answer, right) for answer in answers) / len(answers))
-    return shares
-
-
 def misread_text(found):
-    """The table: a line a method, a column a split, sampled decoding."""
+    """A table for each of METRICS: a line a method, a column a split, sampled decoding."""
     decoding = main_decoding(found)
-    chosen = [row for row in found if row["decoding"] == decoding]
-    splits = list(dict.fromkeys(row["split"] for row in chosen))
-    cells = {}                          # method -> {split: text}
-    for row in chosen:
-        cells.setdefault(row["method"], {})[row["split"]] = share_text(row)
-    lines = [(method, [texts.get(split, "") for split in splits]) for method, texts in cells.items()]
-    title = f"Numbers with a 3 or an 8 that are read with the other one, {decoding_title(decoding)}"
-    return grid(f"{title} [95 % interval over prompts]", splits, lines)
+    tables = []
+    for metric in METRICS:
+        chosen = [row for row in found if row["decoding"] == decoding and row["metric"] == metric]
+        splits = list(dict.fromkeys(row["split"] for row in chosen))
+        cells = {}                      # method -> {split: text}
+        for row in chosen:
+            cells.setdefault(row["method"], {})[row["split"]] = share_text(row)
+        lines = [(method, [texts.get(split, "") for split in splits]) for method, texts in cells.items()]
+        title = f"Numbers in which {metric}, {decoding_title(decoding)} [95 % interval over prompts]"
+        if lines:
+            tables.append(grid(title.replace(" read", " is read"), splits, lines))
+    return "\n\n".join(tables)
