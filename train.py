@@ -465,6 +465,10 @@ class Run(RunFolder):
         if cfg.run.init:
             state = checkpoint.load(cfg.run.init, self.device)
             self.tokenizer = tokenizer.from_saved(state["tokenizer"], f"the tokenizer in checkpoint {cfg.run.init!r}")
+            if self.plan:               # a CLIP by itself, whose text tower reads the words of the decoder
+                needed = pretrained.load_tokenizer(cfg.llm.llm)
+                need(self.tokenizer.saved == needed.saved, "init", cfg.run.init,
+                     f"have the tokenizer of --llm={cfg.llm.llm}, as a stage clip beside that flag has")
         elif cfg.vlm.llava or cfg.llm.llm:
             self.tokenizer = pretrained.load_tokenizer(cfg.vlm.llava or cfg.llm.llm)
         elif saved.exists():
@@ -1279,14 +1283,14 @@ def loaded_shape(cfg):
     flags that this overrides)."""
     shape = [*CLIP_SHAPE, *VLM_SHAPE]
     given = cfg.run.flags.split()
-    if "template" not in given:
-        shape.append("template")
     if cfg.run.init:
         state = checkpoint.load(cfg.run.init)
-        if "vlm" not in state:              # only a CLIP: projector and decoder are still to be made
-            shape = CLIP_SHAPE
-        cfg, notes = adopt(cfg, state.get("config", {}), shape, "--init")
-        return cfg, None, notes
+        decided = CLIP_SHAPE                # of a CLIP: projector and decoder are still to be made
+        if "vlm" in state:
+            decided = shape if "template" in given else [*shape, "template"]
+        cfg, notes = adopt(cfg, state.get("config", {}), decided, "--init")
+        if "vlm" in state or not cfg.llm.llm:
+            return cfg, None, notes
     plan = pretrained.planned(cfg)
     if plan is None:
         return cfg, None, []

@@ -208,10 +208,11 @@ def test_an_exported_decoder_with_adapters_says_greedily_in_transformers_what_it
                                              reasoning="it looks so")))
     (tmp_path / "mine.jsonl").write_text("\n".join(lines_of_data))
     run = tmp_path / "run"
-    train.main([f"--llm={tmp_path / 'llm'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", f"--out={run}", "--threads=1",
-                f"--export=hf:{tmp_path / 'hf'}", "--stage=clip,align,sft,cot", "--image-positions=False",
+    parts = [f"--llm={tmp_path / 'llm'}", f"--data=jsonl:{tmp_path / 'mine.jsonl'}", "--threads=1", "--align-steps=2",
+             "--align-batch=4", "--image-positions=False"]
+    train.main([*parts, f"--out={run}", f"--export=hf:{tmp_path / 'hf'}", "--stage=clip,align,sft,cot",
                 "--clip-stem=conv", "--clip-pool=class", "--image-size=24", "--patch=12", "--clip-width=16",
-                "--clip-heads=2", "--clip-steps=2", "--clip-batch=4", "--align-steps=2", "--align-batch=4",
+                "--clip-heads=2", "--clip-steps=2", "--clip-batch=4",
                 "--sft-steps=3", "--cot-steps=5", "--batch=4", "--cot-lr=1e-2", "--lora-rank=4", "--lora-targets=all",
                 "--max-new=32", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1"])
     vlm, tok, state = evaluation.load_vlm(run / "cot.pt")
@@ -234,6 +235,11 @@ def test_an_exported_decoder_with_adapters_says_greedily_in_transformers_what_it
         with torch.no_grad():
             said = hf.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1]:]
         assert processor.tokenizer.decode(said, skip_special_tokens=True) == text
+
+    # The decoder goes onto the CLIP of a checkpoint as well, the same as in the run that trained it.
+    train.main([*parts, f"--out={tmp_path / 'again'}", "--stage=align", f"--init={run / 'clip.pt'}"])
+    same = [checkpoint.load(folder / "align.pt")["vlm"] for folder in (run, tmp_path / "again")]
+    assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
 
 
 def test_from_nothing_the_records_train_every_part(folder, tmp_path):
