@@ -398,21 +398,7 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     write_json(folder / "training.json", training)
     write_json(folder / "differences.json", differences)
     write_report(folder, cfg, tests, scores, rewards, log, results)
-    grown = growth.rows(scores, seed)
-    if grown:
-        write_growth(folder, grown)
-    if cfg.data.data == "monitors":
-        misreadings = misread.rows(scores, seed)
-        write_json(folder / "misread.json", misreadings)
-    if trained:
-        found = routes.rows(scores, trained, is_leak, procedure, seed)
-        write_json(folder / "routes.json", found)
-    if probes:
-        found = generalisation_rows(folder, cfg, contenders, tests, scores, probes)
-        write_json(folder / "generalisation.json", found)
-        write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
-    if shown:
-        simple = measure_baselines(folder, cfg, contenders, tests, scores, shown)
+    texts = special_reports(folder, cfg, contenders, tests, scores, results, trained, probes, shown)
     write_json(folder / "results.json", results)      # last: a run that has it is finished
 
     print("\n" + "\n".join(statistics.result_lines(results, differences, to)))
@@ -422,17 +408,37 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
         drawn = samples[0].source.startswith("scenes/")
         asked = samples[:cfg.judge.eval_sampled] if drawn else samples
         print(without_looking(split, asked), end="")
-    if shown:
-        print("\n" + baselines_text(simple))
-    if cfg.data.data == "monitors" and misreadings:
-        print("\n" + misread.misread_text(misreadings))
-    if trained:
-        print("\n" + routes.routes_text(scores, found))
-    if probes:
-        print("\n" + generalisation.generalisation_text([*results, *found], transfer.PARTS))
-    if grown:
-        print("\n" + growth.growth_text(grown))
+    for text in texts:
+        print("\n" + text)
     return results
+
+
+def special_reports(folder, cfg, contenders, tests, scores, results, trained, probes, shown):
+    """Writes the files that only some runs have -> their tables as texts. results: the rows of results.json; else as
+    for `compare`."""
+    texts = []
+    seed = cfg.run.seed
+    if shown:
+        found = measure_baselines(folder, cfg, contenders, tests, scores, shown)
+        texts.append(baselines_text(found))
+    if cfg.data.data == "monitors":
+        found = misread.rows(scores, seed)
+        write_json(folder / "misread.json", found)
+        texts.append(misread.misread_text(found))
+    if trained:
+        found = routes.rows(scores, trained, is_leak, procedure, seed)
+        write_json(folder / "routes.json", found)
+        texts.append(routes.routes_text(scores, found))
+    if probes:
+        found = generalisation_rows(folder, cfg, contenders, tests, scores, probes)
+        write_json(folder / "generalisation.json", found)
+        write_picture(folder / "generalisation.png", generalisation.picture(found, transfer.PARTS))
+        texts.append(generalisation.generalisation_text([*results, *found], transfer.PARTS))
+    grown = growth.rows(scores, seed)
+    if grown:
+        write_growth(folder, grown)
+        texts.append(growth.growth_text(grown))
+    return [text for text in texts if text]
 
 
 def note_of(cfg):

@@ -75,7 +75,9 @@ def rows(scores, seed):
 
 
 def misread_text(found):
-    """A table for each of METRICS: a line a method, a column a split, sampled decoding."""
+    """A table for each of METRICS: a line a method, a column a split, sampled decoding; "" without rows."""
+    if not found:
+        return ""
     decoding = main_decoding(found)
     tables = []
     for metric in METRICS:
