@@ -309,7 +309,7 @@ def test_misreadings_are_counted_by_prompt_and_only_where_they_can_be():
     raw = dict(kind=["read", "read", "read", "rate"], gold=["83 bpm", "97 %", "138 mmhg", "80 bpm"],
                answer=[["88 bpm", "83 bpm"], ["97 %", "91 %"], ["183 mmhg", "133 mmhg"], ["30 bpm", "80 bpm"]])
     three, eight = misread.rows({"cot": {"id": {"t1": raw}}}, 7)
-    # A 3 as an 8 in half of the first prompt's completions and in one of the third's; an 8 as a 3 in both of the third's.
+    # A 3 as an 8 in half of the first prompt's completions and of the third's; an 8 as a 3 in all of the third's.
     assert (three["metric"], three["value"], three["n"], three["seed"]) == ("3 read as 8", 0.5, 2, 7)
     assert (eight["metric"], eight["value"], eight["n"]) == ("8 read as 3", 0.5, 2)
     taught = dict(kind=raw["kind"], text=[f"<think> so</think><answer> {a[0]}</answer>" for a in raw["answer"]])
