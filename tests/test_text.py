@@ -1,6 +1,7 @@
 """Tokenizer and prompts: text comes back as it went in, and the target mask holds exactly the target."""
 import io
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 import eval as evaluation
 import train as train_script
-from data import chat, scenes, supply, teachers
+from data import chat, images, scenes, supply, teachers
 from data.sample import Sample
 from data.tokenizer import from_saved, train
 from model.runs import checkpoint
@@ -240,6 +241,41 @@ def test_the_source_in_the_readme_reads_pictures_from_bytes(monkeypatch):
     rows[3]["answer"] = "<answer>"
     with pytest.raises(ValueError, match="'any', row 4: field 'answer' holds the tag <answer>"):
         load("any", 50)
+
+
+def test_the_digits_of_the_readme_are_a_folder_of_classes_with_a_split_for_tests(tmp_path, monkeypatch):
+    scans = np.random.default_rng(0).integers(0, 17, (100, 8, 8)).astype(float)
+    digits = SimpleNamespace(images=scans, target=np.arange(100) // 10)     # each digit in each part
+    datasets = SimpleNamespace(load_digits=lambda: digits)
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace(datasets=datasets))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", datasets)
+    monkeypatch.chdir(tmp_path)
+    example("# digits.py")
+    splits, _ = images.load("digits")
+    assert {split: len(samples) for split, samples in splits.items()} == {"train": 60, "val": 20, "test": 20}
+    assert {sample.answer for sample in splits["test"]} == {f"{digit}" for digit in range(10)}
+
+
+def test_the_emoji_of_the_readme_are_drawn_by_one_vendor_to_train_on_and_by_two_to_test(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listed = []
+    for number in range(40):
+        label = ("animal-bird", "food-fruit")[number % 2]
+        name = f"{number}.png"
+        listed.append(dict(sort_order=number, category="Objects", subcategory=label, image=name, has_img_google=True,
+                           has_img_twitter=True))
+        for vendor, level in (("google", 0), ("twitter", 128)):
+            folder = Path(f"emoji-datasource-{vendor}/img/{vendor}/64")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (level, number, 0)).save(folder / name)
+    listed.append(dict(listed[0], category="Symbols", image="left-out.png"))
+    Path("emoji-datasource-google/emoji.json").write_text(json.dumps(listed))
+    example("# emoji.py")
+    splits, _ = images.load("emoji")
+    counts = {split: len(samples) for split, samples in splits.items()}
+    assert counts == {"train": 24, "val": 8, "test": 8, "twitter": 8, "twitter_seen": 24}
+    names = {split: {Path(sample.images[0]).name for sample in samples} for split, samples in splits.items()}
+    assert names["test"] == names["twitter"] and names["train"] == names["twitter_seen"]
 
 
 def test_the_template_in_the_readme_is_one(tok, monkeypatch):
