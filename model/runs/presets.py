@@ -53,7 +53,7 @@ RL_RECIPES = {
     # from nothing but the decoder, on two CPU cores: a small CLIP first
     "smollm2-small": SMOLLM2 | RL_OF_PRETRAINED | dict(
         lora_rank=16, lora_alpha=32.0, align_lr=1e-2, align_steps=120, cot_steps=40, cot_lr=5e-4, rl_steps=40,
-        rl_lr=1e-4, max_new=40, eval_greedy=100, eval_sampled=50, eval_samples=4, save_every=10),
+        rl_lr=2.5e-4, max_new=40, eval_greedy=100, eval_sampled=50, eval_samples=4, save_every=10),
     "qwen2.5-0.5b-rl": CLIP_L | QWEN_05B | RL_OF_PRETRAINED | ON_A_GPU,
     "llava-1.5-7b-rl": RL_OF_PRETRAINED | ON_A_GPU | ASKS_FOR_TAGS | dict(llava="llava-hf/llava-1.5-7b-hf"),
 }
