@@ -513,7 +513,8 @@ def measure_baselines(folder, cfg, contenders, tests, scores, shown):
     asked = {split: samples[:cfg.judge.eval_greedy] for split, samples in tests.items()}
     prompts_of_all = [sample for samples in asked.values() for sample in samples]
     right = {}
-    for method, given in simple_answers(cfg, next(iter(contenders.values())).path, prompts_of_all, shown).items():
+    [checkpoint_of_run, *_] = [contender.path for contender in contenders.values() if not contender.is_folder]
+    for method, given in simple_answers(cfg, checkpoint_of_run, prompts_of_all, shown).items():
         given = iter(given)
         right[method] = {}
         for split, samples in asked.items():

@@ -69,7 +69,7 @@ from model.runs.seeds import run_seeds
 from model.vlm import VLM, VlmConfig, VlmOptions
 from rl import algorithms, bench, curriculum, forecast, metrics
 from rl.algorithms import Algorithm, RlOptions
-from rl.explain import explanation, preflight_text
+from rl.explain import explanation, formless_advice, preflight_text
 from rl.learner import Guard, make_learner
 from rl.report import generalisation, growth, ladder
 from rl.report import seeds as seeds_report
@@ -317,7 +317,7 @@ class Config:
         need(not self.run.explain or self.run.stage in algorithms.STAGES, "explain", self.run.explain,
              "come with one stage of reinforcement learning, as in --stage=rl --init=FILE")
         need(self.rl.algorithm == RlOptions.algorithm or not {*stages} & {*algorithms.ALGORITHMS}, "algorithm",
-             self.rl.algorithm, "be left out where stages are named after algorithms")
+             self.rl.algorithm, f"be {RlOptions.algorithm} where stages are named after algorithms")
         algorithms.labels(self, stages)
         parts = {part for part in transfer.PARTS for name in stages if name.endswith(f"_{part}")}
         self.check_rates(stages)
@@ -365,6 +365,9 @@ class Config:
             notes.append("--augment has no effect without the stage clip, which trains a CLIP from nothing")
         if source != "scenes" and self.data.world != "grid":
             notes.append(f"--world has no effect with --data={self.data.data}: it is about drawn scenes")
+        if self.rl.method != RlOptions.method and "cot" in stages:
+            notes.append("--method has no effect on what learns after stage cot, which is asked as its chains were; only "
+                         "the row before is asked so")
         if self.rl.distill_from != RlOptions.distill_from and "distilled" not in stages:
             notes.append("--distill-from has no effect without the stage distilled")
         replays = [stage for stage in stages if stage == "cot" or stage.startswith("replay_")]
@@ -521,7 +524,7 @@ class Run(RunFolder):
     def announce(self, stage, vlm, cfg, longest, others=0, *, samples):
         """Prints what a stage will take of memory, unless that was told at the start; longest: tokens of a record or
         prompt."""
-        if not self.plan:
+        if self.supply.source in DRAWN:
             kept = self.supply.kept_pictures(vlm.config.clip.image_size)
             self.memory.stage(stage, vlm, cfg, longest, kept, others, samples=samples)
 
@@ -755,7 +758,8 @@ def preflight(run, name, cfg, vlm, samples, method, rewards, teacher=None):
     clock.lap("update")
     costs = metrics.costs(clock.laps, rollout, passed)
     steps = None if run.allowed(name) else cfg.rl.rl_steps
-    print(preflight_text(rollout, active / count, costs, steps, cfg.algorithm.refill, rewards.options.gated))
+    advice = formless_advice(method, cfg.data.template) if rewards.options.gated else ""
+    print(preflight_text(rollout, active / count, costs, steps, cfg.algorithm.refill, advice))
 
 
 # ---------------------------------------------------------------- the stages
@@ -767,7 +771,7 @@ def clip(run, name, cfg, origin):
     model = Clip(config).to(run.device, run.dtype)
     show_trained(name, model)
     samples = run.samples("clip", cfg.data.pictures, "clip")
-    if not run.plan:
+    if run.supply.source in DRAWN:
         captions = preview.encoded(samples, run.preview(0).caption)
         run.memory.clip(name, model, cfg, run.supply.kept_pictures(config.image_size), preview.longest(captions))
     pixels = dict(image_size=config.image_size, fit="crop", mean=config.mean)
@@ -881,11 +885,11 @@ def cot(run, name, cfg, origin):
     fit(run, name, cfg, origin, records, cfg.teacher.cot_format, schedule, Meter())
 
 
-def rl(run, name, cfg, origin, method="", part="train", teacher=None):
+def rl(run, name, cfg, origin, part="train", teacher=None):
     """RL on correctness and format, with the switches of the stage's name, for --rl-steps or for the FLOPs that
     another stage of the run took. Without chains to imitate, as in `rl_zero` or from a pretrained model, only the
     prompt asks for the tags, as --method has it. part: of the world, that the prompts are of."""
-    method = method or asked_by(cfg, origin.method)
+    method = asked_by(cfg, name, origin.method)
     samples = run.samples(part, cfg.data.rl_prompts, "rl")
     ask = partial(run.preview(origin.vlm.config.image_tokens).prompt, method)
     others = sum(p.nbytes for p in teacher.parameters()) if teacher else 0
@@ -901,8 +905,11 @@ def rl(run, name, cfg, origin, method="", part="train", teacher=None):
     run.finish_stage(name, cfg, method, meter, origin.towers, origin.vlm)
 
 
-def asked_by(cfg, taught):
-    """How reinforcement learning asks a model whose last stage was asked by the method `taught`, "" for none."""
+def asked_by(cfg, name, taught):
+    """How a stage of reinforcement learning asks a model whose last stage was asked by the method `taught`, "" for
+    none."""
+    if STAGES[stage_of(name)].method:
+        return STAGES[stage_of(name)].method
     return taught if taught in chat.FORMS else cfg.rl.method
 
 
@@ -1087,11 +1094,13 @@ def rejection(run, name, cfg, origin, stream, part="train", rounds=2):
 @dataclass(frozen=True)
 class Stage:
     """train(run, name, cfg, origin); the stages it may start from, first choice first; the stages whose FLOPs together
-    it is given; those whose models it reads besides."""
+    it is given; those whose models it reads besides. method: how reinforcement learning asks, "" for as the stage
+    before did."""
     train: Callable
     starts_from: tuple = ()
     costs_like: tuple = ()
     reads: tuple = ()
+    method: str = ""
 
 
 continued_chains = partial(chains, stream="continued")
@@ -1127,7 +1136,7 @@ STAGES = {
     "align": Stage(align, ("clip",)),
     "sft": Stage(sft, ("align",)),
     "cot": Stage(cot, ("sft", "align")),
-    "rl": Stage(rl, ("cot", "sft")),
+    "rl": Stage(rl, ("cot", "sft", "align")),
     # more of the teacher's chains, on fresh prompts; the same chains filtered; the model's own right answers, twice
     "cot_continued": Stage(partial(matched, records_of=continued_chains), ("cot",), ("rl",)),
     "filtered": Stage(partial(matched, records_of=checked_again), ("cot",), ("rl",)),
@@ -1137,10 +1146,10 @@ STAGES = {
     "sft_direct": Stage(partial(matched, records_of=gold_answers, method="direct"), ("sft", "align"), ("cot", "rl")),
     "perfect": Stage(partial(matched, records_of=flawless_chains), ("sft", "align"), ("cot", "rl")),
     # the tags only asked for, nothing to imitate
-    "rl_zero": Stage(partial(rl, method="asked"), ("sft", "align")),
+    "rl_zero": Stage(rl, ("sft", "align")),
     # the three routes: RL from a base that knows small skills and no teacher; LLaVA-o1, whose teacher saw the answers
     # or did not; RL from the latter
-    "rl_from_base": Stage(partial(rl, method="think"), ("sft",)),
+    "rl_from_base": Stage(rl, ("sft",), method="think"),
     "llava_o1": Stage(partial(matched, records_of=seen_chains), ("sft",), ("rl_from_base",)),
     "llava_o1_blind": Stage(partial(matched, records_of=blind_chains), ("sft",), ("rl_from_base",)),
     "rl_from_o1": Stage(rl, ("llava_o1_blind",)),
@@ -1270,7 +1279,9 @@ def main(argv):
         pretrained.check_weights(cfg)
     with Run(cfg, choose(cfg.run.out, cfg.run.preset, cfg.run.resume), plan, bare) as run:
         notes += open_run(run)
-        crowded = show_plan(run) if plan else set()
+        crowded = set()
+        if run.supply.source not in DRAWN:
+            crowded = show_plan(run)
         if cfg.run.tune:
             return tune(run, notes)
         if run.supply.source not in DRAWN and not cfg.run.resume:
@@ -1283,11 +1294,14 @@ def loaded_shape(cfg):
     flags that this overrides)."""
     shape = [*CLIP_SHAPE, *VLM_SHAPE]
     given = cfg.run.flags.split()
+    notes = []
     if cfg.run.init:
         state = checkpoint.load(cfg.run.init)
         decided = CLIP_SHAPE                # of a CLIP: projector and decoder are still to be made
         if "vlm" in state:
             decided = shape if "template" in given else [*shape, "template"]
+        need("vlm" in state or not cfg.clip.clip, "clip", cfg.clip.clip, f"be left out beside --init={cfg.run.init}, "
+             "which is a CLIP itself")
         cfg, notes = adopt(cfg, state.get("config", {}), decided, "--init")
         if "vlm" in state or not cfg.llm.llm:
             return cfg, None, notes
@@ -1295,8 +1309,10 @@ def loaded_shape(cfg):
     if plan is None:
         return cfg, None, []
     saved = pretrained.fields(plan)
-    cfg, notes = adopt(cfg, saved, shape, "what is loaded")
-    return cfg, plan, notes if {*given} & {*saved} else []
+    cfg, more = adopt(cfg, saved, shape, "what is loaded")
+    if {*given} & {*saved}:
+        notes += more
+    return cfg, plan, notes
 
 
 def open_run(run):
@@ -1314,6 +1330,9 @@ def open_run(run):
     if "iou" in rewards.weights and not any(sample.boxes for sample in own):
         raise ValueError(f"--rewards={cfg.reward.rewards}: iou needs samples with boxes, and --data={cfg.data.data} "
                          "has none")
+    if cfg.run.tune and run.real and len(run.supply.tests(count_of_tests(cfg))) == 1:
+        raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but val to report on, and nothing "
+                         "is tuned on what is reported; a test split of your own would be one")
     if run.supply.teach:        # it may fail on a prompt of the tests: better now than after training
         run.supply.tests(count_of_tests(cfg))
     starts_from = {name: stage.starts_from for name, stage in STAGES.items()}
@@ -1391,11 +1410,13 @@ def shape_of(run):
 
 
 def show_plan(run):
-    """Prints for each stage of a pretrained model what will train and the memory it will take, before a weight of it is
-    loaded -> names of the stages that the machine has no room for."""
+    """Prints for each stage of a run on data of one's own what will train and the memory it will take, before a weight
+    is loaded -> names of the stages that the machine has no room for. Stages whose records the run has yet to make are
+    taken to have those of cot."""
     cfg = run.cfg
-    look = run.preview(run.plan.image_tokens)
-    kept = run.supply.kept_pictures(run.plan.clip.image_size)
+    shape = shape_of(run)
+    look = run.preview(shape.image_tokens)
+    kept = run.supply.kept_pictures(shape.clip.image_size)
     crowded = set()
     for name in cfg.stages():
         variant = config_of(cfg, name)
@@ -1405,8 +1426,9 @@ def show_plan(run):
         else:
             samples = name in algorithms.STAGES
             kind = name if samples or name in ("align", "sft") else "cot"
-            model = prepare.on_meta(run.plan, variant, name)
-            warned = run.memory.stage(name, model, variant, look.longest(kind, method_of(cfg)), kept, samples=samples)
+            model = prepare.on_meta(shape, variant, name)
+            longest = look.longest(kind, method_of(cfg, name))
+            warned = run.memory.stage(name, model, variant, longest, kept, samples=samples)
         if warned:
             crowded.add(name)
     return crowded
@@ -1415,7 +1437,7 @@ def show_plan(run):
 def stages_ahead(run):
     """The stages of a run on data of one's own, as rl/forecast.py measures them."""
     look = run.preview(shape_of(run).image_tokens)
-    return [stage_ahead(run, look, name) for name in run.cfg.stages() if not run.path(name).exists()]
+    return [stage_ahead(run, look, name) for name in run.cfg.stages()]
 
 
 def stage_ahead(run, look, name):
@@ -1423,12 +1445,13 @@ def stage_ahead(run, look, name):
     cfg = config_of(run.cfg, name)
     options = cfg.supervised
     like = STAGES[name].costs_like
-    if like and all(other in cfg.stages() or run.path(other).exists() for other in like):
+    if like and all(other in cfg.stages() for other in like):
         return forecast.Ahead(name, "", cfg, like=like)
     if name in algorithms.STAGES:
         samples = run.samples("train", cfg.data.rl_prompts, "rl")
         some = [samples[i] for i in preview.spread(len(samples))]
-        return forecast.Ahead(name, "rl", cfg, cfg.rl.rl_steps, cfg.rl.rl_batch, samples=some, method=method_of(cfg))
+        return forecast.Ahead(name, "rl", cfg, cfg.rl.rl_steps, cfg.rl.rl_batch, samples=some,
+                              method=method_of(cfg, name))
     rows = look.rows(name)
     if name == "clip":
         return forecast.Ahead(name, "clip", cfg, options.clip_steps, options.clip_batch, rows)
@@ -1445,9 +1468,15 @@ def stage_ahead(run, look, name):
     return forecast.Ahead(name, "supervised", cfg, steps, batch, rows)
 
 
-def method_of(cfg):
-    """How reinforcement learning after the other stages of a run will prompt."""
-    return asked_by(cfg, cfg.teacher.cot_format if "cot" in cfg.stages() else "")
+def method_of(cfg, name):
+    """How a stage of reinforcement learning will prompt, told before there is what it starts from."""
+    stages = cfg.stages()
+    begins_at = [other for other in STAGES[stage_of(name)].starts_from if other in stages][:1]
+    if begins_at == ["cot"]:
+        return asked_by(cfg, name, cfg.teacher.cot_format)
+    if cfg.run.init and not begins_at:
+        return asked_by(cfg, name, checkpoint.load(cfg.run.init).get("method", ""))
+    return asked_by(cfg, name, "")
 
 
 def check_distillation(run, stages):
@@ -1507,13 +1536,10 @@ def tune(run, notes):
     """--tune: trains each of these stages, and first what it needs, at every rate of the ladder, and prints which is
     best on the validation prompts that are like its training. The best one stands for its stage in what comes after it.
     Writes ladder.json; evaluates nothing else, but for --compare=generalisation, which compares all rungs. Prints
-    `notes` first. Raises ValueError for own data without a split that is left to report on."""
+    `notes` first."""
     cfg = run.cfg
-    [(home, samples), *others] = run.supply.tests(count_of_tests(cfg)).items()
+    home, samples = next(iter(run.supply.tests(count_of_tests(cfg)).items()))
     rungs_of_all = {}                   # "NAME@RATE" -> Contender
-    if run.real and not others:
-        raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but {home} to report on, and "
-                         "nothing is tuned on what is reported; a test split of your own would be one")
     show_notes(notes)
     found = []
     for arm in filter(None, cfg.run.tune.split(",")):
@@ -1594,34 +1620,32 @@ def compare_methods(run):
 
 
 def before_learning(run, stages, contenders):
-    """{"before": Contender} of what reinforcement learning, or the first chains of a pretrained model, start from,
-    asked for the tags; {} where that is a row already. A stage that starts elsewhere than the first of them has a row
-    of its own, "before_NAME"."""
-    cfg = run.cfg
+    """{"before": Contender} of what the first stage of reinforcement learning, or of chains for a pretrained model,
+    starts from, asked as reinforcement learning asks. A later stage that starts elsewhere, or asks otherwise, has a row
+    of its own, "before_NAME". {} where these are rows already."""
     rows = {contender.path for contender in contenders.values()}
+    learners = [name for name in stages if name == "cot" or name in algorithms.STAGES]
     found = {}
-    for name in stages:
-        teaches = name in algorithms.STAGES or cfg.pretrained and name == "cot"
-        if not teaches:
-            continue
-        start = start_of(run, name, stages)
-        if start.path in rows:
-            continue
-        rows.add(start.path)
-        found[f"before_{name}" if found else "before"] = start
+    for name in learners:
+        start, is_pretrained = start_of(run, name, stages)
+        teaches = name in algorithms.STAGES or is_pretrained
+        if teaches and start.path not in rows and start not in found.values():
+            found["before" if name == learners[0] else f"before_{name}"] = start
     return found
 
 
 def start_of(run, stage, stages):
-    """What a stage starts from as a Contender, asked as the stage asks or, of supervised ones, for the tags."""
+    """-> (what a stage starts from as a Contender, asked as reinforcement learning asks it; whether its decoder is a
+    pretrained one)."""
     cfg = run.cfg
     is_first = stage == stages[0]
     if is_first and cfg.vlm.llava:
-        return Contender(cfg.vlm.llava, cfg.rl.method, is_folder=True)
+        return Contender(cfg.vlm.llava, asked_by(cfg, stage, ""), is_folder=True), True
     paths = [run.path(name) for name in STAGES[stage].starts_from if run.path(name).exists()]
     path = Path(cfg.run.init) if cfg.run.init and (is_first or not paths) else paths[0]
-    method = getattr(STAGES[stage].train, "keywords", {}).get("method", "")
-    return Contender(path, method or asked_by(cfg, checkpoint.load(path).get("method", "")))
+    state = checkpoint.load(path)
+    is_pretrained = state["vlm_config"]["speaks"]
+    return Contender(path, asked_by(cfg, stage, state.get("method", ""))), is_pretrained
 
 
 def judge_methods(run, contenders, to="", trained=None):

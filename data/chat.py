@@ -30,7 +30,6 @@ SECTIONS = tuple(name.lower() for name in FORMS["llava_cot"])       # as the fie
 IMAGE = "<image>"
 
 
-
 class Prompt(NamedTuple):
     """How a method asks.
 
@@ -331,13 +330,16 @@ def token_ids(tokenizer, name):
 
 
 def prompt_text(sample, method, template):
-    """The text of the last turn of `encode`: <image> for a picture, the names of special tokens, no
-    BOS."""
+    """The text of the last turn of `encode`, and of a method's example in front of it: <image> for a
+    picture, the names of special tokens, no BOS."""
     turns = _turns(sample, method, template, None)
-    opens = len(turns) == 1 and not PROMPTS[method].example
-    system = _system(method, template) if opens else None
+    system = _system(method, template) if len(turns) == 1 else None
+    pieces = []
+    if PROMPTS[method].example:
+        pieces += _shown(template, system, PROMPTS[method].example)
+        system = None
     text = ""
-    for piece in TEMPLATES[template](system, *turns[-1]):
+    for piece in [*pieces, *TEMPLATES[template](system, *turns[-1])]:
         if isinstance(piece, Say):
             text += piece.asked
         elif piece != Put("bos"):

@@ -319,7 +319,7 @@ def trained_table(stage, vlm):
 def planned_line(stage, planned, tokens, unknown=0):
     """{name: bytes} as one line; tokens: of a micro-batch; unknown: modules without their activations."""
     total = sum(planned.values())
-    size, unit = (GIB, "GiB") if total >= GIB else (MIB, "MiB")
+    size, unit = (GIB, "GiB") if total >= 10 * GIB else (MIB, "MiB")      # parts that tell something in either
     parts = []
     for name, count in planned.items():
         if count:
@@ -344,9 +344,13 @@ def warning(stage, needed, room):
     """A sentence where a stage needs more bytes than there are; "" where it does not, or where nobody knows."""
     if room is None or needed <= room:
         return ""
-    return (f"warning: stage {stage} is planned to take {needed / GIB:.1f} GiB more and the machine has "
-            f"{room / GIB:.1f} GiB: a smaller --micro-batch, --group or --max-new, --checkpointing, --lora-rank=16, "
-            "--dtype=bfloat16 or a smaller model needs less")
+    if stage == "clip":
+        less = "a smaller --clip-batch or --image-size"
+    else:
+        less = ("a smaller --micro-batch, --rl-batch, --group or --max-new, --checkpointing, --lora-rank=16, "
+                "--dtype=bfloat16 or a smaller model")
+    return (f"warning: stage {stage} is planned to take {needed / GIB:.1f} GiB more, and {room / GIB:.1f} GiB of the "
+            f"machine are free: {less} needs less")
 
 
 class Announcer:

@@ -1,6 +1,7 @@
 """What a person reads before an RL run: --explain shows single completions, the preflight the whole batch."""
 import textwrap
 
+from data.chat import ASKED, FORMS
 from rl import metrics
 
 
@@ -35,12 +36,12 @@ def picture_words(image):
     return f"drawn, {image.shape[1]} x {image.shape[0]}"
 
 
-def preflight_text(rollout, active, costs, steps, refill=0, gated=False):
+def preflight_text(rollout, active, costs, steps, refill=0, advice=""):
     """Text: what a batch of rollouts from the model as it is looks like, how long the run will take, and warnings.
 
     active: share of the groups that can move the model; costs: what metrics.costs says of rollout and update; refill:
-    how many more rollouts a step may take; steps: of the stage, None where FLOPs end it; gated: whether a right answer
-    only counts in a well-formed completion.
+    how many more rollouts a step may take; steps: of the stage, None where FLOPs end it; advice: what to do where no
+    completion has the form that a right answer must have to count, "" where it counts without.
     """
     line = metrics.of_rollout(rollout)
     P, G = rollout.reward.shape
@@ -62,16 +63,29 @@ def preflight_text(rollout, active, costs, steps, refill=0, gated=False):
             f"{line['length']:.1f} tokens, {100 * line['truncated']:.0f} % cut off, "
             f"{costs['tokens_per_second']:.0f} tokens/s",
             f"  {', '.join(shares)}; {step:.2f} s a step (update {update:.2f}), {end}"]
-    return "\n".join(text + [f"  warning: {warning}" for warning in warnings(line, active, gated)])
+    return "\n".join(text + [f"  warning: {warning}" for warning in warnings(line, active, advice)])
 
 
-def warnings(line, active, gated=False):
+def formless_advice(method, template):
+    """What to do where no completion has the form that rewards ask for. method: how the model was asked."""
+    ways = []
+    if method in FORMS:
+        ways.append("teach it longer or faster in stage cot (--cot-steps, --cot-lr)")
+    else:
+        ways.append("teach it first by chains of thought (stage cot, --cot-steps)")
+        others = [other for other in ASKED if other != method]
+        if template != "brief":
+            ways.append(f"ask for it by --method={' or '.join(others)}")
+    ways.append("let right answers count without it (--gated=False)")
+    return ", or ".join(ways)
+
+
+def warnings(line, active, advice=""):
     """What of a rollout's metrics promises little, a sentence each."""
     found = []
-    if gated and line.get("reward/format") == 0:
+    if advice and line.get("reward/format") == 0:
         found.append("no completion has the form that rewards ask for, so that all are 0 and nothing can be learned: "
-                     "teach it first by chains of thought (stage cot, --cot-steps), ask for it by "
-                     "--method=asked_system or asked_example, or let right answers count without it (--gated=False)")
+                     f"{advice}")
     elif active < 0.05:
         found.append("almost no group can move the model, all rewards in it being equal or all completions left out: "
                      "easier or harder prompts, a larger --group, a warmer start or another reward would help")
@@ -80,5 +94,5 @@ def warnings(line, active, gated=False):
     if line["reward/correctness"] > 0.98:
         found.append("almost every completion is right already")
     if line["truncated"] > 0.5:
-        found.append("most completions are cut off before they answer; see --max-new")
+        found.insert(0, "most completions are cut off before they answer; see --max-new")
     return found

@@ -2,7 +2,7 @@
 
 A step is measured on real records, by a model of the run's shapes with random weights, a micro-batch of it; the result
 is thrown away. A model that is random never ends an answer, so that reinforcement learning samples --max-new tokens for
-every completion: at most what it will take. Evaluation is not counted.
+every completion. Evaluation, rewards, the preflight and further rollouts (--refill) are not counted.
 """
 import math
 import time
@@ -180,7 +180,7 @@ def duration(seconds):
 
 def table(found):
     """[(Ahead, seconds of a step, or why there are none)] -> text, one line a stage and their sum."""
-    lines = ["  time, by one step of each stage with random weights, evaluation left out:"]
+    lines = ["  time, by one step of each stage with random weights; evaluation, rewards, --refill left out:"]
     whole = {}                          # stage -> its seconds
     for ahead, seconds in found:
         if not ahead.kind:
@@ -190,16 +190,18 @@ def table(found):
             lines.append(f"  {ahead.name:<15} {seconds}")
         else:
             whole[ahead.name] = seconds * ahead.steps
-            note = ", at most: every completion at full length" if ahead.kind == "rl" else ""
+            note = ", every completion at full length" if ahead.kind == "rl" else ""
             lines.append(f"  {ahead.name:<15} {ahead.steps:6d} steps {seconds:10.4f} s a step "
                          f"{duration(whole[ahead.name]):>10}{note}")
-    word = "at most" if any(ahead.kind == "rl" for ahead, _ in found) else "about"
-    return "\n".join([*lines, f"  {'in all':<15} {word} {duration(sum(whole.values()))}"])
+    missing = [ahead.name for ahead, seconds in found if str(seconds).startswith("not measured")]
+    without = f", without {', '.join(missing)}" if missing else ""
+    return "\n".join([*lines, f"  {'in all':<15} about {duration(sum(whole.values()))}{without}"])
 
 
 def show(stages, config, tok, device, crowded=()):
     """Prints `table` for a list of Ahead. Nothing of it stays: no random number, no file, no memory. crowded: names of
     stages that the machine has no room for, whose step is left out."""
+    print("  measuring a step of each stage", flush=True)
     found = []
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -150,7 +150,7 @@ def run(finished, tmp_path):
     ("--baseline=critic", "--baseline=critic must come with --std=batch or --std=none"),
     ("--value-lr=inf", r"--value-lr=inf must lie in \(0, 10000\]"),
     ("--refill=1 --flat=count", "--flat=count must be drop"),
-    ("--stage=ppo --algorithm=dapo", "--algorithm=dapo must be left out where stages are named after"),
+    ("--stage=ppo --algorithm=dapo", "--algorithm=dapo must be grpo_token where stages are named after"),
     ("--rewards=iou:1", "iou needs samples with boxes, and --data=scenes has none"),
     ("--stage=ppo --std=group", "--baseline=critic must come with"),
     ("--combine=each --baseline=batch --std=none", "must be mean with --combine=each"), ("--top-entropy=0", r"\(0, 1"),

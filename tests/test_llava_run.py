@@ -426,6 +426,27 @@ def test_a_pretrained_model_goes_from_sft_to_rl_beside_what_it_was_before(folder
     assert methods(tmp_path / "folder") == ["before", "grpo"] and asked == ["asked_example", "asked_example"]
 
 
+def test_a_llava_folder_stands_beside_the_baselines_of_pictures_in_classes(folder, tmp_path):
+    folder, _ = folder
+    for n in range(16):
+        place = tmp_path / "pictures" / ("train" if n < 10 else "val") / ("red", "blue")[n % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (n * 9, 0, 200 * (n % 2))).save(place / f"{n}.png")
+    train.main([f"--llava={folder / 'hf'}", f"--data=images:{tmp_path / 'pictures'}", "--threads=1", "--rl-steps=1",
+                "--rl-batch=2", "--group=2", "--max-new=24", "--eval-greedy=2", "--eval-sampled=1",
+                "--eval-samples=1", f"--out={tmp_path / 'run'}"])
+    found = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert {row["method"] for row in found} == {"majority class", "nearest pixels", "linear probe"}
+    assert methods(tmp_path / "run") == ["before", "grpo"]
+
+    # Its checkpoint goes on by adapters and at their rate.
+    train.main([f"--init={tmp_path / 'run' / 'rl.pt'}", f"--data=images:{tmp_path / 'pictures'}", "--stage=rl",
+                "--rl-steps=0", "--eval-greedy=1", "--eval-sampled=1", "--eval-samples=1", "--max-new=24",
+                f"--out={tmp_path / 'next'}"])
+    config = json.loads((tmp_path / "next" / "config.json").read_text())
+    assert (config["preset"], config["lora_rank"], config["rl_lr"]) == ("llava-rl", 64, 1e-5)
+
+
 def methods(out):
     return [*dict.fromkeys(row["method"] for row in json.loads((out / "results.json").read_text()))]
 

@@ -322,7 +322,7 @@ def test_a_plan_beyond_the_machine_is_warned_of(monkeypatch, capsys):
     monkeypatch.setattr(machine, "room", lambda device: 2 ** 20)
     assert announcer.stage("rl", vlm, cfg, 30, samples=True)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
-    assert "stage rl" in line and "the machine has 0.0 GiB" in line and "--micro-batch" in line
+    assert "stage rl" in line and "0.0 GiB of the machine are free" in line and "--micro-batch" in line
 
 
 def test_what_is_there_already_asks_for_no_more_room(monkeypatch, capsys):

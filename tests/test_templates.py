@@ -430,7 +430,8 @@ def test_the_tags_are_asked_for_in_english_by_a_system_text_and_by_an_example():
     taught, mask = encode(sample, QWEN, "chatml", "yes", method="asked_example")
     assert taught[:len(ids)] == ids                                     # asked as taught, and the example is not taught
     assert QWEN.decode([i for i, m in zip(taught, mask) if m]) == "yes"
-    assert chat.prompt_text(sample, "asked_example", "chatml").startswith("<|im_start|>user\n<image>\nAnd Output")
+    text = chat.prompt_text(sample, "asked_example", "chatml")
+    assert text.index(reply) < text.index("<image>\nAnd Output") and text.startswith("<|im_start|>system\nYou are")
 
 
 @pytest.mark.parametrize("template, first, later", [

@@ -19,7 +19,7 @@ from model.runs.config import change
 from model.runs.folder import RunFolder
 from rl import losses, metrics
 from rl.advantages import advantages, normalised_then_summed, sampled_kl, token_rewards, whiten
-from rl.explain import preflight_text
+from rl.explain import formless_advice, preflight_text
 from rl.learner import Critic, Guard, Learner, make_learner
 from rl.rewards import RewardOptions, Rewards, overlong
 from rl.types import Experience, Rollout
@@ -575,9 +575,11 @@ def test_the_preflight_warns_of_what_cannot_be_learned():
     assert "5.00 s a step (update 3.00), about 2.5 minutes in all" in said([[1.0, 0.0], [0.0, 0.0]], refill=3)
     assert "almost no completion is right" in said([[0.0, 0.0]])
     assert "almost no group can move the model" in said([[0.0, 0.0]], active=0.0)
-    gated = preflight_text(rollout_of([[0.0, 0.0]]), 0.0, costs, 30, gated=True)
-    assert "no completion has the form that rewards ask for" in gated and "almost no group" not in gated
-    assert "no completion has the form" not in preflight_text(rollout_of([[1.0, 0.0]]), 0.0, costs, 30, gated=True)
+    gated = preflight_text(rollout_of([[0.0, 0.0]]), 0.0, costs, 30, advice="do this")
+    assert "nothing can be learned: do this" in gated and "almost no group" not in gated
+    assert "no completion has the form" not in preflight_text(rollout_of([[1.0, 0.0]]), 0.0, costs, 30, advice="this")
+    assert "--method=asked or asked_example, or" in formless_advice("asked_system", "chatml")
+    assert "--method" not in formless_advice("asked", "brief") and "--cot-lr" in formless_advice("think", "chatml")
     assert "almost no group can move" not in said([[0.0, 0.0]], active=1.0)         # a critic learns from flat ones too
     assert "every completion is right already" in said([[1.0, 1.0]])
     assert "cut off before they answer" in said([[1.0, 0.0]], ended=[[False, False]])

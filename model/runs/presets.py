@@ -5,6 +5,7 @@ parameters, without a single download; what --clip, --llm or --llava load decide
 stages keep CLIP frozen: align trains only the projector, on captions, sft projector and decoder on conversations.
 Hyper-parameters are LLaVA's (arXiv 2304.08485, section 4.1) and LLaVA-1.5's (arXiv 2310.03744, table 9).
 """
+from model.runs.checkpoint import load
 
 CLIP_L = dict(clip="ViT-L-14-quickgelu/openai", image_size=224, patch=14, clip_width=1024, clip_layers=24,
               clip_heads=16, embed=768, text_width=768, text_layers=12, text_heads=12, text_length=77,
@@ -69,18 +70,23 @@ RECIPES = {
 }
 
 
+DRAWN = {"scenes": "embedded", "monitors": "monitors"}      # --data of drawn pictures -> its preset
+
+
 def preset_of(given):
-    """The preset for flags that name none."""
+    """The preset for flags that name none. A checkpoint of a run with pretrained parts goes on as these would."""
     data = given.get("data", "scenes")
     if given.get("bench"):
         return "bench"
-    pretrained = {"clip", "llm", "llava"} & {*given}
-    if data.startswith("llava:") and (pretrained or given.get("init")):
+    named = {name: given[name] for name in ("clip", "llm", "llava") if given.get(name)}
+    if data.startswith("llava:") and (named or given.get("init")):
         return "llava"
-    if pretrained:
-        return "llava-rl" if given.get("llava") else "llm-rl"
-    drawn = {"scenes": "embedded", "monitors": "monitors"}
-    return drawn.get(data, "images")
+    if given.get("init") and not named:
+        config = load(given["init"]).get("config", {})
+        named = {name: config[name] for name in ("clip", "llm", "llava") if config.get(name)}
+    if named and data not in DRAWN:
+        return "llava-rl" if "llava" in named else "llm-rl"
+    return DRAWN.get(data, "images")
 
 
 # Of the arms of the main comparison and of --compare=generalisation, as --tune chose them on validation prompts of seed
