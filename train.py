@@ -366,8 +366,8 @@ class Config:
         if source != "scenes" and self.data.world != "grid":
             notes.append(f"--world has no effect with --data={self.data.data}: it is about drawn scenes")
         if self.rl.method != RlOptions.method and "cot" in stages:
-            notes.append("--method has no effect on what learns after stage cot, which is asked as its chains were; only "
-                         "the row before is asked so")
+            notes.append("--method has no effect on what learns after stage cot, which is asked as its chains were; "
+                         "only the row before is asked so")
         if self.rl.distill_from != RlOptions.distill_from and "distilled" not in stages:
             notes.append("--distill-from has no effect without the stage distilled")
         replays = [stage for stage in stages if stage == "cot" or stage.startswith("replay_")]
@@ -1331,8 +1331,8 @@ def open_run(run):
         raise ValueError(f"--rewards={cfg.reward.rewards}: iou needs samples with boxes, and --data={cfg.data.data} "
                          "has none")
     if cfg.run.tune and run.real and len(run.supply.tests(count_of_tests(cfg))) == 1:
-        raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but val to report on, and nothing "
-                         "is tuned on what is reported; a test split of your own would be one")
+        raise ValueError(f"--tune={cfg.run.tune}: --data={cfg.data.data} has no split but val to report on, and "
+                         "nothing is tuned on what is reported; a test split of your own would be one")
     if run.supply.teach:        # it may fail on a prompt of the tests: better now than after training
         run.supply.tests(count_of_tests(cfg))
     starts_from = {name: stage.starts_from for name, stage in STAGES.items()}

@@ -459,9 +459,9 @@ def test_what_is_no_checkpoint_is_one_sentence_that_names_the_file(refuse, finis
 
 def test_a_stage_without_what_it_starts_from_says_what_it_needs(refuse):
     rest = "put that before it, or name its checkpoint with --init="
-    assert refuse("--stage=rl") == f"--stage=rl: rl starts from cot or sft; {rest}"
+    assert refuse("--stage=rl") == f"--stage=rl: rl starts from cot or sft or align; {rest}"
     assert refuse("--stage=cot,rl") == f"--stage=cot,rl: cot starts from sft or align; {rest}"
-    assert refuse("--stage=clip,rl") == f"--stage=clip,rl: rl starts from cot or sft; {rest}"
+    assert refuse("--stage=clip,rl") == f"--stage=clip,rl: rl starts from cot or sft or align; {rest}"
 
 
 def test_a_method_that_spends_what_rl_cost_says_that_rl_is_missing(refuse, finished):
