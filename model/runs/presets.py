@@ -45,8 +45,8 @@ SMALL_CLIP = dict(image_size=64, patch=16, clip_steps=200, clip_batch=64)
 RL_OF_PRETRAINED = SMALL_CLIP | dict(
     compare="none", template="auto", projector="linear", image_positions=False, image_fit="pad",
     lora_rank=64, lora_alpha=128.0, lora_targets="all", align_lr=1e-3, align_steps=200, sft_lr=2e-4, sft_steps=0,
-    cot_lr=2e-4, cot_steps=100, batch=16, **GRPO, rl_lr=1e-5, rl_batch=8, rl_steps=200, max_new=256, warmup=0.03,
-    final_lr=0.0, weight_decay=0.0, beta2=0.99, grad_clip=1.0, save_every=50)
+    cot_lr=2e-4, cot_steps=100, forget_close=0.0, batch=16, **GRPO, rl_lr=1e-5, rl_batch=8, rl_steps=200, max_new=256,
+    warmup=0.03, final_lr=0.0, weight_decay=0.0, beta2=0.99, grad_clip=1.0, save_every=50)
 ON_A_GPU = dict(dtype="bfloat16", checkpointing=True, micro_batch=4)
 ASKS_FOR_TAGS = dict(cot_steps=0)       # of a whole LLaVA, which follows its prompt, nothing else is taught
 
