@@ -137,8 +137,9 @@ def test_a_folder_of_pictures_goes_through_every_stage_and_validation_is_never_t
     for stage in change(train.Config(), compare="all").stages():
         assert (out / f"{stage}.pt").exists() and witness.read[stage] <= paths(splits["train"])
     assert len(witness.read["clip"]) == 16 and witness.read["evaluation"] <= paths(splits["val"])
-    assert {r["method"] for r in rows(out)} == {"cot", "grpo_token", "cot_continued", "filtered", "rejection",
-                                                "sft_direct", "perfect", "grpo_token_zero"}
+    assert {r["method"] for r in rows(out)} == {
+        "teacher", "before_rl_zero", "cot", "grpo_token", "cot_continued", "filtered", "rejection", "sft_direct",
+        "perfect", "grpo_token_zero"}
     direct = value(rows(out, "baselines.json"), "sft_direct, no thinking", "greedy", "baseline")
     assert direct["value"] == value(rows(out), "sft_direct", "greedy")["value"]
 
@@ -245,7 +246,7 @@ with pytest.MonkeyPatch.context() as patch:
     assert set(read) >= {"clip", "align", "sft", "cot", "rl", "cot_continued", "filtered", "evaluation"}
     assert {*read.pop("baselines")} == paths(splits["train"] + splits["val"])
     for stage, found in read.items():
-        assert set(found) <= paths(splits["val" if stage == "evaluation" else "train"]), stage
+        assert set(found) <= paths(splits["val" if stage in ("evaluation", "teacher") else "train"]), stage
     assert set(read["clip"]) == paths(splits["train"]) and set(read["evaluation"]) == paths(splits["val"])
 
     found, guess = rows(out), 1 / len(CLASSES)
