@@ -448,17 +448,13 @@ def note_of(cfg):
 
 def scores_of(contender, cfg, tests):
     """{split: raw scores} of a Contender; tests: {split: samples}."""
-    device = pick_device(cfg.machine.device)
-    dtype = pick_dtype(cfg.machine.dtype)
-    method = contender.method
+    place = dict(checkpoint=contender.path)
     if contender.is_folder:
-        vlm, tok = pretrained.load_llava(contender.path, dtype, device, cfg.clip.clip)
-    else:
-        vlm, tok, state = load_vlm(contender.path, device)
-        vlm = vlm.to(dtype)
-        method = method or state["method"]
+        place = dict(llava=contender.path, clip=cfg.clip.clip)
+    vlm, tok, state = load_any(EvalOptions(**place, device=cfg.machine.device, dtype=cfg.machine.dtype))
     stages = METHODS.get(contender.prompting, ())
-    prompting = Prompting(method, cfg.data.template, cfg.sampling.max_new, stages, contender.search)
+    prompting = Prompting(contender.method or state["method"], cfg.data.template, cfg.sampling.max_new, stages,
+                          contender.search)
     options = contender.judge(cfg.judge)
     scores = {}
     for split, samples in contender.tests(tests).items():

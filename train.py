@@ -522,11 +522,9 @@ class Run(RunFolder):
         return preview.Preview(self.supply, self.tokenizer, image_tokens, self.cfg.data, self.cfg.teacher)
 
     def announce(self, stage, vlm, cfg, longest, others=0, *, samples):
-        """Prints what a stage will take of memory, unless that was told at the start; longest: tokens of a record or
-        prompt."""
-        if self.supply.source in DRAWN:
-            kept = self.supply.kept_pictures(vlm.config.clip.image_size)
-            self.memory.stage(stage, vlm, cfg, longest, kept, others, samples=samples)
+        """Prints what a stage will take of memory; longest: tokens of a record or prompt."""
+        kept = self.supply.kept_pictures(vlm.config.clip.image_size)
+        self.memory.stage(stage, vlm, cfg, longest, kept, others, samples=samples)
 
     def steps(self, stage, schedule, module, optimizer, meter, generator=None, snapshot=None):
         """Yields (step, learning rate) from where an interrupted stage stopped; draws the bar, saves on the way.
@@ -602,16 +600,12 @@ class Record(NamedTuple):
         return chat.encode(self.sample, tok, image_tokens, self.method or method, template, self.target)
 
 
-def longest_of(run, name, cfg, records, method, image_tokens):
+def longest_of(run, cfg, records, method, image_tokens):
     """Tokens of the longest record of a supervised stage."""
-    look = run.preview(image_tokens)
-    if run.records:
-        return look.longest(name)
-
     def encode(_, record):
         return Record(*record).encoded(run.tokenizer, image_tokens, method, cfg.data.template)
 
-    return look.cut(preview.longest(preview.encoded(records, encode)))
+    return run.preview(image_tokens).cut(preview.longest(preview.encoded(records, encode)))
 
 
 def fit(run, name, cfg, origin, records, method, schedule, meter):
@@ -620,7 +614,8 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
     vlm = origin.vlm
     tok = run.tokenizer
     image_tokens = vlm.config.image_tokens
-    run.announce(name, vlm, cfg, longest_of(run, name, cfg, records, method, image_tokens), samples=False)
+    if run.supply.source in DRAWN:      # what data of one's own will take was told at the start
+        run.announce(name, vlm, cfg, longest_of(run, cfg, records, method, image_tokens), samples=False)
     optimizer = run.optimizer(vlm, cfg.optim.module_lr)
     lengths = None
     if cfg.data.group_lengths and run.records and name == "sft":
@@ -891,9 +886,10 @@ def rl(run, name, cfg, origin, part="train", teacher=None):
     prompt asks for the tags, as --method has it. part: of the world, that the prompts are of."""
     method = asked_by(cfg, name, origin.method)
     samples = run.samples(part, cfg.data.rl_prompts, "rl")
-    ask = partial(run.preview(origin.vlm.config.image_tokens).prompt, method)
-    others = sum(p.nbytes for p in teacher.parameters()) if teacher else 0
-    run.announce(name, origin.vlm, cfg, preview.longest(preview.encoded(samples, ask)), others, samples=True)
+    if run.supply.source in DRAWN:
+        ask = partial(run.preview(origin.vlm.config.image_tokens).prompt, method)
+        others = sum(p.nbytes for p in teacher.parameters()) if teacher else 0
+        run.announce(name, origin.vlm, cfg, preview.longest(preview.encoded(samples, ask)), others, samples=True)
     rewards = run.rewards(cfg)
     if not run.progress:
         preflight(run, name, cfg, origin.vlm, samples, method, rewards, teacher)
@@ -1471,10 +1467,10 @@ def stage_ahead(run, look, name):
 def method_of(cfg, name):
     """How a stage of reinforcement learning will prompt, told before there is what it starts from."""
     stages = cfg.stages()
-    begins_at = [other for other in STAGES[stage_of(name)].starts_from if other in stages][:1]
-    if begins_at == ["cot"]:
+    before = begins_at(stage_of(name), stages)
+    if before == ["cot"]:
         return asked_by(cfg, name, cfg.teacher.cot_format)
-    if cfg.run.init and not begins_at:
+    if cfg.run.init and not before:
         return asked_by(cfg, name, checkpoint.load(cfg.run.init).get("method", ""))
     return asked_by(cfg, name, "")
 
@@ -1572,12 +1568,16 @@ def tune(run, notes):
     write_json(run.folder / "results.json", [])         # none: but the run is finished
 
 
+def begins_at(stage, stages):
+    """[the stage of a run that a stage starts from], [] where it starts from none of them."""
+    return [name for name in STAGES[stage].starts_from if name in stages][:1]
+
+
 def needed_for(stage, stages):
     """Those of a run's stages that a stage needs, in their order: what it starts from, the stages whose FLOPs it is
     given, and what those need."""
     needed = set()
-    begins_at = [name for name in STAGES[stage].starts_from if name in stages][:1]
-    for other in [*begins_at, *STAGES[stage].costs_like, *STAGES[stage].reads]:
+    for other in [*begins_at(stage, stages), *STAGES[stage].costs_like, *STAGES[stage].reads]:
         needed |= {other, *needed_for(other, stages)}
     return [name for name in stages if name in needed]
 
@@ -1783,9 +1783,8 @@ def searched(label, path):
 
 def path_of(stage, stages):
     """The stages behind the base, `sft`, that made a stage: what it starts from, and itself."""
-    begins_at = [name for name in STAGES[stage].starts_from if name in stages][:1]
     path = [stage]
-    for name in begins_at:
+    for name in begins_at(stage, stages):
         path = [*path_of(name, stages), stage]
     return [name for name in path if name not in ("clip", "align", "sft")]
 

@@ -135,7 +135,7 @@ class Supply:
     @property
     def has_classes(self):
         """Whether the answers are classes of pictures."""
-        return source_of(self.options.data)[0] in WITH_CLASSES
+        return self.source in WITH_CLASSES
 
     def stream(self, name):
         """The seed of drawn scenes and chains of one purpose."""
