@@ -487,25 +487,32 @@ class Run(RunFolder):
         machine.give_holes_back()       # that the stage before left
         torch.manual_seed(self.seed_of(stage))
         self.supply.begin(stage, read_log(self.log_path))
-        is_first = stage == cfg.stages()[0]
-        if is_first and cfg.vlm.llava:
+        if self.begins_with_llava(stage):
             vlm, _ = pretrained.load_llava(cfg.vlm.llava, self.dtype, self.device, cfg.clip.clip)
             return Origin(self.ready(vlm, stage))
-        before = STAGES[stage].starts_from
         loads_clip = stage == "align" and cfg.clip.clip and not cfg.run.init
-        if loads_clip or not before:
+        if loads_clip or not STAGES[stage].starts_from:
             return Origin()
-        paths = [self.path(name) for name in before if self.path(name).exists()]
-        path = paths[0] if paths else cfg.run.init
-        if is_first and cfg.run.init:
-            path = cfg.run.init
-        state = checkpoint.load(path, self.device)
+        state = checkpoint.load(self.path_before(stage), self.device)
         towers = {name: state[name] for name in ("clip", "clip_config") if name in state}
         if "vlm" not in state:
             return Origin(towers=towers)
         # Popped, so that what `ready` merges adapters into does not lie beside what was read.
         vlm = VLM.from_config(state["vlm_config"], state.pop("vlm"))
         return Origin(self.ready(vlm, stage), state.get("method", ""), towers)
+
+    def begins_with_llava(self, stage):
+        cfg = self.cfg
+        return stage == cfg.stages()[0] and bool(cfg.vlm.llava)
+
+    def path_before(self, stage):
+        """The checkpoint that a stage starts from: --init for the first, else that of the stage before."""
+        cfg = self.cfg
+        paths = [self.path(name) for name in STAGES[stage].starts_from if self.path(name).exists()]
+        is_first = stage == cfg.stages()[0]
+        if cfg.run.init and (is_first or not paths):
+            return Path(cfg.run.init)
+        return paths[0]
 
     def ready(self, vlm, stage):
         """The model where and as the config wants it in this stage, with what does not train frozen."""
@@ -837,9 +844,8 @@ def align(run, name, cfg, origin):
         records = run.records.pairs(captions=True)
     else:
         records = [(sample, None) for sample in run.samples("align", cfg.data.pictures, "align")]
-    batch = options.align_batch or options.batch
-    steps = steps_of(options.align_steps, options.align_epochs, records, batch)
-    fit(run, name, cfg, origin, records, "direct", Schedule(steps, batch, options.align_lr), Meter())
+    schedule = Schedule(*steps_and_batch(options, "align", len(records)), options.align_lr)
+    fit(run, name, cfg, origin, records, "direct", schedule, Meter())
 
 
 def first_vlm(run, cfg, origin):
@@ -853,11 +859,17 @@ def first_vlm(run, cfg, origin):
     return vlm
 
 
-def steps_of(steps, epochs, records, batch):
-    """Optimizer steps: those of so many epochs where they are given; none without records."""
+def steps_and_batch(options, name, records):
+    """(optimizer steps, records a step) of stage align, sft or cot that has so many records: the steps of so many
+    epochs where these are given; none without records. options: SupervisedOptions."""
+    steps, epochs, batch = {
+        "align": (options.align_steps, options.align_epochs, options.align_batch or options.batch),
+        "sft": (options.sft_steps, options.sft_epochs, options.batch),
+        "cot": (options.cot_steps, 0, options.batch),
+    }[name]
     if epochs:
-        return math.ceil(epochs * len(records) / batch)
-    return steps if records else 0
+        return math.ceil(epochs * records / batch), batch
+    return steps if records else 0, batch
 
 
 def sft(run, name, cfg, origin):
@@ -867,16 +879,15 @@ def sft(run, name, cfg, origin):
         records = run.records.pairs()
     else:
         records = run.supply.first_answers()
-    steps = steps_of(options.sft_steps, options.sft_epochs, records, options.batch)
-    fit(run, name, cfg, origin, records, "direct", Schedule(steps, options.batch, options.sft_lr), Meter())
+    schedule = Schedule(*steps_and_batch(options, "sft", len(records)), options.sft_lr)
+    fit(run, name, cfg, origin, records, "direct", schedule, Meter())
 
 
 def cot(run, name, cfg, origin):
     """Fine-tuning on the teacher's chains of thought, and on what --replay keeps of the stages before."""
     options = cfg.supervised
     records = with_replay(run, cfg, chains(run, cfg, origin, "cot"), "replay")
-    steps = steps_of(options.cot_steps, 0, records, options.batch)
-    schedule = Schedule(steps, options.batch, options.cot_lr)
+    schedule = Schedule(*steps_and_batch(options, "cot", len(records)), options.cot_lr)
     fit(run, name, cfg, origin, records, cfg.teacher.cot_format, schedule, Meter())
 
 
@@ -1451,17 +1462,8 @@ def stage_ahead(run, look, name):
     rows = look.rows(name)
     if name == "clip":
         return forecast.Ahead(name, "clip", cfg, options.clip_steps, options.clip_batch, rows)
-    count = range(look.count())
-    if name == "align":
-        batch = options.align_batch or options.batch
-        steps = steps_of(options.align_steps, options.align_epochs, count, batch)
-    elif name == "sft":
-        batch = options.batch
-        steps = steps_of(options.sft_steps, options.sft_epochs, count, batch)
-    else:
-        batch = options.batch
-        steps = steps_of(options.cot_steps, 0, count, batch)
-    return forecast.Ahead(name, "supervised", cfg, steps, batch, rows)
+    kind = name if name in ("align", "sft") else "cot"
+    return forecast.Ahead(name, "supervised", cfg, *steps_and_batch(options, kind, look.count()), rows)
 
 
 def method_of(cfg, name):
@@ -1627,22 +1629,20 @@ def before_learning(run, stages, contenders):
     learners = [name for name in stages if name == "cot" or name in algorithms.STAGES]
     found = {}
     for name in learners:
-        start, is_pretrained = start_of(run, name, stages)
+        start, is_pretrained = start_of(run, name)
         teaches = name in algorithms.STAGES or is_pretrained
         if teaches and start.path not in rows and start not in found.values():
             found["before" if name == learners[0] else f"before_{name}"] = start
     return found
 
 
-def start_of(run, stage, stages):
+def start_of(run, stage):
     """-> (what a stage starts from as a Contender, asked as reinforcement learning asks it; whether its decoder is a
     pretrained one)."""
     cfg = run.cfg
-    is_first = stage == stages[0]
-    if is_first and cfg.vlm.llava:
+    if run.begins_with_llava(stage):
         return Contender(cfg.vlm.llava, asked_by(cfg, stage, ""), is_folder=True), True
-    paths = [run.path(name) for name in STAGES[stage].starts_from if run.path(name).exists()]
-    path = Path(cfg.run.init) if cfg.run.init and (is_first or not paths) else paths[0]
+    path = run.path_before(stage)
     state = checkpoint.load(path)
     is_pretrained = state["vlm_config"]["speaks"]
     return Contender(path, asked_by(cfg, stage, state.get("method", ""))), is_pretrained

@@ -50,15 +50,19 @@ class Preview:
         self.options = options
         self.teacher_options = teacher_options
 
+    @property
+    def records(self):
+        return self.supply.records or self.supply.real["train"]
+
     def count(self):
         """Records of one's own that a stage learns from."""
-        return len(self.supply.records or self.supply.real["train"])
+        return len(self.records)
 
     def rows(self, stage, method=""):
         """[(ids, target mask, pictures)] of at most MOST of one's own records, as a stage learns from them: clip,
         align, sft, cot, or any other, which answers them, `method` being how it is asked. Of clip the ids of the
         caption alone."""
-        records = self.supply.records or self.supply.real["train"]
+        records = self.records
         if stage == "cot":
             return self.chains([records[i] for i in spread(len(records))])
         if stage == "sft" and self.supply.records:

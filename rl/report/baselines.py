@@ -4,7 +4,7 @@
     print(baselines_text(rows))
 """
 from rl.report.inference import interval
-from rl.report.statistics import grid, share_text
+from rl.report.statistics import share_grid
 
 
 def baseline_rows(right, seed):
@@ -20,9 +20,4 @@ def baseline_rows(right, seed):
 
 def baselines_text(rows):
     """The table: a line a baseline, a column a split."""
-    splits = list(dict.fromkeys(row["split"] for row in rows))
-    cells = {}                                  # method -> {split: text}
-    for row in rows:
-        cells.setdefault(row["method"], {})[row["split"]] = share_text(row)
-    lines = [(method, [found.get(split, "") for split in splits]) for method, found in cells.items()]
-    return grid("Baselines, accuracy on the prompts of greedy decoding [95 % interval over prompts]", splits, lines)
+    return share_grid("Baselines, accuracy on the prompts of greedy decoding [95 % interval over prompts]", rows)

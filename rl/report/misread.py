@@ -5,9 +5,11 @@
 
 Asked are the prompts of kind "read" whose gold number has such a digit; raw scores as in rl/report/statistics.py.
 """
+from itertools import product
+
 from data.chat import normalise, parse
 from rl.report.inference import interval
-from rl.report.statistics import decoding_title, grid, main_decoding, share_text
+from rl.report.statistics import decoding_title, main_decoding, share_grid
 
 # metric -> (the digits that are shown, the digits that they are read as)
 METRICS = {
@@ -46,15 +48,17 @@ def misread_shares(raw, gold, shown, read):
     return shares
 
 
-def gold_of(scores):
-    """{(split, decoding): gold answers}, which a teacher's scores lack."""
-    gold = {}
-    for splits in scores.values():
+def each(scores):
+    """{method: {split: {decoding: raw}}}, as (method, split, decoding, raw)."""
+    for method, splits in scores.items():
         for split, of_split in splits.items():
             for decoding, raw in of_split.items():
-                if "gold" in raw:
-                    gold[split, decoding] = raw["gold"]
-    return gold
+                yield method, split, decoding, raw
+
+
+def gold_of(scores):
+    """{(split, decoding): gold answers}, which a teacher's scores lack."""
+    return {(split, decoding): raw["gold"] for _, split, decoding, raw in each(scores) if "gold" in raw}
 
 
 def rows(scores, seed):
@@ -62,15 +66,12 @@ def rows(scores, seed):
     prompt shows the digit."""
     gold = gold_of(scores)
     found = []
-    for method, splits in scores.items():
-        for split, of_split in splits.items():
-            for decoding, raw in of_split.items():
-                for metric, digits in METRICS.items():
-                    shares = misread_shares(raw, gold.get((split, decoding), ()), *digits)
-                    if shares:
-                        value, low, high = interval(shares)
-                        found.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value,
-                                          low=low, high=high, n=len(shares), seed=seed))
+    for (method, split, decoding, raw), metric in product(each(scores), METRICS):
+        shares = misread_shares(raw, gold.get((split, decoding), ()), *METRICS[metric])
+        if shares:
+            value, low, high = interval(shares)
+            found.append(dict(method=method, split=split, decoding=decoding, metric=metric, value=value, low=low,
+                              high=high, n=len(shares), seed=seed))
     return found
 
 
@@ -82,12 +83,7 @@ def misread_text(found):
     tables = []
     for metric in METRICS:
         chosen = [row for row in found if row["decoding"] == decoding and row["metric"] == metric]
-        splits = list(dict.fromkeys(row["split"] for row in chosen))
-        cells = {}                      # method -> {split: text}
-        for row in chosen:
-            cells.setdefault(row["method"], {})[row["split"]] = share_text(row)
-        lines = [(method, [texts.get(split, "") for split in splits]) for method, texts in cells.items()]
         title = f"Numbers in which {metric}, {decoding_title(decoding)} [95 % interval over prompts]"
-        if lines:
-            tables.append(grid(title.replace(" read", " is read"), splits, lines))
+        if chosen:
+            tables.append(share_grid(title.replace(" read", " is read"), chosen))
     return "\n\n".join(tables)

@@ -409,6 +409,16 @@ def grid(title, columns, lines):
     return "\n".join(out)
 
 
+def share_grid(title, rows):
+    """A line a method, a column a split, of rows of one decoding and metric."""
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    cells = {}                                  # method -> {split: text}
+    for row in rows:
+        cells.setdefault(row["method"], {})[row["split"]] = share_text(row)
+    lines = [(method, [texts.get(split, "") for split in splits]) for method, texts in cells.items()]
+    return grid(title, splits, lines)
+
+
 def share_text(row):
     if not _has_interval(row):
         return f"{row['value']:.3f}"
