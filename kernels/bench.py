@@ -20,7 +20,8 @@ import torch
 
 from kernels import (gae, gae_reference, group_advantage, group_advantage_reference, linear_kl, linear_kl_reference,
                      linear_logp, linear_logp_reference, linear_policy_loss, policy_loss, policy_loss_reference,
-                     row_dlogits_, row_logp, row_logp_reference, sample)
+                     prefix_attention, prefix_attention_reference, row_dlogits_, row_logp, row_logp_reference, sample)
+from kernels.prefix_attention import masked
 
 CHECKED = 64        # rows whose results are computed again in fp64
 
@@ -211,6 +212,40 @@ def rows(N, V, device):
         "policy_loss": Contender(loss, size=5 * numbers + tokens)}
 
 
+# ---------------------------------------------------------------- contenders of attention
+
+def heads_of(name):
+    """(query heads, key heads, width of a head) of a model."""
+    return {"Llama 2 7B": (32, 32, 128), "Qwen2.5 7B": (28, 4, 128), "SmolLM2 135M": (9, 3, 64)}[name]
+
+
+def attention_inputs(P, G, C, T, heads, device, dtype):
+    """Tensors of prefix_attention that need gradients, and lengths; every other prompt has padding."""
+    H, Hk, K = heads
+    shapes = [(P, G, H, C, K), (P, G, Hk, C, K), (P, G, Hk, C, K), (P, Hk, T, K), (P, Hk, T, K)]
+    tensors = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    return tensors, [T - 7 * (p % 2) for p in range(P)]
+
+
+def attention(device, dtype):
+    """Yields (title, contenders): completions on a shared prompt of a picture, forward and backward."""
+    P, G, C, T = (4, 8, 256, 636) if device.type == "cuda" else (2, 8, 64, 636)
+    for name in ("Llama 2 7B", "Qwen2.5 7B", "SmolLM2 135M"):
+        tensors, lengths = attention_inputs(P, G, C, T, heads_of(name), device, dtype)
+        upstream = torch.randn_like(tensors[0])
+
+        def both(op):
+            def step():
+                torch.autograd.grad(op(*tensors, lengths), tensors, upstream)
+            return step
+
+        # Two matmuls forward and five back, of the square of the prompt and the causal half of the rest.
+        product = 2 * tensors[0].numel() * (T + C / 2)
+        yield f"attention of {P} x {G} completions of {C} to a prompt of {T}, heads of {name}", {
+            "prefix_attention": Contender(both(prefix_attention), flops=7 * product),
+            "PyTorch, one mask, keys repeated": Contender(both(masked), flops=7 * product)}
+
+
 def table(title, contenders, device, ceiling, rounds):
     """Times the contenders in turns and prints the medians as a table."""
     contenders = dict(contenders)
@@ -285,6 +320,14 @@ def check(N, D, V, device, dtype):
                           (linear_policy_loss, policy_loss_reference)):
         report(op.__name__, results(op, N, dtype), results(reference, n, torch.float64))
 
+    tensors, lengths = attention_inputs(2, 3, 70, 90, (6, 2, 64), device, dtype)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    found = prefix_attention(*tensors, lengths)
+    wanted = prefix_attention_reference(*wide, lengths)
+    upstream = torch.randn_like(found)
+    report("prefix_attention", [found, *torch.autograd.grad(found, tensors, upstream)],
+           [wanted, *torch.autograd.grad(wanted, wide, upstream.double())])
+
     logits = torch.randn(n, V, device=device)
     report("row_logp", row_logp(logits, target[:n]), row_logp_reference(logits.double(), target[:n]))
     scores = torch.rand(n, 8, device=device)
@@ -333,6 +376,8 @@ def main():
           f"copy {ceiling[1] / 1e9:.3g} GB/s")
     # Ops on logits that exist hold all of them at once, in fp32: on a CPU fewer rows.
     rows_of_logits = args.rows if device.type == "cuda" else args.rows // 8
+    for title, contenders in attention(device, dtype):
+        table(title, contenders, device, ceiling, args.rounds)
     for V in args.vocab:
         if args.check:
             check(args.rows, args.width, V, device, dtype)

@@ -21,7 +21,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import rms_norm
+from kernels import prefix_attention, rms_norm
 from model.runs.config import check_fields, number
 
 
@@ -163,28 +163,22 @@ class Attention(nn.Module):
         """What the queries gathered, (..., H, L, K) -> (..., L, D)."""
         return self.o_proj(rearrange(attended, "... h l k -> ... l (h k)"))
 
-    def attend(self, q, k, v, mask=None, causal=False):
-        """q (b, H, L, K) on k, v (b, Hk, S, K) -> (b, H, L, K); query heads that share a key head
-        get a copy of it."""
+    def prompts(self, q, k, v):
+        """Prompts attend to themselves, causally. q (P, H, T, K) on k, v (P, Hk, T, K) -> (P, H, T,
+        K); query heads that share a key head get a copy of it."""
         repeats = self.c.heads // self.c.kv_heads
         if repeats > 1:
             k = repeat(k, "b h s k -> b (h r) s k", r=repeats)
             v = repeat(v, "b h s k -> b (h r) s k", r=repeats)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def completions(self, q, ky, vy, kx, vx, mask):
+    def completions(self, q, ky, vy, kx, vx, lengths):
         """Completions attend to the keys and values of their prompt and, causally, to their own.
 
-        q (P, G, H, C, K); ky, vy (P, G, Hk, C, K); kx, vx (P, Hk, T, K), the same for all G; mask
-        (P, G, 1, C, T + C), 0 where a query may look, else -inf. Only the keys are repeated for the
-        group, the tokens are not: on a CPU this is faster, and under a flash kernel smaller, than
-        softmax over two separate score matrices.
+        q (P, G, H, C, K); ky, vy (P, G, Hk, C, K); kx, vx (P, Hk, T, K), the same for all G;
+        lengths: P ints, the real tokens of each prompt -> (P, G, H, C, K).
         """
-        P, G = q.shape[:2]
-        k = torch.cat([repeat(kx, "p h t k -> p g h t k", g=G), ky], dim=-2)    # (P, G, Hk, S, K)
-        v = torch.cat([repeat(vx, "p h t k -> p g h t k", g=G), vy], dim=-2)
-        q, k, v, mask = (t.flatten(0, 1) for t in (q, k, v, mask))              # (P G, ...)
-        return self.attend(q, k, v, mask).unflatten(0, (P, G))                  # (P, G, H, C, K)
+        return prefix_attention(q, ky, vy, kx, vx, lengths)
 
 
 class MLP(nn.Module):
@@ -225,15 +219,15 @@ class Block(nn.Module):
         """The prompts attend to themselves -> (x, k, v). Right padding needs no mask: no real token
         looks at it."""
         q, k, v = self.before(x, rope)
-        attended = self.self_attn.attend(q, k, v, causal=True)
+        attended = self.self_attn.prompts(q, k, v)
         return self.after(x, attended), k, v
 
-    def forward(self, x, y, rope_x, rope_y, mask):
+    def forward(self, x, y, rope_x, rope_y, lengths):
         """One block over both streams -> (x, y); y may be None."""
         x, kx, vx = self.prompt(x, rope_x)
         if y is not None:
             q, ky, vy = self.before(y, rope_y)
-            attended = self.self_attn.completions(q, ky, vy, kx, vx, mask)
+            attended = self.self_attn.completions(q, ky, vy, kx, vx, lengths)
             y = self.after(y, attended)
         return x, y
 
@@ -296,20 +290,6 @@ class Llama(nn.Module):
         cos, sin = rope_tables(position, frequency, dtype)
         return cos.unsqueeze(-3), sin.unsqueeze(-3)
 
-    def completion_mask(self, length, T, G, C, dtype):
-        """What the completions see: the real tokens of their prompt and, causally, their own.
-
-        length (P,) -> (P, G, 1, C, T + C), 0 where a query may look, else -inf; additive, since a
-        boolean mask would be turned into this in every layer.
-        """
-        own = torch.arange(C, device=length.device)
-        is_real = torch.arange(T, device=length.device) < length[:, None]                   # (P, T)
-        sees_prompt = repeat(is_real, "p t -> p g 1 c t", g=G, c=C)
-        sees_own = repeat(own[:, None] >= own, "c d -> p g 1 c d", p=len(length), g=G)
-        sees = torch.cat([sees_prompt, sees_own], dim=-1)
-        mask = torch.zeros(sees.shape, dtype=dtype, device=length.device)
-        return mask.masked_fill_(~sees, float("-inf"))
-
     def forward(self, x, length, y=None):
         """Embedded streams -> normed hidden states of x (P, T, D) and of y, (P, G, C + 1, D) or
         None.
@@ -320,7 +300,7 @@ class Llama(nn.Module):
         """
         P, T, _ = x.shape
         rope_x = self.rope(torch.arange(T, device=x.device), x.dtype)
-        rope_y = mask = None
+        rope_y = lengths = None
         if y is None:
             self.check_length(T)
         else:
@@ -328,15 +308,15 @@ class Llama(nn.Module):
             self.check_length(T + C)
             position = length[:, None] + torch.arange(C, device=x.device)       # (P, C)
             rope_y = self.rope(position[:, None], x.dtype)      # (P, 1, 1, C, K), one for the group
-            mask = self.completion_mask(length, T, G, C, x.dtype)
+            lengths = length.tolist()           # waits for a GPU, once a forward
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random: there is no generator's state to keep for the second
                 # time.
-                x, y = checkpoint(layer, x, y, rope_x, rope_y, mask, use_reentrant=False,
+                x, y = checkpoint(layer, x, y, rope_x, rope_y, lengths, use_reentrant=False,
                                   preserve_rng_state=False)
             else:
-                x, y = layer(x, y, rope_x, rope_y, mask)
+                x, y = layer(x, y, rope_x, rope_y, lengths)
         x = self.norm(x)
         if y is not None:
             last = x[torch.arange(P, device=x.device), length - 1]              # (P, D)

@@ -62,16 +62,16 @@ def _between_factors(module):
 def _block(block, needs, size):
     """What a token leaves in a decoder block whose input needs a gradient or not.
 
-    -> (bytes of a token, bytes of a prompt's token whose key and value are repeated for another
-    completion, whether the output needs a gradient).
+    -> (bytes of a token of a prompt, of one that completions look at, of a completion's token,
+    whether the output needs a gradient).
 
     A norm keeps its input or what it normalised, one tensor either way; the Linears behind it share
-    one more. Attention keeps q, k, v (for grouped queries keys and values repeated), its output,
-    which o_proj reads, and in fp32 the log of each head's sum. SwiGLU keeps the gate before and
-    after silu, and `up`; down_proj the product.
+    one more. Attention keeps q, k, v (of prompts with grouped queries keys and values repeated,
+    which completions look at unrepeated), its output, which o_proj reads, and in fp32 the log of
+    each head's sum. SwiGLU keeps the gate before and after silu, and `up`; down_proj the product.
     """
     if states_cost(block):
-        return 0, 0, needs or trains(block)
+        return 0, 0, 0, needs or trains(block)
     c = block.self_attn.c
     linears, attended, out = flow(block, needs)
     (q, before), (k, _), (v, _), (o, _), (gate, after), (up, _), (down, _) = linears
@@ -87,7 +87,12 @@ def _block(block, needs, size):
         count += heads_width
     count += c.ff * (2 * (after or trains(gate)) + (after or trains(up)) + _keeps(down))
     count += _between_factors(block)
-    return size * count + 4 * c.heads * attended, size * 2 * heads_width * attended, out
+    token = size * count + 4 * c.heads * attended
+    if not attended or c.heads == c.kv_heads:
+        return token, token, token, out
+    once = size * 2 * c.kv_heads * c.head_width                 # key and value, not repeated
+    repeated = size * 2 * heads_width
+    return token, token + once, token - repeated + once, out
 
 
 def _chain(sequential, needs):
@@ -142,15 +147,16 @@ def _tower(vlm):
     return stem + tower_tokens(c) * token
 
 
-def _decoder(vlm, tokens, prefix_tokens):
+def _decoder(vlm, tokens, completion_tokens):
     llm = vlm.llm
     c = llm.config
     size = llm.embed_tokens.weight.element_size()
     needs = input_trains(vlm, pictures=True)
     blocks = []
     for block in llm.layers:
-        kept, repeated, needs = _block(block, needs, size)
-        blocks.append(tokens * kept + prefix_tokens * repeated)
+        alone, seen, completion, needs = _block(block, needs, size)
+        prompt = seen if completion_tokens else alone
+        blocks.append((tokens - completion_tokens) * prompt + completion_tokens * completion)
     states = needs or trains(llm.norm)
     token = size * c.width * states             # of the last norm
     if states or llm.head.requires_grad:
@@ -161,12 +167,12 @@ def _decoder(vlm, tokens, prefix_tokens):
     return tokens * token + sum(blocks)
 
 
-def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, prefix_tokens=0,
+def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, completion_tokens=0,
          pictures=None):
     """-> bytes by name: weights, gradients, optimizer, activations, cache.
 
     tokens: of a micro-batch, padding included; of reinforcement learning P T + P G C, and
-    prefix_tokens P G T, those of the prompts whose keys and values are repeated for their groups.
+    completion_tokens P G C of them.
     All tokens count as predicted, and as having a picture before them. With the decoder's
     `checkpointing`: the inputs of all blocks and the inside of one.
     pictures: of a micro-batch, for an image tower that trains; None: as many as `tokens` can hold.
@@ -179,8 +185,8 @@ def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, pr
     """
     if pictures is None:
         pictures = tokens // vlm.config.image_tokens
-    counts = dict(tokens=tokens, rows=rows, cache_tokens=cache_tokens, prefix_tokens=prefix_tokens,
-                  pictures=pictures)
+    counts = dict(tokens=tokens, rows=rows, cache_tokens=cache_tokens,
+                  completion_tokens=completion_tokens, pictures=pictures)
     for name, count in counts.items():
         if count < 0:
             raise ValueError(f"{name} {count} must be at least 0")
@@ -189,7 +195,7 @@ def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, pr
     trained = [p for p in vlm.parameters() if p.requires_grad]
     activations = 0
     if trained:
-        activations = _decoder(vlm, tokens, prefix_tokens) + pictures * _tower(vlm)
+        activations = _decoder(vlm, tokens, completion_tokens) + pictures * _tower(vlm)
     slot = 2 * c.layers * c.kv_heads * c.head_width * vlm.llm.embed_tokens.weight.element_size()
     return dict(weights=_bytes([*vlm.parameters(), *vlm.buffers()]), gradients=_bytes(trained),
                 optimizer=_optimizer(trained, moments, master), activations=activations,
@@ -429,7 +435,7 @@ def shape_of(stage, cfg, longest, samples):
     P = min(optim.micro_batch or cfg.rl.rl_batch, cfg.rl.rl_batch)
     completion_tokens = cfg.sampling.group * cfg.sampling.max_new
     sampling = dict(rows=cfg.rl.rl_batch, cache_tokens=longest + completion_tokens,
-                    prefix_tokens=P * cfg.sampling.group * longest)
+                    completion_tokens=P * completion_tokens)
     return P, P * (longest + completion_tokens), sampling
 
 

@@ -140,13 +140,13 @@ def one_block(vlm, batch, completions):
 def test_activations_are_what_autograd_keeps(checkpointing, completions, llm, trained):
     vlm = model(trained, **llm)
     batch = vlm.encode(to_batch(ROWS))
-    tokens, prefix = batch.ids.numel(), 0
+    tokens, own = batch.ids.numel(), 0
     if completions is not None:
-        tokens, prefix = tokens + completions.numel(), G * tokens
+        tokens, own = tokens + completions.numel(), completions.numel()
     found = one_block(vlm, batch, completions) if checkpointing else 0
     vlm.llm.checkpointing = checkpointing
     found += kept(lambda: vlm(batch, completions).logp.sum(), vlm)
-    assert abs(plan(vlm, tokens, prefix_tokens=prefix)["activations"] / found - 1) < 0.05
+    assert abs(plan(vlm, tokens, completion_tokens=own)["activations"] / found - 1) < 0.05
 
 
 def test_activations_worked_by_hand():
@@ -242,7 +242,7 @@ def test_the_table_names_image_positions():
     assert "  rl              image_position      0.000 M parameters   trains" in table("rl", make_vlm(), 9)
 
 
-@pytest.mark.parametrize("name", ["tokens", "rows", "cache_tokens", "prefix_tokens", "pictures"])
+@pytest.mark.parametrize("name", ["tokens", "rows", "cache_tokens", "completion_tokens", "pictures"])
 def test_a_negative_count_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} -1 must be at least 0"):
         plan(make_vlm(), **dict(tokens=1) | {name: -1})
@@ -306,7 +306,7 @@ def test_micro_batches_are_as_long_as_the_longest_record():
     assert shape_of("sft", cfg, 29, False) == (48, 48 * 29, {})
     assert shape_of("align", cfg, 29, False) == (7, 7 * 29, {})
     # 32 prompts of 29 tokens, 8 completions of 32 each.
-    sampling = dict(rows=32, cache_tokens=29 + 256, prefix_tokens=32 * 8 * 29)
+    sampling = dict(rows=32, cache_tokens=29 + 256, completion_tokens=32 * 256)
     assert shape_of("rl", cfg, 29, True) == (32, 32 * (29 + 256), sampling)
 
 

@@ -35,7 +35,13 @@ def calls():
     denominator = torch.tensor(5.0)
     statistics = [t.detach() for t in op.row_logp(logits, target, 0.7, 5.0, -100)[1:]]
     loss = (0.2, 0.2, 2.0, "k3", 0.1)
+    q, k = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 2, 5, 8)
+    kx = torch.randn(2, 2, 6, 8)
+    attended = op.prefix_attention(q, k, k + 1, kx, kx - 1, [6, 4])
     return {
+        "prefix_attention": (op.prefix_attention, (q.clone().requires_grad_(), k, k + 1, kx.clone().requires_grad_(),
+                                                   kx, [6, 4])),
+        "prefix_attention_backward": (op.prefix_attention_backward, (q, q, k, k + 1, kx, kx - 1, [6, 4], *attended)),
         "row_logp": (op.row_logp, (logits.clone().requires_grad_(), target, 0.7, 5.0, -100)),
         "row_dlogits_": (op.row_dlogits_, (logits.clone(), target, row, None, *statistics, 0.7, 5.0, -100)),
         "linear_logp": (op.linear_logp, (h, weight, target, 0.7, None, -100, 3)),

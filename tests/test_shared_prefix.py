@@ -116,8 +116,8 @@ def test_completions_of_a_group_do_not_see_each_other_nor_their_own_future():
 
 def detached_prefix(monkeypatch):
     original = Attention.completions
-    monkeypatch.setattr(Attention, "completions", lambda self, q, ky, vy, kx, vx, mask: original(
-        self, q, ky, vy, kx.detach(), vx.detach(), mask))
+    monkeypatch.setattr(Attention, "completions", lambda self, q, ky, vy, kx, vx, lengths: original(
+        self, q, ky, vy, kx.detach(), vx.detach(), lengths))
 
 
 def positions_from_zero(monkeypatch):
@@ -162,9 +162,8 @@ def first_state_from_padding(monkeypatch):
 
 def padding_seen(monkeypatch):
     original = Attention.completions
-    monkeypatch.setattr(Attention, "completions", lambda self, q, ky, vy, kx, vx, mask: original(
-        self, q, ky, vy, kx, vx, torch.cat([mask[..., :kx.shape[-2]] * 0, mask[..., kx.shape[-2]:]],
-                                           dim=-1).nan_to_num(0, neginf=-1e9)))
+    monkeypatch.setattr(Attention, "completions", lambda self, q, ky, vy, kx, vx, lengths: original(
+        self, q, ky, vy, kx, vx, [kx.shape[-2]] * len(lengths)))
 
 
 @pytest.mark.parametrize("plant, value_too", [
