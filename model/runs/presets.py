@@ -51,10 +51,10 @@ ON_A_GPU = dict(dtype="bfloat16", checkpointing=True, micro_batch=4)
 ASKS_FOR_TAGS = dict(cot_steps=0)       # of a whole LLaVA, which follows its prompt, nothing else is taught
 
 RL_RECIPES = {
-    # from nothing but the decoder, on two CPU cores: a small CLIP first
+    # from nothing but the decoder, on two CPU cores: a small CLIP first; the rate of rl is the one that --tune chose
     "smollm2-small": SMOLLM2 | RL_OF_PRETRAINED | dict(
-        lora_rank=16, lora_alpha=32.0, align_lr=1e-2, align_steps=120, cot_steps=40, cot_lr=5e-4, rl_steps=40,
-        rl_lr=2.5e-4, max_new=40, eval_greedy=100, eval_sampled=50, eval_samples=4, save_every=10),
+        lora_rank=16, lora_alpha=32.0, align_lr=1e-2, align_steps=150, cot_steps=60, cot_lr=5e-4, rl_steps=60,
+        rl_lr=2.5e-4, max_new=40, eval_greedy=100, eval_sampled=100, eval_samples=4, save_every=10),
     "qwen2.5-0.5b-rl": CLIP_L | QWEN_05B | RL_OF_PRETRAINED | ON_A_GPU,
     "llava-1.5-7b-rl": RL_OF_PRETRAINED | ON_A_GPU | ASKS_FOR_TAGS | dict(llava="llava-hf/llava-1.5-7b-hf"),
 }
