@@ -34,13 +34,29 @@ def _bytes(tensors):
 
 def _optimizer(parameters, moments, master):
     """State of make_optimizer's AdamW: m and v, of a narrow weight its fp32 copy, and in torch's
-    AdamW, which takes over where no weight is narrow, a count of steps in fp32."""
+    fused kernel, which steps those with fp32 copies and moments and, where no weight is narrow, all
+    others, a count of steps in fp32."""
     kept = getattr(torch, moments).itemsize
-    narrow = sum(p.numel() for p in parameters if is_narrow(p.dtype))
+    narrow = [p for p in parameters if is_narrow(p.dtype)]
     wide = [p for p in parameters if not is_narrow(p.dtype)]
-    total = narrow * (2 * kept + 4 * master) + 2 * _bytes(wide)
+    total = sum(p.numel() for p in narrow) * (2 * kept + 4 * master) + 2 * _bytes(wide)
     if not narrow:
         total += 4 * len(wide)
+    elif _is_fused(moments, master):
+        total += 4 * len(narrow)
+    return total
+
+
+def _is_fused(moments, master):
+    return master and moments == "float32"
+
+
+def _gradients(parameters, master):
+    """With fp32 copies of narrow weights their gradients are fp32, too."""
+    total = 0
+    for p in parameters:
+        is_wide = master and is_narrow(p.dtype)
+        total += p.numel() * (4 if is_wide else p.element_size())
     return total
 
 
@@ -167,6 +183,12 @@ def _decoder(vlm, tokens, completion_tokens):
     return tokens * token + sum(blocks)
 
 
+def slot(llm):
+    """Bytes of a token's keys and values in all layers."""
+    c = llm.config
+    return 2 * c.layers * c.kv_heads * c.head_width * llm.embed_tokens.weight.element_size()
+
+
 def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, completion_tokens=0,
          pictures=None):
     """-> bytes by name: weights, gradients, optimizer, activations, cache.
@@ -191,15 +213,13 @@ def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, co
         if count < 0:
             raise ValueError(f"{name} {count} must be at least 0")
     check(vlm)
-    c = vlm.llm.config
     trained = [p for p in vlm.parameters() if p.requires_grad]
     activations = 0
     if trained:
         activations = _decoder(vlm, tokens, completion_tokens) + pictures * _tower(vlm)
-    slot = 2 * c.layers * c.kv_heads * c.head_width * vlm.llm.embed_tokens.weight.element_size()
-    return dict(weights=_bytes([*vlm.parameters(), *vlm.buffers()]), gradients=_bytes(trained),
+    return dict(weights=_bytes([*vlm.parameters(), *vlm.buffers()]), gradients=_gradients(trained, master),
                 optimizer=_optimizer(trained, moments, master), activations=activations,
-                cache=rows * cache_tokens * slot)
+                cache=rows * cache_tokens * slot(vlm.llm))
 
 
 # ---------------------------------------------------------------- a moment
@@ -225,10 +245,12 @@ def _block_moment(vlm, tokens):
 
 
 def _optimizer_moment(vlm, moments, master):
-    """What the AdamW of model/optim.py computes with, for one narrow weight at a time: its gradient and the root in
-    fp32, and whatever is not kept so. torch's own has nothing beside its state."""
+    """What the AdamW of model/optim.py computes with, for one narrow weight at a time: the root in fp32, and whatever
+    is not kept so. torch's fused kernel has nothing beside its state."""
+    if _is_fused(moments, master):
+        return 0
     largest = max((p.numel() for p in vlm.parameters() if p.requires_grad and is_narrow(p.dtype)), default=0)
-    copies = 2 + 2 * (moments != "float32") + (not master)
+    copies = 1 + 2 * (moments != "float32") + 2 * (not master)      # m and v; weight and gradient
     return 4 * copies * largest
 
 
@@ -271,7 +293,7 @@ def reference(vlm, switches):
         total += _twin(vlm)
     if switches.baseline == "critic" and switches.critic == "separate":
         trained = [p for p in vlm.parameters() if p.requires_grad]
-        total += _twin(vlm) + _bytes(trained) + _optimizer(trained, "float32", True)
+        total += _twin(vlm) + _gradients(trained, True) + _optimizer(trained, "float32", True)
     return total
 
 
@@ -303,7 +325,7 @@ def _image_tower(model, pictures):
 def plan_clip(model, pairs, tokens, moments="float32", master=True):
     """As `plan`, of contrastive training on `pairs` of a picture and a caption of `tokens` tokens, all at once."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return dict(weights=_bytes([*model.parameters(), *model.buffers()]), gradients=_bytes(trained),
+    return dict(weights=_bytes([*model.parameters(), *model.buffers()]), gradients=_gradients(trained, master),
                 optimizer=_optimizer(trained, moments, master),
                 activations=_image_tower(model, pairs) + _text_tower(model, pairs, tokens))
 
@@ -434,7 +456,10 @@ def shape_of(stage, cfg, longest, samples):
         return P, P * longest, {}
     P = min(optim.micro_batch or cfg.rl.rl_batch, cfg.rl.rl_batch)
     completion_tokens = cfg.sampling.group * cfg.sampling.max_new
-    sampling = dict(rows=cfg.rl.rl_batch, cache_tokens=longest + completion_tokens,
+    rows = cfg.rl.rl_batch
+    if cfg.sampling.rollout_rows:
+        rows = min(rows, max(1, cfg.sampling.rollout_rows // cfg.sampling.group))
+    sampling = dict(rows=rows, cache_tokens=longest + completion_tokens,
                     completion_tokens=P * completion_tokens)
     return P, P * (longest + completion_tokens), sampling
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+from torch.optim.adamw import adamw
 
 from model.runs.config import check_fields, choice, number
 
@@ -20,7 +21,7 @@ class OptimOptions:
     beta2: float = number(0.95, "[0, 1)")           # AdamW
     grad_clip: float = number(1.0, "(0, 1000000]")  # global norm
     module_lr: str = ""                             # rates in units of the stage's: projector:0.1,llm.norm:0; 0 freezes
-    master: bool = True                             # bfloat16 weights: AdamW keeps an fp32 copy of what trains
+    master: bool = True                             # bfloat16 weights: fp32 copies and gradients of what trains
     moments: str = choice("float32", "bfloat16")    # bfloat16 weights: AdamW's moments, float32 | bfloat16
 
     def __post_init__(self):
@@ -117,15 +118,27 @@ def make_optimizer(module, beta2, weight_decay, other=None, other_lr=1.0, module
     learner.
 
     Where a weight that trains is narrower than fp32 it is the AdamW of this file, with `moments`
-    and `master`; else torch's, which has no use for them. Raises ValueError as module_rates and
-    AdamW do.
+    and `master`; else torch's, which has no use for them. With `master` its gradients are fp32:
+    those of several micro-batches would be rounded at each sum. Raises ValueError as module_rates
+    and AdamW do.
     """
     policy = getattr(module, "policy", module)
     freeze(policy, module_lr)
     groups = parameter_groups(module, module_rates(policy, module_lr), other, other_lr)
     if not any(is_narrow(p.dtype) for p in module.parameters() if p.requires_grad):
         return torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
-    return AdamW(groups, (0.9, beta2), weight_decay, moments=moments, master=master)
+    optimizer = AdamW(groups, (0.9, beta2), weight_decay, moments=moments, master=master)
+    if master:
+        for group in groups:
+            widen_gradients(group["params"])
+    return optimizer
+
+
+def widen_gradients(params):
+    """Has the gradients of narrow weights summed, and kept, in fp32."""
+    for p in params:
+        if is_narrow(p.dtype):
+            p.grad_dtype = torch.float32
 
 
 def parameter_groups(module, rates, other, other_lr):
@@ -150,8 +163,9 @@ def parameter_groups(module, rates, other, other_lr):
 
 class AdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, algorithm 2) for weights narrower than fp32; as in torch's, the
-    learning rate multiplies the decay, too. Computed in fp32, one parameter at a time, so that no
-    second set of gradients exists.
+    learning rate multiplies the decay, too. Computed in fp32: by torch's fused kernel on the copies,
+    or, where there are none or moments are kept in bf16, one parameter at a time, so that no second
+    set of gradients or moments exists.
 
     moments: float32 | bfloat16, half the memory, in which m and v are kept between steps.
     master: an fp32 copy of each narrow weight takes the steps, and the weight is that copy,
@@ -170,20 +184,39 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"beta2 {betas[1]} must be at most 0.99 with moments in bfloat16")
         self.moments = getattr(torch, moments)
         self.master = master
+        self.is_fused = master and moments == "float32"
         defaults = dict(lr=0.0, betas=betas, weight_decay=weight_decay, eps=eps)
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            fused = []
             for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, self.state[p], group)
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    self._start(p, state)
+                if self.is_fused and is_narrow(p.dtype):
+                    fused.append(p)
+                else:
+                    self._step(p, state, group)
+            if fused:
+                self._step_fused(fused, group)
+
+    def _step_fused(self, params, group):
+        """Of weights with fp32 copies and moments: 28 bytes a parameter are moved, 12 of them
+        written, and the weight from its copy."""
+        states = [self.state[p] for p in params]
+        copies, m, v, counts = ([state[name] for state in states] for name in ("master", "m", "v", "step"))
+        beta1, beta2 = group["betas"]
+        adamw(copies, [p.grad.float() for p in params], m, v, [], counts, fused=True, amsgrad=False, beta1=beta1,
+              beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        torch._foreach_copy_(params, copies)
 
     def _step(self, p, state, group):
         wide = torch.promote_types(p.dtype, torch.float32)
-        if not state:
-            self._start(p, state, wide)
         state["step"] += 1
         weight = state.get("master", p).to(wide)
         m = state["m"].to(wide)
@@ -194,12 +227,15 @@ class AdamW(torch.optim.Optimizer):
             if old is not new:          # .to gives the tensor itself where it is wide already
                 old.copy_(new)
 
-    def _start(self, p, state, wide):
+    def _start(self, p, state):
         """The state of a parameter before its first step."""
-        kept = self.moments if is_narrow(p.dtype) else wide
+        narrow = is_narrow(p.dtype)
+        kept = self.moments if narrow else p.dtype
         state.update(step=0, m=torch.zeros_like(p, dtype=kept), v=torch.zeros_like(p, dtype=kept))
-        if self.master and is_narrow(p.dtype):
-            state["master"] = p.to(wide)
+        if self.master and narrow:
+            state["master"] = p.float()
+        if self.is_fused and narrow:
+            state["step"] = torch.zeros((), device=p.device)        # as torch's kernel counts
 
     def load_state_dict(self, saved):
         """What was saved, in the dtype it had: torch's own would cast moments and master to that of
@@ -210,6 +246,9 @@ class AdamW(torch.optim.Optimizer):
         for i, p in zip(indices, params):
             for name, value in saved["state"].get(i, {}).items():
                 self.state[p][name] = value.to(p.device) if torch.is_tensor(value) else value
+            if "step" in self.state[p] and self.is_fused and is_narrow(p.dtype):        # older files have an int
+                count = float(self.state[p]["step"])
+                self.state[p]["step"] = torch.tensor(count, device=p.device)
 
 
 def adam(weight, grad, m, v, step, group):

@@ -84,11 +84,13 @@ def test_weights_gradients_and_optimizer_are_exact(dtype, options, trained):
 
 
 def test_optimizer_worked_by_hand():
-    # bf16, full training: 2 bytes of weight, 2 of gradient and, with m, v and master in fp32, 12 of state.
+    # bf16, full training: 2 bytes of weight, 4 of gradient and, with m, v and master in fp32, 12 of state, and a count
+    # of each tensor's steps.
     vlm = make_vlm(torch.bfloat16).requires_grad_(True)
     count = sum(p.numel() for p in vlm.parameters())
     found = plan(vlm, 0)
-    assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, 2 * count, 12 * count)
+    counts = 4 * len(list(vlm.parameters()))
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, 4 * count, 12 * count + counts)
     assert found["activations"] == found["cache"] == 0
 
 
@@ -213,11 +215,13 @@ def seven():
 def test_a_7b_is_planned_without_weights(seven):
     decoder, projector = 6738415616, 1024 * 4096 + 4096 + 4096 * 4096 + 4096      # LLaMA's own count; two layers
     found = plan(seven, 2048)
-    assert found["gradients"] == 2 * (decoder + projector) and found["optimizer"] == 12 * (decoder + projector)
+    tensors = 3 + 9 * 32 + 4            # each with a count of its steps
+    assert found["gradients"] == 4 * (decoder + projector)
+    assert found["optimizer"] == 12 * (decoder + projector) + 4 * tensors
     attach(seven.llm, "all", 8, 16.0)
     # Rank 8 on q, k, v, o (4096 x 4096) and gate, up, down (4096 x 11008) of 32 blocks.
     pairs = 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
-    assert plan(seven, 2048)["gradients"] == 2 * (pairs + projector)
+    assert plan(seven, 2048)["gradients"] == 4 * (pairs + projector)
     # 576 + 448 slots of 32 layers, keys and values, of 4096 numbers of 2 bytes: 512 MiB a prompt.
     assert plan(seven, 0, rows=3, cache_tokens=1024)["cache"] == 3 * 512 * 2 ** 20
 
@@ -308,6 +312,8 @@ def test_micro_batches_are_as_long_as_the_longest_record():
     # 32 prompts of 29 tokens, 8 completions of 32 each.
     sampling = dict(rows=32, cache_tokens=29 + 256, completion_tokens=32 * 256)
     assert shape_of("rl", cfg, 29, True) == (32, 32 * (29 + 256), sampling)
+    cfg = dataclasses.replace(cfg, sampling=dataclasses.replace(cfg.sampling, rollout_rows=70))
+    assert shape_of("rl", cfg, 29, True)[2] == sampling | dict(rows=8)
 
 
 def test_a_plan_beyond_the_machine_is_warned_of(monkeypatch, capsys):

@@ -23,7 +23,7 @@ def steps(module, optimizer, count=STEPS, lr=1e-2, first=0):
     for step in range(first, first + count):
         generator = torch.Generator().manual_seed(step)
         for p in module.parameters():
-            p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.grad_dtype)
         optimizer_step(optimizer, lr, 1e6)
     return [p.detach().double() for p in module.parameters()]
 
@@ -55,12 +55,10 @@ def test_with_master_a_bf16_weight_follows_fp32_and_without_it_stands_still():
     wide, narrow, bare = (nn.Linear(4, 4, bias=False).to(dtype) for dtype in (torch.float32, *[torch.bfloat16] * 2))
     for module in (wide, narrow, bare):
         nn.init.constant_(module.weight, 1.0)
-    for step in range(200):
-        for module, optimizer in ((wide, None), (narrow, None), (bare, None)):
-            module.weight.grad = torch.ones_like(module.weight)
-        if not step:
-            optimizers = [make_optimizer(module, 0.95, 0.0, master=module is narrow) for module in (wide, narrow, bare)]
-        for optimizer in optimizers:
+    optimizers = [make_optimizer(module, 0.95, 0.0, master=module is narrow) for module in (wide, narrow, bare)]
+    for _ in range(200):
+        for module, optimizer in zip((wide, narrow, bare), optimizers):
+            module.weight.grad = torch.ones_like(module.weight, dtype=module.weight.grad_dtype)
             optimizer_step(optimizer, 1e-4, 1e6)
     # Far from .9785, where bf16's rounding turns: the two, each a little off, are equal after it.
     assert abs(wide.weight[0, 0].item() - 0.98) < 1e-5
@@ -74,6 +72,46 @@ def test_with_master_bf16_stays_within_its_rounding_of_fp32():
     wanted = steps(wide, make_optimizer(wide, 0.95, 0.1))
     for given, right in zip(steps(narrow, make_optimizer(narrow, 0.95, 0.1)), wanted):
         assert ((given - right).abs() <= right.abs() / 256 + 1e-6).all()
+
+
+def test_with_master_the_gradients_of_micro_batches_are_summed_in_fp32():
+    # 256 times 1 / 256 beside 1: bf16, whose spacing there is 1 / 128, stays at 1.
+    for master, wanted in ((True, 2.0), (False, 1.0)):
+        weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        module = nn.Module()
+        module.weight = weight
+        make_optimizer(module, 0.95, 0.0, master=master)
+        for factor in [1.0, *[1 / 256] * 256]:
+            (weight * factor).sum().backward()
+        assert weight.grad.item() == wanted
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_fused_step_is_the_one_parameter_at_a_time(weight_decay):
+    found = []
+    for is_fused in (True, False):
+        module = net(torch.bfloat16)
+        optimizer = make_optimizer(module, 0.95, weight_decay)
+        assert optimizer.is_fused
+        optimizer.is_fused = is_fused
+        steps(module, optimizer)
+        found.append([optimizer.state[p] for p in module.parameters()])
+    for fused, plain in zip(*found):
+        assert fused["step"].item() == plain["step"] == STEPS
+        for name in ("m", "v", "master"):
+            torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_that_counts_steps_in_an_int_goes_on():
+    module = net(torch.bfloat16)
+    optimizer = make_optimizer(module, 0.95, 0.1)
+    steps(module, optimizer, 20)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["step"] = 20
+    again = make_optimizer(module, 0.95, 0.1)
+    again.load_state_dict(saved)
+    assert all(again.state[p]["step"].item() == 20 for p in module.parameters())
 
 
 def test_moments_in_bf16_cost_little_accuracy():
@@ -178,7 +216,7 @@ def moved(optimizer, vlm, lr=1e-3):
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
     for p in vlm.parameters():
         if p.requires_grad:
-            p.grad = torch.ones_like(p)
+            p.grad = torch.ones_like(p, dtype=p.grad_dtype)
     optimizer_step(optimizer, lr, 1e6)
     return {name: (p.detach() - before[name]).abs().mean().item() for name, p in vlm.named_parameters()}
 
