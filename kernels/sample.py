@@ -215,12 +215,12 @@ def _(logits, u, banned, temperature, top_k, top_p):
     return logits.new_empty(N, dtype=torch.long), logits.new_empty(N), logits.new_empty(N)
 
 
-def sample(logits, generator=None, temperature=1.0, top_k=0, top_p=1.0, banned=None):
+def sample(logits, generator=None, temperature=1.0, top_k=0, top_p=1.0, banned=None, u=None):
     """logits (.., V) -> Sampled(token, logp, truncated_logp), each (..).
 
     generator: a torch.Generator of the logits' device (None: the default one). One number is drawn
-    a row, whatever
-        top_k and top_p are.
+    a row, whatever top_k and top_p are.
+    u: (..) fp64, numbers in [0, 1) that were drawn before, in place of the generator.
     temperature: 0 takes the largest allowed logit and reports log-probs at temperature 1. top_k,
     top_p: 0 and 1.0 keep all tokens and cost nothing; the head of this file defines the rest. top_k
     alone costs
@@ -246,9 +246,13 @@ def sample(logits, generator=None, temperature=1.0, top_k=0, top_p=1.0, banned=N
             lambda: f"banned {tuple(banned.shape)} {banned.dtype} must be ({V},) bool, "
                     "one entry a token")
     shape = logits.shape[:-1]
-    u = None
-    if temperature:
-        u = torch.rand(*shape, 1, dtype=torch.float64, device=logits.device, generator=generator)
+    require(u is None or (u.shape == shape and u.dtype == torch.float64),
+            lambda: f"u {tuple(u.shape)} {u.dtype} must be {tuple(shape)} torch.float64, one number a row")
+    if not temperature:
+        u = None
+    elif u is None:
+        u = torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
+    if u is not None:
         u = u.flatten()
     # Eagerly the op's own dispatch would cost as much as drawing from a small vocabulary does.
     draw = _op if torch.compiler.is_compiling() else _draw

@@ -252,54 +252,52 @@ def cached(llm, tokens, slots):
     return _blocks(llm, tokens, tokens * slots)
 
 
-def _head_rows(batch, shape):
-    """How many hidden states the head reads."""
+def _head_rows(batch, shape, rows):
+    """How many hidden states the head reads: `rows` where they are told, else all."""
+    if rows is not None:
+        return rows
     if shape is None:
         return int(batch.target[:, 1:].sum())
     P, G, C = shape
     return P * G * C
 
 
-def forward(vlm, batch, shape=None, with_head=True):
-    """`VLM.forward` after `VLM.encode`; without its head: `VLM.states`. shape: (P, G, C) of the
-    completions, or None for the batch's own targets."""
+def forward(vlm, batch, shape=None, rows=None):
+    """`VLM.forward` after `VLM.encode`. shape: (P, G, C) of the completions, or None for the
+    batch's own targets; rows: states that the head reads, None: all; 0 of `VLM.states`."""
     total = prompt(vlm, batch)
     if shape is not None:
         total += completions(vlm, *shape, batch.ids.shape[1])
-    if with_head:
-        total += head(vlm.llm, _head_rows(batch, shape))
-    return total
+    return total + head(vlm.llm, _head_rows(batch, shape, rows))
 
 
-def reference(vlm, batch, shape=None, with_head=True):
+def reference(vlm, batch, shape=None, rows=None):
     """The same of `vlm.base()`, or of a frozen twin: without adapters, and without the image tower
     where the batch has features, which a frozen reference fills in once. Ask before it does."""
     with off(vlm.llm):
-        total = forward(vlm, batch, shape, with_head)
+        total = forward(vlm, batch, shape, rows)
     if trains(vlm.visual) and len(batch.features):      # the policy's tower, which `forward` counts
         total -= tower(vlm, len(batch.pixels))
     return total
 
 
-def teacher(vlm, batch, shape, with_head=True):
+def teacher(vlm, batch, shape, rows=None):
     """The same of a frozen model of another's: with the image tower where the batch has no
     features."""
-    total = forward(vlm, batch, shape, with_head)
+    total = forward(vlm, batch, shape, rows)
     if not len(batch.features):
         total += tower(vlm, len(batch.pixels))
     return total
 
 
-def exact_kl(vlm, reference, shape, backward):
-    """`VLM.kl`: the heads of both models; a backward computes both again, then the gradient of the
-    states and, where it trains, of the policy's head."""
-    P, G, C = shape
+def exact_kl(vlm, reference, rows, backward):
+    """`VLM.kl` of so many states: the heads of both models; a backward computes both again, then
+    the gradient of the states and, where it trains, of the policy's head."""
     policy_heads = 1
     reference_heads = 1
     if backward:
         policy_heads = 3 + vlm.llm.head.requires_grad
         reference_heads = 2
-    rows = P * G * C
     return policy_heads * head(vlm.llm, rows) + reference_heads * head(reference.llm, rows)
 
 
@@ -475,7 +473,7 @@ def _decoder_backward(vlm, batch, shape):
     return total, needs_x
 
 
-def update(vlm, batch, shape=None, with_head=True):
+def update(vlm, batch, shape=None, rows=None):
     """Forward and backward of `VLM.forward`, or of `VLM.states`, as far as something trains; those
     of the image tower only where it trains.
 
@@ -485,14 +483,14 @@ def update(vlm, batch, shape=None, with_head=True):
     computed again.
     """
     pictures = len(batch.pixels)
-    total = forward(vlm, batch, shape, with_head)
+    total = forward(vlm, batch, shape, rows)
     total += _tower_backward(vlm, pictures) + _projector_backward(vlm, pictures)
     blocks, states = _decoder_backward(vlm, batch, shape)
     total += blocks
     states = states or trains(vlm.llm.norm)
     weight = vlm.llm.head.requires_grad
-    if with_head and (states or weight):
-        total += head(vlm.llm, _head_rows(batch, shape)) * (1 + states + weight)
+    if states or weight:
+        total += head(vlm.llm, _head_rows(batch, shape, rows)) * (1 + states + weight)
     return total
 
 
@@ -515,17 +513,17 @@ class Meter:
     def head(self, llm, rows):
         self.total += head(llm, rows)
 
-    def forward(self, vlm, batch, shape=None, with_head=True):
-        self.total += forward(vlm, batch, shape, with_head)
+    def forward(self, vlm, batch, shape=None, rows=None):
+        self.total += forward(vlm, batch, shape, rows)
 
-    def reference(self, vlm, batch, shape=None, with_head=True):
-        self.total += reference(vlm, batch, shape, with_head)
+    def reference(self, vlm, batch, shape=None, rows=None):
+        self.total += reference(vlm, batch, shape, rows)
 
-    def teacher(self, vlm, batch, shape, with_head=True):
-        self.total += teacher(vlm, batch, shape, with_head)
+    def teacher(self, vlm, batch, shape, rows=None):
+        self.total += teacher(vlm, batch, shape, rows)
 
-    def exact_kl(self, vlm, reference, shape, backward):
-        self.total += exact_kl(vlm, reference, shape, backward)
+    def exact_kl(self, vlm, reference, rows, backward):
+        self.total += exact_kl(vlm, reference, rows, backward)
 
-    def update(self, vlm, batch, shape=None, with_head=True):
-        self.total += update(vlm, batch, shape, with_head)
+    def update(self, vlm, batch, shape=None, rows=None):
+        self.total += update(vlm, batch, shape, rows)

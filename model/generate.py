@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from kernels import fp32_logits, sample
+from model import machine, memory
 from model.flops import Meter
+
+
+# Tokens between two questions whether rows have ended, 1 on other devices: a GPU would have to wait at
+# every token for the answer.
+PATIENCE = {"cuda": 32}
 
 
 @dataclass
@@ -33,6 +39,37 @@ class Completions:
     ids: torch.Tensor
     mask: torch.Tensor
     logp: torch.Tensor
+
+    @staticmethod
+    def join(parts, pad_id):
+        """Those of some prompts after those of others, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        longest = max(part.ids.shape[-1] for part in parts)
+        joined = []
+        for name, filling in (("ids", pad_id), ("mask", False), ("logp", 0.0)):
+            tensors = [getattr(part, name) for part in parts]
+            joined.append(torch.cat([F.pad(t, (0, longest - t.shape[-1]), value=filling) for t in tensors]))
+        return Completions(*joined)
+
+
+def draw_noise(rows, max_new, generator, device):
+    """The numbers (*rows, max_new) that choose the tokens of a rollout, all at once: what a row
+    samples depends on no other row."""
+    return torch.rand(*rows, max_new, dtype=torch.float64, device=device, generator=generator)
+
+
+def prompts_at_a_time(llm, batch, group, max_new, rows=0):
+    """How many prompts of a batch are sampled at once: for so many `rows`, completions; for 0 all,
+    or those whose keys and values fit into half of the memory that is free."""
+    if rows:
+        return max(1, rows // group)
+    P, T = batch.ids.shape
+    room = machine.room(batch.ids.device)
+    if room is None:
+        return P
+    prompt = (T + group * max_new) * memory.slot(llm)
+    return max(1, min(P, room // 2 // prompt))
 
 
 class Sampler:
@@ -146,12 +183,9 @@ class Sampler:
 
     def select(self, prompts, rows):
         """Keeps rows (P', G') of the prompts (P',); an index may repeat. Both are int64 tensors."""
-        cache = []
-        for keys, values in self.cache:
-            keys = self._select_slots(keys.transpose(1, 2), prompts, rows).transpose(1, 2)
-            values = self._select_slots(values.transpose(1, 2), prompts, rows).transpose(1, 2)
-            cache.append((keys, values))
-        self.cache = cache
+        for number, layer in enumerate(self.cache):         # layer by layer: never are all held twice
+            self.cache[number] = tuple(self._select_slots(slots.transpose(1, 2), prompts, rows).transpose(1, 2)
+                                       for slots in layer)
         self.taken = self._select_slots(self.taken, prompts, rows)
         kept = (prompts[:, None], rows)
         self.position = self.position[kept]
@@ -183,15 +217,36 @@ class Sampler:
         written = written.take_along_dim(index, dim=2).flatten(1, 2)
         return torch.cat([slots[prompts, :T], written], dim=1)
 
+    def complete(self, batch, group, max_new, eos_id, generator=None, rows=0, lap=lambda name: None,
+                 **options):
+        """prefill + decode, with decode's options -> Completions. Some prompts at a time where that
+        asks for less memory: apart from rounding the tokens are the same.
+
+        rows: completions at a time; 0: all, or as many as the memory that is free has room for.
+        lap(name) is called after each "prefill" and "decode".
+        """
+        P = len(batch.ids)
+        device = batch.ids.device
+        noise = draw_noise((P, group), max_new, generator, device)
+        at_a_time = prompts_at_a_time(self.llm, batch, group, max_new, rows)
+        parts = []
+        for index in torch.arange(P, device=device).split(at_a_time):
+            self.prefill(batch if len(index) == P else batch.rows(index), group, max_new)
+            lap("prefill")
+            parts.append(self.decode(max_new, eos_id, noise=noise[index], **options))
+            lap("decode")
+        return Completions.join(parts, options.get("pad_id", 0))
+
     @torch.no_grad()
     def decode(self, max_new, eos_id, temperature=1.0, banned=(), generator=None, min_new=0,
-               pad_id=0, drop=True, top_k=0, top_p=1.0, stop=None, alive=None, limit=None):
+               pad_id=0, drop=True, top_k=0, top_p=1.0, stop=None, alive=None, limit=None, noise=None):
         """Samples until EOS or `max_new` tokens -> Completions. temperature 0 is greedy; no EOS
         before `min_new` tokens; top_k, top_p as in kernels.sample.
 
         stop: (ids (R, t) of R rows so far) -> (R,) bool, rows that end here without an EOS; alive
         (P, G): rows that are to go on, all of them by default; the others get no token. limit
-        (P, G): how many tokens each row may take at most, max_new by default.
+        (P, G): how many tokens each row may take at most, max_new by default. noise: what
+        `draw_noise` gave for these rows; None: drawn here.
 
         drop: rows that have ended leave the batch from time to time, so that the rest go faster; to
         `extend` all rows afterwards, keep them. A row's cache then holds all of its tokens but the
@@ -210,20 +265,25 @@ class Sampler:
             alive = torch.ones(P, G, dtype=torch.bool, device=device)
         never = torch.zeros(self.llm.config.vocab, dtype=torch.bool, device=device)
         never[list(banned)] = True
+        if noise is None and temperature:
+            noise = draw_noise((P, G), max_new, generator, device)
+        if noise is not None:
+            noise = noise.flatten(0, 1)                                         # (P G, max_new)
+        patience = PATIENCE.get(device.type, 1)
         not_yet = never.clone()         # for the first min_new tokens
         not_yet[eos_id] = True
         for t in range(max_new):
             # 1. One token for every row, from its last state.
             logits = fp32_logits(self.state, self.llm.head)                     # (P, G, V)
-            token, chosen, _ = sample(logits, generator, temperature, top_k, top_p,
-                                      banned=not_yet if t < min_new else never)
+            u = noise[output_row, t] if temperature else None
+            token, chosen, _ = sample(logits, None, temperature, top_k, top_p,
+                                      banned=not_yet if t < min_new else never, u=u)
             self.meter.head(self.llm, alive.numel())
             token = torch.where(alive, token, pad_id)
             # 2. Into the output, for rows that have not ended.
-            written = output_row[alive]
-            ids[written, t] = token[alive]
-            mask[written, t] = True
-            logp[written, t] = chosen[alive]
+            ids[output_row, t] = token
+            mask[output_row, t] = alive
+            logp[output_row, t] = torch.where(alive, chosen, 0.0)
             alive = alive & (token != eos_id)
             if limit is not None:
                 alive = alive & (t + 1 < limit.flatten()[output_row])
@@ -231,10 +291,11 @@ class Sampler:
                 going = alive
                 alive = alive.clone()
                 alive[going] = ~stop(ids[output_row[going], :t + 1]).to(device)
-            if t + 1 == max_new or not alive.any():
+            asks = t % patience == patience - 1
+            if t + 1 == max_new or (asks and not alive.any()):
                 break
-            # 3. Every fourth step, drop ended rows if that saves enough.
-            if drop and t % 4 == 3:
+            # 3. From time to time, drop ended rows if that saves enough.
+            if drop and asks and t % 4 == 3:
                 keep = _worth_dropping(alive)
                 if keep is not None:
                     prompts, rows = keep
@@ -245,7 +306,7 @@ class Sampler:
                     token = token[kept]
             # 4. The token goes into the cache, and gives the next state.
             self.extend(token[..., None], alive)
-        C = t + 1
+        C = max(1, int(mask.any(0).sum()))
         ids, mask, logp = (out[:, :C].view(P, G, C) for out in (ids, mask, logp))
         return Completions(ids, mask, logp)
 

@@ -87,6 +87,12 @@ class Output:
     hidden: torch.Tensor
 
 
+def spread(values, rows, mask):
+    """values (N,) of the entries `rows` (N,) of a mask, in its shape, 0 elsewhere."""
+    out = values.new_zeros(mask.numel()).index_copy(0, rows, values)
+    return out.view(mask.shape)
+
+
 class VLM(nn.Module):
     def __init__(self, config: VlmConfig):
         super().__init__()
@@ -200,12 +206,13 @@ class VLM(nn.Module):
 
     # ------------------------------------------------------------ forward
 
-    def forward(self, batch, completions=None, temperature=1.0):
+    def forward(self, batch, completions=None, temperature=1.0, mask=None):
         """Log-prob and entropy of what is to be predicted, never through an (tokens, V) tensor.
 
         Without completions: of the batch's own targets (a target at position t is predicted from t
-        - 1). With completions (P, G, C) int64: of every completion token given its prompt; the
-        caller masks their padding. `temperature` divides the logits, as in sampling.
+        - 1). With completions (P, G, C) int64: of every completion token given its prompt, 0 where
+        mask (P, G, C) is False, which spares the head; without one the caller masks their padding.
+        `temperature` divides the logits, as in sampling.
         """
         if completions is None:
             is_target = batch.target[:, 1:]
@@ -216,9 +223,14 @@ class VLM(nn.Module):
             hidden = self.states(batch, completions)        # (P, G, C + 1, D)
             states = hidden[..., :-1, :]
             predicted = completions
-        logp, entropy = linear_logp(states.flatten(0, -2), self.llm.head, predicted.flatten(),
+        states = states.flatten(0, -2)
+        if mask is None:
+            logp, entropy = linear_logp(states, self.llm.head, predicted.flatten(), temperature)
+            return Output(logp.view(predicted.shape), entropy.view(predicted.shape), hidden)
+        rows = mask.flatten().nonzero()[:, 0]
+        logp, entropy = linear_logp(states.index_select(0, rows), self.llm.head, predicted[mask],
                                     temperature)
-        return Output(logp.view(predicted.shape), entropy.view(predicted.shape), hidden)
+        return Output(spread(logp, rows, mask), spread(entropy, rows, mask), hidden)
 
     def states(self, batch, completions):
         """Hidden states (P, G, C + 1, D) of the completions (P, G, C): state t predicts token t,
@@ -228,14 +240,14 @@ class VLM(nn.Module):
         _, hidden = self.llm(x, batch.length, y)
         return hidden
 
-    def kl(self, hidden, ref_hidden, reference, temperature=1.0):
-        """Exact KL(self || reference) (P, G, C) before each completion token, from the states of
-        both models (P, G, C + 1, D)."""
-        P, G, states, _ = hidden.shape
-        rows = hidden[..., :-1, :].flatten(0, -2)           # (P G C, D)
-        ref_rows = ref_hidden[..., :-1, :].flatten(0, -2)
-        kl = linear_kl(rows, self.llm.head, ref_rows, reference.llm.head, temperature)
-        return kl.view(P, G, states - 1)
+    def kl(self, hidden, ref_hidden, reference, mask, temperature=1.0):
+        """Exact KL(self || reference) (P, G, C) before each completion token of the mask (P, G, C),
+        0 elsewhere, from the states of both models (P, G, C + 1, D)."""
+        rows = mask.flatten().nonzero()[:, 0]
+        mine = hidden[..., :-1, :].flatten(0, -2).index_select(0, rows)
+        theirs = ref_hidden[..., :-1, :].flatten(0, -2).index_select(0, rows)
+        kl = linear_kl(mine, self.llm.head, theirs, reference.llm.head, temperature)
+        return spread(kl, rows, mask)
 
     def logits(self, pixels, ids):
         """All logits (P, T, V) of full rows without padding, for study and parity tests only.
@@ -303,9 +315,9 @@ class Base(VLM):
             self.image_position = copy.deepcopy(vlm.image_position).requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, batch, completions=None, temperature=1.0):
+    def forward(self, batch, completions=None, temperature=1.0, mask=None):
         with off(self.llm):
-            return super().forward(batch, completions, temperature)
+            return super().forward(batch, completions, temperature, mask)
 
     @torch.no_grad()
     def states(self, batch, completions):

@@ -63,11 +63,11 @@ def divergence(sampler, other, tokenizer, samples, method, template, max_new, ge
         sampler.prefill(batch, 1, max_new)
         said = sampler.decode(max_new, tokenizer.eos_id, generator=generator, pad_id=tokenizer.pad_id,
                               banned=tokenizer.banned(speaker.config.llm.vocab))
-        mine = speaker(batch, said.ids)
+        mine = speaker(batch, said.ids, mask=said.mask)
         theirs = other.states(prompts(other, tokenizer, samples[first:first + ROWS], method, template), said.ids)
-        each = speaker.kl(mine.hidden, theirs, other)                           # (P, 1, C)
-        kl += torch.where(said.mask, each, 0).sum(-1).flatten().tolist()
-        entropy += torch.where(said.mask, mine.entropy, 0).sum().item()
+        each = speaker.kl(mine.hidden, theirs, other, said.mask)                # (P, 1, C)
+        kl += each.sum(-1).flatten().tolist()
+        entropy += mine.entropy.sum().item()
         tokens += int(said.mask.sum())
     return Divergence(kl, entropy / tokens)
 

@@ -19,6 +19,7 @@ class SamplingOptions:
     top_p: float = number(1.0, "(0, 1]")            # only the most probable tokens of this mass are sampled
     max_new: int = number(32, "[1, 131072]")        # token budget, the same in training and evaluation
     min_new: int = number(0, "[0, 131072]")         # no EOS before this many tokens
+    rollout_rows: int = number(0, "[0, 1000000]")   # completions sampled at a time; 0: as many as memory has room for
 
     def __post_init__(self):
         check_fields(self)
@@ -52,13 +53,10 @@ def roll_out(sampler, tokenizer, samples, method, cfg, rewards, generator, clock
     if len(batch.features):
         sampler.meter.encode(vlm, len(batch.pixels))
     clock.lap("encode")
-    sampler.prefill(batch, sampling.group, sampling.max_new)
-    clock.lap("prefill")
-    completions = sampler.decode(
-        sampling.max_new, tokenizer.eos_id, temperature=sampling.temperature, top_k=sampling.top_k,
-        top_p=sampling.top_p, banned=tokenizer.banned(vlm.config.llm.vocab), generator=generator,
-        min_new=sampling.min_new, pad_id=tokenizer.pad_id)
-    clock.lap("decode")
+    completions = sampler.complete(
+        batch, sampling.group, sampling.max_new, tokenizer.eos_id, generator, sampling.rollout_rows, clock.lap,
+        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+        banned=tokenizer.banned(vlm.config.llm.vocab), min_new=sampling.min_new, pad_id=tokenizer.pad_id)
     rollout = read_and_reward(completions, samples, tokenizer, rewards)
     clock.lap("score")
     return batch, rollout

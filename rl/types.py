@@ -12,15 +12,16 @@ from data.sample import Batch
 
 
 class Policy(Protocol):
-    """All that reinforcement learning asks of a model: `Output` has logp and entropy, each (P, G, C).
+    """All that reinforcement learning asks of a model: `Output` has logp and entropy, each (P, G, C), read where
+    `mask` (P, G, C) is True alone.
 
     A critic asks for `Output.hidden` too, (P, G, C + 1, D), the states before each token and after the last; a
     reference, or a critic apart, for a copy, `twin()`, and for its `states(batch, completions)`, a reference first for
     `base()`, the policy without adapters, None if it has none; exact KL for `kl(hidden, theirs, reference,
-    temperature)`.
+    mask, temperature)`.
     """
 
-    def __call__(self, batch: Batch, completions: torch.Tensor, temperature: float): ...
+    def __call__(self, batch: Batch, completions: torch.Tensor, temperature: float, mask: torch.Tensor): ...
 
 
 def empty():

@@ -117,23 +117,24 @@ def score_micro_batch(learner, experience, index, filled, cfg, meter):
     micro = experience.rows(index).trim()
     shape = micro.ids.shape
     length = shape[2]
+    rows = int(micro.mask.sum())
     if "old_logp" in filled:
-        out = learner.policy(micro.batch, micro.ids, temperature)
-        meter.forward(learner.policy, micro.batch, shape)
+        out = learner.policy(micro.batch, micro.ids, temperature, micro.mask)
+        meter.forward(learner.policy, micro.batch, shape, rows)
         experience.old_logp[index, :, :length] = out.logp
         experience.entropy[index, :, :length] = out.entropy
     if "ref_logp" in filled and switches.kl == "exact":         # in the reward: the policy was scored, too
         experience.kl[index, :, :length] = exact_kl(learner, micro, out, temperature, meter)
     elif "ref_logp" in filled:
-        meter.reference(learner.policy, micro.batch, shape)         # before: it fills in the features of pictures
-        ref_logp = learner.reference(micro.batch, micro.ids, temperature).logp
+        meter.reference(learner.policy, micro.batch, shape, rows)   # before: it fills in the features of pictures
+        ref_logp = learner.reference(micro.batch, micro.ids, temperature, micro.mask).logp
         experience.ref_logp[index, :, :length] = ref_logp
         if "kl" in filled:
             experience.kl[index, :, :length] = sampled_kl(out.logp, ref_logp, switches.kl)
     if "values" in filled:
         experience.values[index, :, :length + 1] = learner.critic(micro.batch, micro.ids, out.hidden)
         if learner.critic.trunk is not None:
-            meter.forward(learner.critic.trunk, micro.batch, shape, with_head=False)
+            meter.forward(learner.critic.trunk, micro.batch, shape, rows=0)
 
 
 def exact_kl(learner, micro, out, temperature, meter):
@@ -147,13 +148,13 @@ def exact_kl(learner, micro, out, temperature, meter):
         batch = replace(batch, features=batch.features[:0])
     # Counted before: a forward fills in the features of pictures.
     if learner.has_teacher:
-        meter.teacher(learner.reference, batch, shape, with_head=False)
+        meter.teacher(learner.reference, batch, shape, rows=0)
     else:
-        meter.reference(learner.policy, batch, shape, with_head=False)
+        meter.reference(learner.policy, batch, shape, rows=0)
     with torch.no_grad():
         ref_hidden = learner.reference.states(batch, micro.ids)
-    meter.exact_kl(learner.policy, learner.reference, shape, backward=out.logp.requires_grad)
-    return learner.policy.kl(out.hidden, ref_hidden, learner.reference, temperature)
+    meter.exact_kl(learner.policy, learner.reference, int(micro.mask.sum()), backward=out.logp.requires_grad)
+    return learner.policy.kl(out.hidden, ref_hidden, learner.reference, micro.mask, temperature)
 
 
 def drift(old_logp, experience):
@@ -208,8 +209,8 @@ def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
     switches = cfg.algorithm
     temperature = cfg.sampling.temperature
     shape = micro.ids.shape
-    out = learner.policy(micro.batch, micro.ids, temperature)
-    meter.update(learner.policy, micro.batch, shape)
+    out = learner.policy(micro.batch, micro.ids, temperature, micro.mask)
+    meter.update(learner.policy, micro.batch, shape, int(micro.mask.sum()))
     stats = {}
     if len(micro.old_logp):
         old_logp = micro.old_logp
@@ -252,7 +253,7 @@ def critic_loss(critic, micro, hidden, tokens, switches, meter):
     """-> (loss of the critic, statistics as sums over the trained tokens); hidden (P, G, C + 1, D) of the policy."""
     values = critic(micro.batch, micro.ids, hidden)[..., :-1]
     if critic.trunk is not None:
-        meter.update(critic.trunk, micro.batch, micro.ids.shape, with_head=False)
+        meter.update(critic.trunk, micro.batch, micro.ids.shape, rows=0)
     # In the critic's own units, so that the gradient that reaches a shared decoder does not grow with the reward.
     loss, stats = losses.value_loss(
         values / critic.scale, micro.values[..., :-1] / critic.scale, micro.returns / critic.scale, micro.trained,

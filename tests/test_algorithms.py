@@ -43,14 +43,14 @@ class Table(nn.Module):
         group, places = completions.shape[1:]
         return self.hidden[batch.ids[:, 0], None, :places + 1].expand(-1, group, -1, -1)
 
-    def __call__(self, batch, completions, temperature):
+    def __call__(self, batch, completions, temperature, mask=None):
         places = completions.shape[2]
         every = (self.logits[batch.ids[:, 0], None, :places] / temperature).log_softmax(-1)
         every = every.expand(-1, completions.shape[1], -1, -1)
         return Output(every.gather(-1, completions[..., None])[..., 0], -(every.exp() * every).sum(-1),
                       self.states(batch, completions))
 
-    def kl(self, hidden, theirs, reference, temperature):
+    def kl(self, hidden, theirs, reference, mask, temperature):
         raise NotImplementedError
 
     def base(self):

@@ -447,7 +447,7 @@ def test_adapters_cost_their_products_and_the_reference_pays_for_none():
     with torch.no_grad():
         assert counted(lambda: vlm(batch, IDS)) == flops.forward(vlm, batch, IDS.shape)
         assert counted(lambda: base(batch, IDS)) == flops.reference(vlm, batch, IDS.shape) == plain
-        assert counted(lambda: base.states(batch, IDS)) == flops.reference(vlm, batch, IDS.shape, False)
+        assert counted(lambda: base.states(batch, IDS)) == flops.reference(vlm, batch, IDS.shape, rows=0)
     assert all(layer.on for layer in adapters(vlm.llm))
     sampler = Sampler(vlm)
     assert counted(lambda: sampler.prefill(to_batch(ROWS), G, 6).extend(IDS[..., :1])) == sampler.meter.total
@@ -461,10 +461,24 @@ def test_exact_kl(choose):
     with torch.no_grad():
         ref_hidden = other.states(batch, IDS)
     hidden = vlm.states(batch, IDS).detach().requires_grad_()
-    trained = counted(lambda: vlm.kl(hidden, ref_hidden, other).sum().backward())
-    assert trained == flops.exact_kl(vlm, other, IDS.shape, True)
+    mask = IDS % 3 > 0
+    rows = int(mask.sum())
+    trained = counted(lambda: vlm.kl(hidden, ref_hidden, other, mask).sum().backward())
+    assert trained == flops.exact_kl(vlm, other, rows, True)
     with torch.no_grad():
-        assert counted(lambda: vlm.kl(hidden, ref_hidden, other)) == flops.exact_kl(vlm, other, IDS.shape, False)
+        assert counted(lambda: vlm.kl(hidden, ref_hidden, other, mask)) == flops.exact_kl(vlm, other, rows, False)
+
+
+@pytest.mark.parametrize("choose", [lambda vlm: None, lora("all")], ids=["everything", "LoRA"])
+def test_the_head_reads_no_state_outside_the_mask(choose):
+    vlm = frozen({})
+    choose(vlm)
+    batch = encoded(vlm)
+    mask = IDS % 3 > 0
+    rows = int(mask.sum())
+    assert 0 < rows < IDS.numel()
+    spared = counted(lambda: vlm(batch, IDS, mask=mask).logp.sum().backward())
+    assert spared == flops.update(vlm, batch, IDS.shape, rows) < flops.update(vlm, batch, IDS.shape)
 
 
 @KINDS

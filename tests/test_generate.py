@@ -1,11 +1,14 @@
 """Cached, batched sampling on a shared prefix against plain re-computation of each row from the start."""
 import shutil
+import weakref
 
 import pytest
 import torch
 
 from model import generate as module
-from model.generate import Sampler, generate
+from model import machine
+from model.generate import Sampler, generate, prompts_at_a_time
+from model.memory import slot
 from tiny import BOS, EOS, PAD, VOCAB, difference, make_vlm, prompts, random_completions, stream, to_batch
 
 ROWS = prompts()
@@ -98,6 +101,61 @@ def test_dropping_ended_rows_changes_no_token():
     # Logits of fewer rows may round otherwise; the greedy token's lead over the next is far beyond that.
     assert torch.equal(dropping.ids, keeping.ids) and torch.equal(dropping.mask, keeping.mask)
     assert difference(dropping.logp, keeping.logp) < 1e-6
+
+
+@torch.no_grad()
+def test_what_a_row_samples_depends_on_no_other_row():
+    vlm = model(often=2.0)
+    found = []
+    for drop in (True, False):
+        done, _ = generate(vlm, to_batch(ROWS * 2), G, 21, EOS, banned=BANNED, drop=drop,
+                           generator=torch.Generator().manual_seed(5))
+        found.append(done)
+    assert torch.equal(found[0].ids, found[1].ids) and len(found[0].mask.sum(-1).unique()) > 5
+    whole, *parts = [
+        Sampler(vlm).complete(vlm.encode(to_batch(ROWS)), G, 21, EOS, torch.Generator().manual_seed(6), rows,
+                              banned=BANNED, pad_id=PAD) for rows in (100, 1, 2 * G + 1)]
+    for part in parts:
+        assert torch.equal(part.ids, whole.ids) and torch.equal(part.mask, whole.mask)
+        assert difference(part.logp, whole.logp) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patience", [3, 32])
+def test_asking_rarely_whether_rows_have_ended_changes_nothing(patience, monkeypatch):
+    vlm = model(often=4.0)
+    found = []
+    for tokens in (1, patience):
+        monkeypatch.setitem(module.PATIENCE, "cpu", tokens)
+        found.append(generate(vlm, to_batch(ROWS), G, 40, EOS, banned=BANNED,
+                              generator=torch.Generator().manual_seed(5))[0])
+    often, rarely = found
+    assert torch.equal(often.ids, rarely.ids) and torch.equal(often.mask, rarely.mask)
+    assert often.ids.shape[-1] < 40 and difference(often.logp, rarely.logp) < 1e-12
+
+
+def test_a_rollout_goes_in_parts_where_memory_has_no_room_for_all(monkeypatch):
+    vlm = model()
+    batch = to_batch(ROWS)
+    prompt = (batch.ids.shape[1] + G * 21) * slot(vlm.llm)
+    for room, wanted in ((None, P), (2 * prompt * P, P), (2 * prompt * P - 2, P - 1), (5 * prompt, 2), (0, 1)):
+        monkeypatch.setattr(machine, "room", lambda device: room)
+        assert prompts_at_a_time(vlm.llm, batch, G, 21) == wanted
+    assert prompts_at_a_time(vlm.llm, batch, G, 21, rows=2 * G + 1) == 2
+
+
+@torch.no_grad()
+def test_selecting_rows_holds_one_layer_twice_at_most(monkeypatch):
+    sampler = Sampler(model()).prefill(to_batch(ROWS), G, 6).extend(IDS[..., :3])
+    layers = len(sampler.cache)
+    original = Sampler._select_slots
+    old = [weakref.ref(keys) for keys, _ in sampler.cache]
+    alive = []
+    monkeypatch.setattr(Sampler, "_select_slots", lambda *args: alive.append(sum(ref() is not None for ref in old))
+                        or original(*args))
+    sampler.select(torch.arange(P), torch.zeros(P, 2, dtype=torch.long))
+    # Keys and values of each layer, then the slots that are taken, beside the last layer as it was.
+    assert alive == [count for count in range(layers, 0, -1) for _ in "kv"] + [1]
 
 
 def test_worth_dropping_keeps_every_live_row_once():

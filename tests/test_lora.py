@@ -13,6 +13,7 @@ from tiny import LLM, difference, gradients, make_vlm, prompts, random_completio
 
 ROWS = prompts()
 IDS = random_completions(len(ROWS), 3, 5)
+EVERY = torch.ones_like(IDS, dtype=torch.bool)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -202,7 +203,7 @@ def test_base_is_the_model_before_attach_bit_for_bit_after_training_too(dtype):
                        before.logits(batch.pixels[:1], batch.ids[:1, :13]).detach())
     hidden = vlm(batch, IDS).hidden
     ref_hidden = base.states(batch, IDS)
-    assert torch.equal(vlm.kl(hidden, ref_hidden, base), vlm.kl(hidden, ref_hidden, before))
+    assert torch.equal(vlm.kl(hidden, ref_hidden, base, EVERY), vlm.kl(hidden, ref_hidden, before, EVERY))
     assert all(layer.on for layer in adapters(vlm.llm)) and not base(batch, IDS).logp.requires_grad
 
 

@@ -112,6 +112,21 @@ def test_completions_of_a_group_do_not_see_each_other_nor_their_own_future():
     assert torch.equal(moved, wanted)
 
 
+def test_outside_the_mask_nothing_is_computed_and_inside_nothing_changes():
+    vlm = make_vlm()
+    mask = torch.rand(P, G, C, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[1] = False                                                     # a group without a token
+    a, b, _ = weights(torch.float64)
+    found = []
+    for given in (mask, None):
+        out = vlm(to_batch(ROWS), IDS, T, given)
+        logp, entropy = out.logp * mask, out.entropy * mask
+        if given is not None:
+            assert torch.equal(out.logp, logp) and torch.equal(out.entropy, entropy)
+        found.append((logp.detach(), entropy.detach(), gradients(vlm, (a * logp + b * entropy).sum())))
+    assert all(difference(one, other) < 1e-12 for one, other in zip(*found))
+
+
 # ---------------------------------------------------------------- planted mistakes, each of which must be seen
 
 def detached_prefix(monkeypatch):

@@ -414,7 +414,7 @@ def test_ppo_on_two_states_reaches_the_known_values_and_the_better_action(critic
             at = self.rows(completions)
             return self.hidden[torch.cat([at, at[..., -1:]], -1), 0]
 
-        def __call__(self, batch, completions, temperature):
+        def __call__(self, batch, completions, temperature, mask=None):
             every = self.logits[self.rows(completions), 0].log_softmax(-1)
             return SimpleNamespace(logp=every.gather(-1, completions[..., None])[..., 0],
                                    entropy=-(every.exp() * every).sum(-1), hidden=self.states(batch, completions))
