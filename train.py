@@ -50,6 +50,7 @@ from data.teachers import TeacherOptions
 from data.teaching import RecordOptions, kind_of
 from data.worlds import DRAWN
 from eval import Contender, JudgeOptions
+from kernels.bench import ceilings
 from model import machine, memory, prepare
 from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
 from model.flops import Meter
@@ -1860,7 +1861,22 @@ def run_bench(cfg, steps=6):
         schedule = Schedule(cfg.rl.rl_steps, P, cfg.rl.rl_lr)
         reinforce(run, "bench", cfg, vlm, samples, "direct", rewards, schedule, Meter())
         lines = read_log(run.log_path)[1:]
-    print(bench.step_text(setting, lines))
+        print(bench.step_text(setting, lines, bench_floors(run, cfg, vlm, samples[:P], rewards, lines)))
+
+
+def bench_floors(run, cfg, vlm, samples, rewards, lines):
+    """Of a step as those of `lines`, by what this machine's large matmuls and copies take -> {part: seconds}."""
+    meter = Meter()
+    clock = bench.WorkClock(run.device, meter)
+    generator = torch.Generator(run.device).manual_seed(0)
+    batch, rollout = roll_out(Sampler(vlm, meter), run.tokenizer, samples, "direct", cfg, rewards, generator, clock)
+    whole = lines[-1]["flops"] - lines[-2]["flops"]
+    work = clock.work | {"update": whole - meter.total}
+    P, T = batch.ids.shape
+    _, G, C = rollout.ids.shape
+    weights = C * sum(p.nbytes for p in vlm.llm.parameters())
+    cache = bench.cache_read(P, T, G, C, memory.slot(vlm.llm))
+    return bench.floors(work, ceilings(run.device, run.dtype), weights, cache)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data.sample import Batch, Sample
+from rl import metrics
 
 WORDS = [f"w{n}" for n in range(64)]
 
@@ -33,8 +34,42 @@ def median(values):
     return float(torch.tensor(values).median())
 
 
-def step_text(what, lines):
-    """Log lines of RL steps -> text: the median time of a step and of each of its parts."""
+class WorkClock(metrics.Clock):
+    """A Clock that also says what a meter counted in each part. work: name of a part -> its FLOPs."""
+
+    def __init__(self, device, meter):
+        super().__init__(device)
+        self.meter = meter
+        self.work = {}
+        self.counted = meter.total
+
+    def lap(self, name):
+        super().lap(name)
+        self.work[name] = self.work.get(name, 0) + self.meter.total - self.counted
+        self.counted = self.meter.total
+
+
+def floors(work, ceiling, weights, cache):
+    """Seconds that the parts of a step take at least -> {part: seconds}.
+
+    work: part -> FLOPs; ceiling: FLOP/s of this machine's large matmuls, bytes/s of its large copies. Decoding also
+    has to read the decoder's `weights` and the `cache`, bytes in all, whatever it multiplies.
+    """
+    matmul, copy = ceiling
+    found = {name: flops / matmul for name, flops in work.items()}
+    found["decode"] = max(found["decode"], (weights + cache) / copy)
+    return found
+
+
+def cache_read(P, T, G, C, slot):
+    """Bytes of keys and values that C steps of decoding read, of P prompts of T tokens and G completions each; `slot`
+    bytes a token."""
+    return P * slot * sum(T + G * step for step in range(1, C + 1))
+
+
+def step_text(what, lines, floors):
+    """Log lines of RL steps -> text: the median time of a step and of each of its parts, beside the least that they
+    take."""
     medians = {}                        # part of a step -> its seconds
     for name in lines[0]:
         if name.startswith("seconds_"):
@@ -42,7 +77,10 @@ def step_text(what, lines):
     total = sum(medians.values())
     text = [f"{what}: {total:.3f} s a step, median of {len(lines)}"]
     for name, seconds in medians.items():
-        text.append(f"  {name:<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %")
+        line = f"  {name:<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %"
+        if floors.get(name):
+            line += f", floor {floors[name]:.3f} s: {100 * floors[name] / seconds:.0f} % of its speed"
+        text.append(line)
     return "\n".join(text)
 
 

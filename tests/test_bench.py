@@ -2,16 +2,34 @@
 import torch
 
 from data.sample import Batch
+from model.flops import Meter
 from rl import bench
 
 
 def test_the_time_of_a_step_is_the_sum_of_the_medians_of_its_parts():
     lines = [dict(seconds_decode=decode, seconds_update=update, seconds=9.0)
              for decode, update in ((1.0, 3.0), (0.5, 5.0), (2.0, 1.0))]
-    title, decode, update = bench.step_text("4 prompts", lines).splitlines()
+    title, decode, update = bench.step_text("4 prompts", lines, {"update": 1.5}).splitlines()
     assert title == "4 prompts: 4.000 s a step, median of 3"
     assert decode.split() == ["decode", "1.000", "s", "25.0", "%"]
-    assert update.split() == ["update", "3.000", "s", "75.0", "%"]
+    assert update == "  update     3.000 s  75.0 %, floor 1.500 s: 50 % of its speed"
+
+
+def test_floors_worked_by_hand():
+    # 2 prompts of 10 tokens, 3 completions each: the first step meets 13 slots, the second 16, of 5 bytes.
+    assert bench.cache_read(P=2, T=10, G=3, C=2, slot=5) == 2 * 5 * (13 + 16)
+    work = dict(encode=2e9, decode=1e9, update=4e9)
+    assert bench.floors(work, (1e9, 1e8), weights=3e8, cache=1e8) == dict(encode=2.0, decode=4.0, update=4.0)
+    assert bench.floors(work, (1e9, 1e10), weights=3e8, cache=1e8)["decode"] == 1.0
+
+
+def test_a_clock_counts_the_work_of_each_part():
+    meter = Meter(5)
+    clock = bench.WorkClock(torch.device("cpu"), meter)
+    for name, flops in (("prefill", 3), ("decode", 4), ("prefill", 2)):
+        meter.total += flops
+        clock.lap(name)
+    assert clock.work == dict(prefill=5, decode=4) and clock.laps.keys() == clock.work.keys()
 
 
 def test_without_sharing_every_completion_stands_behind_its_own_prompt_and_picture():
