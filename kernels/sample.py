@@ -251,7 +251,7 @@ def sample(logits, generator=None, temperature=1.0, top_k=0, top_p=1.0, banned=N
     if not temperature:
         u = None
     elif u is None:
-        u = torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
+        u = torch.rand(*shape, 1, dtype=torch.float64, device=logits.device, generator=generator)
     if u is not None:
         u = u.flatten()
     # Eagerly the op's own dispatch would cost as much as drawing from a small vocabulary does.

@@ -122,8 +122,9 @@ class Usage:
         self.is_warm = False
 
     def held(self):
-        """Bytes since then; 0 where the system does not say."""
+        """Bytes since then; 0 where the system does not say. What loading a model has freed is no part of it."""
         if not self.is_warm:
             warm_up()
             self.is_warm = True
+        give_holes_back()
         return max(0, resident() - self.bare)

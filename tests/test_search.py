@@ -82,8 +82,8 @@ def slow_logp(vlm, sample, method, tokens, temperature):
 def slow_search(vlm, samples, method, n, seed, ends, wants, temperature):
     """-> (chain of each sample, tokens sampled for each, what happened, counted).
 
-    ends[i], wants[i](own, text, ended): of step i, the last again and again. Draws: one number a candidate and token,
-    of the samples that go on side by side, as the batch draws them.
+    ends[i], wants[i](own, text, ended): of step i, the last again and again. Draws: of each step one number a candidate
+    and token, of the samples that go on side by side, as the batch draws them.
     """
     generator = torch.Generator().manual_seed(seed)
     chains = [[] for _ in samples]
@@ -97,14 +97,15 @@ def slow_search(vlm, samples, method, n, seed, ends, wants, temperature):
         own = {(p, c): [] for p in going for c in range(n)}
         logps = {place: [] for place in own}
         active = set(own)
-        while active:
-            u = torch.rand(len(going), n, 1, dtype=torch.float64, generator=generator)
+        left = BUDGET - min(len(chains[p]) for p in going)
+        noise = torch.rand(len(going), n, left, dtype=torch.float64, generator=generator)
+        for t in range(left):
             for p, c in sorted(active):
                 logp = slow_logp(vlm, samples[p], method, chains[p] + own[p, c], temperature)
                 mass = logp.exp()
                 mass[list(TOY.banned(0))] = 0
                 mass = mass.cumsum(0) / mass.sum()
-                token = int((mass <= u[going.index(p), c]).sum())
+                token = int((mass <= noise[going.index(p), c, t]).sum())
                 own[p, c].append(token)
                 logps[p, c].append(float(logp[token]))
                 said = end and end in TOY.decode(own[p, c])

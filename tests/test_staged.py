@@ -219,9 +219,9 @@ STOPS = (Stage("plan", "Plan.", "plan .", "</answer>", 0.4), Stage("look", "Look
     (STOPS, "brief"), (STOPS, "chatml"), (METHODS["ddcot"], "brief"), (METHODS["ddcot"], "vicuna_v1")],
     ids=["stops", "stops chatml", "ddcot", "ddcot vicuna_v1"])
 def test_logits_of_sampled_stages_equal_those_from_scratch(stages, template, dtype, tolerance):
-    vlm, max_new, group = model(dtype, often=1.5), 19, 4
+    vlm, max_new, group = model(dtype, often=1.5), 19, 12
     answers, sampler = answered(vlm, stages, max_new, template=template, group=group, temperature=1.0,
-                                generator=torch.Generator().manual_seed(12))
+                                generator=torch.Generator().manual_seed(15))
     happened = Counter()
     for row in range(len(SAMPLES) * group):
         sample = SAMPLES[row // group]
