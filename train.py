@@ -503,16 +503,20 @@ class Run(RunFolder):
         return Origin(self.ready(vlm, stage), state.get("method", ""), towers)
 
     def begins_with_llava(self, stage):
+        """Whether a stage starts from a whole pretrained model, --llava."""
         cfg = self.cfg
         return stage == cfg.stages()[0] and bool(cfg.vlm.llava)
 
     def path_before(self, stage):
-        """The checkpoint that a stage starts from: --init for the first, else that of the stage before."""
+        """The checkpoint that a stage starts from: --init for the first, and where that of the stage before is missing;
+        else that. Raises ValueError where there is neither."""
         cfg = self.cfg
         paths = [self.path(name) for name in STAGES[stage].starts_from if self.path(name).exists()]
         is_first = stage == cfg.stages()[0]
         if cfg.run.init and (is_first or not paths):
             return Path(cfg.run.init)
+        before = " or ".join(STAGES[stage].starts_from)
+        need(paths, "stage", stage, f"have what it starts from, {before}, in {self.folder}, or --init=FILE")
         return paths[0]
 
     def ready(self, vlm, stage):
@@ -1874,7 +1878,8 @@ def bench_floors(run, cfg, vlm, samples, rewards, lines):
     work = clock.work | {"update": whole - meter.total}
     P, T = batch.ids.shape
     _, G, C = rollout.ids.shape
-    weights = C * sum(p.nbytes for p in vlm.llm.parameters())
+    blocks = sum(p.nbytes for p in vlm.llm.layers.parameters())
+    weights = (C - 1) * blocks + C * vlm.llm.head.nbytes
     cache = bench.cache_read(P, T, G, C, memory.slot(vlm.llm))
     return bench.floors(work, ceilings(run.device, run.dtype), weights, cache)
 

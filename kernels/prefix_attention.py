@@ -8,6 +8,7 @@ Two attentions, to the prompt (x) and to its own (y), merged by their log-sum-ex
 
 The G completions are more queries on one copy of the prompt's keys, and query heads that share a key head are more
 queries on it (grouped-query attention, arXiv 2305.13245): no key is repeated, and no mask (P, G, 1, C, T + C) is held.
+Where torch has no flash attention that tells its log-sum-exp (on CUDA in fp32, on other devices) both are.
 Merging: FlashAttention-2 2307.08691, section 3.1. Backward: that of each part, given the merged out and l, is exact,
 since its softmax p = e^(s - l) and its row sums of g out are then those of the whole.
 
@@ -83,7 +84,7 @@ def _merge_(out, lse, out_x, lse_x, out_y, lse_y):
         out.copy_(torch.addcmul(out_x * share_x, out_y.to(wide), share_y))
 
 
-# ---------------------------------------------------------------- CPU: torch's flash attention, prompts at once
+# ---------------------------------------------------------------- PyTorch form, CPU: flash attention of all prompts
 
 _forward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -128,6 +129,7 @@ def _backward_cpu(g, q, k, v, kx, vx, lengths, out, lse, dq, dk, dv, dkx, dvx):
     dkx.copy_(found[1])
     dvx.copy_(found[2])
     r = H // Hk
+    wide = lse.dtype                # in which the gradients of a key head's r query heads are summed
     for head in range(r):
         mine = slice(head, None, r)
         gy, qy, out_y, lse_y = (t[:, :, mine].flatten(0, 1) for t in (g, q, out, lse))
@@ -135,14 +137,16 @@ def _backward_cpu(g, q, k, v, kx, vx, lengths, out, lse, dq, dk, dv, dkx, dvx):
         dq_y, dk_y, dv_y = (t.unflatten(0, (P, G)) for t in found)
         torch.add(dq_x[:, :, mine], dq_y, out=dq[:, :, mine])
         if head == 0:
-            dk.copy_(dk_y)
-            dv.copy_(dv_y)
+            dk_sum = dk_y.to(wide)
+            dv_sum = dv_y.to(wide)
         else:
-            dk += dk_y
-            dv += dv_y
+            dk_sum += dk_y
+            dv_sum += dv_y
+    dk.copy_(dk_sum)
+    dv.copy_(dv_sum)
 
 
-# ---------------------------------------------------------------- CUDA: torch's flash attention, prompt by prompt
+# ---------------------------------------------------------------- PyTorch form, CUDA: flash attention by prompt
 
 _forward_on_cuda = torch.ops.aten._scaled_dot_product_flash_attention
 _backward_on_cuda = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -196,9 +200,10 @@ def _backward_cuda(g, q, k, v, kx, vx, lengths, out, lse, dq, dk, dv, dkx, dvx):
         dvx[p, :, :length] = dv_x[0]
 
 
-# ---------------------------------------------------------------- other dtypes and devices: one mask, keys repeated
+# ---------------------------------------------------------------- PyTorch form, elsewhere: one mask, keys repeated
 
 def masked(q, k, v, kx, vx, lengths):
+    """As `prefix_attention`, on r G copies of each prompt's keys and values, under one mask (P, G, 1, C, T + C)."""
     P, G, H = q.shape[:3]
     r = H // k.shape[2]
     sees = _sees(q, lengths, kx.shape[2]).expand(-1, G, -1, -1, -1).flatten(0, 1)
@@ -215,9 +220,11 @@ def has_flash(q):
         return True
     if not q.is_cuda or torch.version.hip:
         return False
-    is_half = q.dtype in (torch.float16, torch.bfloat16)
-    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return is_half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if q.dtype not in (torch.float16, torch.bfloat16) or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    capability = torch.cuda.get_device_capability(q.device)
+    widest = 256 if capability in ((8, 0), (9, 0)) else 192     # of a backward: more takes their shared memory
+    return capability >= (8, 0) and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest
 
 
 def _empty(q):
@@ -295,8 +302,9 @@ def prefix_attention(q, k, v, kx, vx, lengths):
     """G completions of each of P prompts attend to their prompt and, causally, to themselves.
 
     q (P, G, H, C, K); k, v (P, G, Hk, C, K) of the completions, kx, vx (P, Hk, T, K) of the prompts; lengths: the real
-    tokens of each prompt, P ints in [1, T]. Returns (P, G, H, C, K), differentiable once in all five tensors. Raises
-    ValueError on what does not fit.
+    tokens of each prompt, P ints in [1, T]. Returns (P, G, H, C, K), differentiable once in all five tensors. In half
+    precision the gradients of keys that many queries share are a bit or two less exact than `masked`'s on a CPU, whose
+    kernel sums them unwidened. Raises ValueError on what does not fit.
     """
     check_floating("q", q, ndim=5)
     P, G, H, C, K = q.shape
@@ -313,4 +321,6 @@ def prefix_attention(q, k, v, kx, vx, lengths):
             lambda: f"lengths {lengths} must be {P} numbers in [1, {T}], one a prompt")
     if not has_flash(q):
         return masked(q, k, v, kx, vx, lengths)
-    return _op(q, k, v, kx, vx, lengths)[0]
+    # torch's kernels read rows of K numbers, whatever the strides say.
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, kx, vx)]
+    return _op(*inputs, lengths)[0]

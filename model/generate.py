@@ -23,8 +23,8 @@ from model import machine, memory
 from model.flops import Meter
 
 
-# Tokens between two questions whether rows have ended, 1 on other devices: a GPU would have to wait at
-# every token for the answer.
+# Tokens between two questions whether all rows have ended, 1 on other devices: a GPU would have to wait
+# at every token for the answer, longer than the tokens take that it samples in vain, fewer than these.
 PATIENCE = {"cuda": 32}
 
 
@@ -227,14 +227,18 @@ class Sampler:
         """
         P = len(batch.ids)
         device = batch.ids.device
-        noise = draw_noise((P, group), max_new, generator, device)
+        noise = None
+        if options.get("temperature", 1.0):
+            noise = draw_noise((P, group), max_new, generator, device)
         at_a_time = prompts_at_a_time(self.llm, batch, group, max_new, rows)
         parts = []
         for index in torch.arange(P, device=device).split(at_a_time):
             self.prefill(batch if len(index) == P else batch.rows(index), group, max_new)
             lap("prefill")
-            parts.append(self.decode(max_new, eos_id, noise=noise[index], **options))
+            mine = None if noise is None else noise[index]
+            parts.append(self.decode(max_new, eos_id, noise=mine, **options))
             lap("decode")
+        self.cache = []                 # the memory is the update's, and free when the next rollout asks
         return Completions.join(parts, options.get("pad_id", 0))
 
     @torch.no_grad()
@@ -269,7 +273,8 @@ class Sampler:
             noise = draw_noise((P, G), max_new, generator, device)
         if noise is not None:
             noise = noise.flatten(0, 1)                                         # (P G, max_new)
-        patience = PATIENCE.get(device.type, 1)
+        # A `stop` looks at every token anyway.
+        patience = PATIENCE.get(device.type, 1) if stop is None else 1
         not_yet = never.clone()         # for the first min_new tokens
         not_yet[eos_id] = True
         for t in range(max_new):
@@ -306,7 +311,7 @@ class Sampler:
                     token = token[kept]
             # 4. The token goes into the cache, and gives the next state.
             self.extend(token[..., None], alive)
-        C = max(1, int(mask.any(0).sum()))
+        C = max(1, int(mask.any(0).sum()))      # less than t + 1 where the end was asked for late
         ids, mask, logp = (out[:, :C].view(P, G, C) for out in (ids, mask, logp))
         return Completions(ids, mask, logp)
 

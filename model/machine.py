@@ -28,7 +28,7 @@ def give_blocks_back(width):
 
     Left alone, glibc raises that border up to 32 MiB and takes larger and larger blocks from its heap. There the ones
     that a forward frees leave holes between those that autograd keeps, too small by a few bytes for the next aligned
-    block of the same size: a reinforcement learning step of SmolLM2 with LoRA then takes 4.3 GiB in place of 2.7. The
+    block of the same size: a reinforcement learning step of SmolLM2 with LoRA then took 4.3 GiB in place of 2.7. The
     heap itself keeps up to 256 MiB at its end, so that small blocks ask the system for nothing. Does nothing elsewhere
     than on glibc, or where MALLOC_MMAP_THRESHOLD_ says otherwise.
     """

@@ -198,6 +198,8 @@ def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, co
     All tokens count as predicted, and as having a picture before them. With the decoder's
     `checkpointing`: the inputs of all blocks and the inside of one.
     pictures: of a micro-batch, for an image tower that trains; None: as many as `tokens` can hold.
+    Attention is taken to hold no mask and no repeated keys of completions, as kernels/
+    prefix_attention.py does but for fp32 on CUDA.
     rows, cache_tokens: prompts sampled at once and slots of each in the cache, T + G times the new
     tokens.
     moments, master: as make_optimizer has them.
@@ -285,7 +287,7 @@ def _twin(vlm):
     return _bytes(copied)
 
 
-def reference(vlm, switches):
+def reference(vlm, switches, moments="float32", master=True):
     """Bytes of the reference and of a critic with a decoder of its own, which trains: the switches of an
     Algorithm."""
     total = 0
@@ -293,7 +295,7 @@ def reference(vlm, switches):
         total += _twin(vlm)
     if switches.baseline == "critic" and switches.critic == "separate":
         trained = [p for p in vlm.parameters() if p.requires_grad]
-        total += _twin(vlm) + _gradients(trained, True) + _optimizer(trained, "float32", True)
+        total += _twin(vlm) + _gradients(trained, master) + _optimizer(trained, moments, master)
     return total
 
 
@@ -375,8 +377,8 @@ def warning(stage, needed, room):
     if stage == "clip":
         less = "a smaller --clip-batch or --image-size"
     else:
-        less = ("a smaller --micro-batch, --rl-batch, --group or --max-new, --checkpointing, --lora-rank=16, "
-                "--dtype=bfloat16 or a smaller model")
+        less = ("a smaller --micro-batch, --rollout-rows, --rl-batch, --group or --max-new, --checkpointing, "
+                "--lora-rank=16, --dtype=bfloat16 or a smaller model")
     return (f"warning: stage {stage} is planned to take {needed / GIB:.1f} GiB more, and {room / GIB:.1f} GiB of the "
             f"machine are free: {less} needs less")
 
@@ -437,7 +439,7 @@ class Announcer:
         size = vlm.llm.embed_tokens.weight.element_size()
         beside = {}
         if samples:
-            beside["reference"] = others + reference(vlm, cfg.algorithm)
+            beside["reference"] = others + reference(vlm, cfg.algorithm, optim.moments, optim.master)
         beside["moment"] = moment(vlm, tokens, self.device, optim.moments, optim.master)
         beside["holes"] = holes(tokens, c.width, size, planned["activations"], self.device)
         beside |= self.beside(vlm, pictures)

@@ -128,17 +128,21 @@ def make_optimizer(module, beta2, weight_decay, other=None, other_lr=1.0, module
     if not any(is_narrow(p.dtype) for p in module.parameters() if p.requires_grad):
         return torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
     optimizer = AdamW(groups, (0.9, beta2), weight_decay, moments=moments, master=master)
-    if master:
-        for group in groups:
-            widen_gradients(group["params"])
+    for group in groups:
+        for p in group["params"]:
+            if is_narrow(p.dtype):
+                set_grad_dtype(p, torch.float32 if master else p.dtype)
     return optimizer
 
 
-def widen_gradients(params):
-    """Has the gradients of narrow weights summed, and kept, in fp32."""
-    for p in params:
-        if is_narrow(p.dtype):
-            p.grad_dtype = torch.float32
+def set_grad_dtype(p, dtype):
+    """The dtype in which autograd sums the gradient of a parameter, and keeps it; one that is there
+    already is converted."""
+    grad = p.grad
+    p.grad = None
+    p.grad_dtype = dtype
+    if grad is not None:
+        p.grad = grad.to(dtype)
 
 
 def parameter_groups(module, rates, other, other_lr):
@@ -206,8 +210,8 @@ class AdamW(torch.optim.Optimizer):
                 self._step_fused(fused, group)
 
     def _step_fused(self, params, group):
-        """Of weights with fp32 copies and moments: 28 bytes a parameter are moved, 12 of them
-        written, and the weight from its copy."""
+        """Of weights with fp32 copies and moments: reads 16 bytes a parameter and writes 12, then
+        writes the weight from its copy."""
         states = [self.state[p] for p in params]
         copies, m, v, counts = ([state[name] for state in states] for name in ("master", "m", "v", "step"))
         beta1, beta2 = group["betas"]
@@ -235,7 +239,8 @@ class AdamW(torch.optim.Optimizer):
         if self.master and narrow:
             state["master"] = p.float()
         if self.is_fused and narrow:
-            state["step"] = torch.zeros((), device=p.device)        # as torch's kernel counts
+            # As torch's kernel counts.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
 
     def load_state_dict(self, saved):
         """What was saved, in the dtype it had: torch's own would cast moments and master to that of
@@ -246,9 +251,16 @@ class AdamW(torch.optim.Optimizer):
         for i, p in zip(indices, params):
             for name, value in saved["state"].get(i, {}).items():
                 self.state[p][name] = value.to(p.device) if torch.is_tensor(value) else value
-            if "step" in self.state[p] and self.is_fused and is_narrow(p.dtype):        # older files have an int
-                count = float(self.state[p]["step"])
-                self.state[p]["step"] = torch.tensor(count, device=p.device)
+            if self.state[p] and self.is_fused and is_narrow(p.dtype):
+                self._as_fused(p, self.state[p])
+
+    def _as_fused(self, p, state):
+        """State that was saved under other options, or with steps counted in an int, as the fused
+        kernel takes it."""
+        state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=p.device)
+        state["m"] = state["m"].float()
+        state["v"] = state["v"].float()
+        state.setdefault("master", p.detach().float())
 
 
 def adam(weight, grad, m, v, step, group):

@@ -228,8 +228,8 @@ class VLM(nn.Module):
             logp, entropy = linear_logp(states, self.llm.head, predicted.flatten(), temperature)
             return Output(logp.view(predicted.shape), entropy.view(predicted.shape), hidden)
         rows = mask.flatten().nonzero()[:, 0]
-        logp, entropy = linear_logp(states.index_select(0, rows), self.llm.head, predicted[mask],
-                                    temperature)
+        logp, entropy = linear_logp(states.index_select(0, rows), self.llm.head,
+                                    predicted.flatten().index_select(0, rows), temperature)
         return Output(spread(logp, rows, mask), spread(entropy, rows, mask), hidden)
 
     def states(self, batch, completions):

@@ -50,7 +50,7 @@ class WorkClock(metrics.Clock):
 
 
 def floors(work, ceiling, weights, cache):
-    """Seconds that the parts of a step take at least -> {part: seconds}.
+    """Seconds that the parts of a step take where all goes as fast as large matmuls and copies -> {part: seconds}.
 
     work: part -> FLOPs; ceiling: FLOP/s of this machine's large matmuls, bytes/s of its large copies. Decoding also
     has to read the decoder's `weights` and the `cache`, bytes in all, whatever it multiplies.
@@ -62,14 +62,14 @@ def floors(work, ceiling, weights, cache):
 
 
 def cache_read(P, T, G, C, slot):
-    """Bytes of keys and values that C steps of decoding read, of P prompts of T tokens and G completions each; `slot`
-    bytes a token."""
-    return P * slot * sum(T + G * step for step in range(1, C + 1))
+    """Bytes of keys and values that decoding C tokens reads, of P prompts of T tokens and G completions each; `slot`
+    bytes a token. The first token comes from the prompt's last state."""
+    return P * slot * sum(T + G * step for step in range(1, C))
 
 
 def step_text(what, lines, floors):
-    """Log lines of RL steps -> text: the median time of a step and of each of its parts, beside the least that they
-    take."""
+    """Log lines of RL steps -> text: the median time of a step and of each of its parts, beside their
+    floors."""
     medians = {}                        # part of a step -> its seconds
     for name in lines[0]:
         if name.startswith("seconds_"):
@@ -79,7 +79,7 @@ def step_text(what, lines, floors):
     for name, seconds in medians.items():
         line = f"  {name:<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %"
         if floors.get(name):
-            line += f", floor {floors[name]:.3f} s: {100 * floors[name] / seconds:.0f} % of its speed"
+            line += f", {seconds / floors[name]:.1f} times its floor of {floors[name]:.3f} s"
         text.append(line)
     return "\n".join(text)
 

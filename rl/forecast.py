@@ -56,7 +56,8 @@ def sampled(learner, sampler, tok, asked, method, cfg, rewards, generator, clock
 
 def updated(learner, experience, cfg, guard, meter):
     """The second half, whose gradient is dropped -> completion tokens that passed."""
-    optimizer = make_optimizer(learner, 0.0, 0.0)           # never steps
+    optim = cfg.optim
+    optimizer = make_optimizer(learner, optim.beta2, 0.0, moments=optim.moments, master=optim.master)   # never steps
 
     def dropped_step(drop=True):
         return {"grad_norm": optimizer_step(optimizer, 0.0, 1.0, drop=True)[0]}

@@ -12,8 +12,8 @@ from data.sample import Batch
 
 
 class Policy(Protocol):
-    """All that reinforcement learning asks of a model: `Output` has logp and entropy, each (P, G, C), read where
-    `mask` (P, G, C) is True alone.
+    """All that reinforcement learning asks of a model: `Output` has logp and entropy, each (P, G, C), and read only
+    where `mask` (P, G, C) is True.
 
     A critic asks for `Output.hidden` too, (P, G, C + 1, D), the states before each token and after the last; a
     reference, or a critic apart, for a copy, `twin()`, and for its `states(batch, completions)`, a reference first for

@@ -12,12 +12,12 @@ def test_the_time_of_a_step_is_the_sum_of_the_medians_of_its_parts():
     title, decode, update = bench.step_text("4 prompts", lines, {"update": 1.5}).splitlines()
     assert title == "4 prompts: 4.000 s a step, median of 3"
     assert decode.split() == ["decode", "1.000", "s", "25.0", "%"]
-    assert update == "  update     3.000 s  75.0 %, floor 1.500 s: 50 % of its speed"
+    assert update == "  update     3.000 s  75.0 %, 2.0 times its floor of 1.500 s"
 
 
 def test_floors_worked_by_hand():
-    # 2 prompts of 10 tokens, 3 completions each: the first step meets 13 slots, the second 16, of 5 bytes.
-    assert bench.cache_read(P=2, T=10, G=3, C=2, slot=5) == 2 * 5 * (13 + 16)
+    # 2 prompts of 10 tokens, 3 completions each: the second token meets 13 slots, the third 16, of 5 bytes.
+    assert bench.cache_read(P=2, T=10, G=3, C=3, slot=5) == 2 * 5 * (13 + 16)
     work = dict(encode=2e9, decode=1e9, update=4e9)
     assert bench.floors(work, (1e9, 1e8), weights=3e8, cache=1e8) == dict(encode=2.0, decode=4.0, update=4.0)
     assert bench.floors(work, (1e9, 1e10), weights=3e8, cache=1e8)["decode"] == 1.0

@@ -112,9 +112,11 @@ def test_what_a_row_samples_depends_on_no_other_row():
                            generator=torch.Generator().manual_seed(5))
         found.append(done)
     assert torch.equal(found[0].ids, found[1].ids) and len(found[0].mask.sum(-1).unique()) > 5
+    sampler = Sampler(vlm)
     whole, *parts = [
-        Sampler(vlm).complete(vlm.encode(to_batch(ROWS)), G, 21, EOS, torch.Generator().manual_seed(6), rows,
-                              banned=BANNED, pad_id=PAD) for rows in (100, 1, 2 * G + 1)]
+        sampler.complete(vlm.encode(to_batch(ROWS)), G, 21, EOS, torch.Generator().manual_seed(6), rows,
+                         banned=BANNED, pad_id=PAD) for rows in (100, 1, 2 * G + 1)]
+    assert not sampler.cache            # nothing is held until the next rollout
     for part in parts:
         assert torch.equal(part.ids, whole.ids) and torch.equal(part.mask, whole.mask)
         assert difference(part.logp, whole.logp) < 1e-12

@@ -86,6 +86,26 @@ def test_with_master_the_gradients_of_micro_batches_are_summed_in_fp32():
         assert weight.grad.item() == wanted
 
 
+def test_the_last_optimizer_of_a_module_decides_how_its_gradients_are_summed():
+    module = net(torch.bfloat16)
+    for master in (True, False, True):
+        make_optimizer(module, 0.95, 0.0, master=master)
+        module(torch.ones(1, 5, dtype=torch.bfloat16)).sum().backward()         # onto what is there
+        assert all(p.grad.dtype == (torch.float32 if master else torch.bfloat16) for p in module.parameters())
+
+
+@pytest.mark.parametrize("saved", [dict(master=False), dict(moments="bfloat16")])
+def test_state_of_other_options_goes_on_in_the_fused_step(saved):
+    module = net(torch.bfloat16)
+    optimizer = make_optimizer(module, 0.95, 0.1, **saved)
+    steps(module, optimizer, 20)
+    again = make_optimizer(module, 0.95, 0.1)
+    again.load_state_dict(optimizer.state_dict())
+    before = [p.detach().clone() for p in module.parameters()]
+    after = steps(module, again, 5, first=20)
+    assert all(0 < (one - other).abs().max() < 0.1 for one, other in zip(before, after))
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_fused_step_is_the_one_parameter_at_a_time(weight_decay):
     found = []
