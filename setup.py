@@ -14,6 +14,7 @@ setup(
     py_modules=["train", "eval"],
     install_requires=[
         "torch>=2.11", "torchvision", "open_clip_torch", "sentencepiece", "numpy", "einops",
+        "protobuf",                                 # sentencepiece 0.2.3 tells the places of pieces by it alone
         "triton>=3.6; platform_system == 'Linux'",  # not published for macOS; everything runs without it
     ],
     extras_require={
