@@ -214,9 +214,8 @@ def rows(N, V, device):
 
 # ---------------------------------------------------------------- contenders of attention
 
-def heads_of(name):
-    """(query heads, key heads, width of a head) of a model."""
-    return {"Llama 2 7B": (32, 32, 128), "Qwen2.5 7B": (28, 4, 128), "SmolLM2 135M": (9, 3, 64)}[name]
+# model -> (query heads, key heads, width of a head)
+HEADS = {"Llama 2 7B": (32, 32, 128), "Qwen2.5 7B": (28, 4, 128), "SmolLM2 135M": (9, 3, 64)}
 
 
 def attention_inputs(P, G, C, T, heads, device, dtype):
@@ -230,8 +229,8 @@ def attention_inputs(P, G, C, T, heads, device, dtype):
 def attention(device, dtype):
     """Yields (title, contenders): completions on a shared prompt of a picture, forward and backward."""
     P, G, C, T = (4, 8, 256, 636) if device.type == "cuda" else (2, 8, 64, 636)
-    for name in ("Llama 2 7B", "Qwen2.5 7B", "SmolLM2 135M"):
-        tensors, lengths = attention_inputs(P, G, C, T, heads_of(name), device, dtype)
+    for name, heads in HEADS.items():
+        tensors, lengths = attention_inputs(P, G, C, T, heads, device, dtype)
         upstream = torch.randn_like(tensors[0])
 
         def both(op):

@@ -128,12 +128,14 @@ def _backward_cpu(g, q, k, v, kx, vx, lengths, out, lse, dq, dk, dv, dkx, dvx):
     dq_x = _from_prompt_queries(found[0], G, C)
     dkx.copy_(found[1])
     dvx.copy_(found[2])
+    k = k.flatten(0, 1)
+    v = v.flatten(0, 1)
     r = H // Hk
     wide = lse.dtype                # in which the gradients of a key head's r query heads are summed
     for head in range(r):
         mine = slice(head, None, r)
         gy, qy, out_y, lse_y = (t[:, :, mine].flatten(0, 1) for t in (g, q, out, lse))
-        found = _backward_on_cpu(gy, qy, k.flatten(0, 1), v.flatten(0, 1), out_y, lse_y, 0.0, True)
+        found = _backward_on_cpu(gy, qy, k, v, out_y, lse_y, 0.0, True)
         dq_y, dk_y, dv_y = (t.unflatten(0, (P, G)) for t in found)
         torch.add(dq_x[:, :, mine], dq_y, out=dq[:, :, mine])
         if head == 0:

@@ -27,8 +27,8 @@ from tiny import make_vlm
 ROOT = Path(train.__file__).parent
 ROUTES = ["--preset=tiny", "--compare=routes", "--cot-format=llava_cot", "--skills=true", "--max-new=32", "--threads=1"]
 # A base that is right now and then, so that rates differ in what they earn.
-TUNE = [*ROUTES, "--tune=llava_o1", "--seed=100", "--eval-set=val", "--clip-steps=2", "--sft-steps=40",
-        "--sft-lr=1e-2", "--rl-steps=90", "--eval-sampled=64", "--eval-samples=4"]
+TUNE = [*ROUTES, "--tune=llava_o1", "--seed=100", "--eval-set=val", "--clip-steps=2", "--sft-steps=80",
+        "--sft-lr=1e-2", "--rl-steps=120", "--eval-sampled=64", "--eval-samples=4"]
 ARMS = ("grpo_token_from_base", "llava_o1", "llava_o1_blind", "grpo_token_from_o1")
 SEARCHED = ("majority[4]", "best_of_n[4,logp]", "best_of_n[4,self]", "best_of_n[4,oracle]", "stage_beam[4,logp]",
             "stage_beam[4,self]")
@@ -160,9 +160,7 @@ def test_a_ladder_killed_in_the_middle_and_resumed_is_the_same_and_its_best_rung
     rates = [rung["rate"] for rung in rungs]
     assert rates == sorted(rates) and {*rates} >= {*ladder.RATES} and len(rates) <= ladder.MOST
     best = min(rungs, key=lambda rung: (-rung["value"], rung["rate"]))["rate"]
-    differs = len({rung["value"] for rung in rungs}) > 1       # a matter of luck where so little is learned
-    mark = rf"  {best:<11g} .*  <- best" if differs else "  no rate is better than another: the lowest one stands .*"
-    assert re.search(f"^{mark}$", said, re.MULTILINE) and said.count("<- best") == differs
+    assert re.search(rf"^  {best:<11g} .*  <- best$", said, re.MULTILINE) and said.count("<- best") == 1
     arm = (whole / "llava_o1.pt").read_bytes()
     same = [rate for rate in rates if (whole / f"llava_o1@{rate:g}.pt").read_bytes() == arm]
     assert same == [best]
