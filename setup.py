@@ -3,7 +3,8 @@ from setuptools import setup
 
 report = ["matplotlib", "tensorboard"]
 hf = ["tokenizers"]
-test = ["pytest", "hypothesis", "transformers", "scipy"]     # scipy: torchvision reads the labels of Flowers102 by it
+test = ["pytest", "pytest-xdist", "hypothesis", "transformers",
+        "scipy"]                                    # torchvision reads the labels of Flowers102 by it
 
 setup(
     name="seethink",

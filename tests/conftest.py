@@ -1,16 +1,30 @@
-"""Slow tests train for minutes: they run with --slow only.
+"""The whole folder runs on up to four cores, files or tests that are named in this process (tests/pytest.ini).
 
-    pytest tests            # minutes of everything else
+    pytest tests            # minutes of everything that needs no long training
     pytest tests --slow     # whole runs, killed and resumed ones, pictures from a folder
 """
+import gc
 import importlib
+import os
 import sys
 from pathlib import Path
+
+# Before torch reads it: workers share the cores, they do not each take all of them.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # train.py and its packages
+
+
+def pytest_xdist_auto_num_workers(config):
+    """0: no workers. Each takes seconds to start and a gigabyte: too much for a file or two."""
+    if any(Path(argument.partition("::")[0]).is_file() for argument in config.args):
+        return 0
+    return min(4, os.cpu_count())
 
 
 def pytest_addoption(parser):
@@ -26,6 +40,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="runs with --slow"))
+
+
+def pytest_collection_finish():
+    # Every stage of a run collects what nothing refers to. The modules that tests import, transformers among them, are
+    # over a million objects that stay: looking through them each time took a tenth of the suite.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["small", "large"] if torch.cuda.is_available() else ["small"])
