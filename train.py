@@ -1272,7 +1272,6 @@ def main(argv):
     cfg = from_command_line(Config, PRESETS, argv, __doc__, resumed,
                             lambda given: algorithms.of_flags(given) | prepare.implied(given))
     cfg, plan, notes = loaded_shape(cfg)
-    machine.give_blocks_back(cfg.llm.width)
     machine.give_holes_back()
     notes += cfg.check()
     if cfg.stages() == ["teach"]:

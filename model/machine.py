@@ -18,8 +18,8 @@ M_MMAP_THRESHOLD = -3
 
 
 def own_pages(width):
-    """Bytes from which a block has pages of its own, for a decoder of this width. A fresh page costs time, which the
-    matmul behind a wide block hides: at 256 KiB the default run, of width 128, takes 1.3 times its CPU time."""
+    """Bytes from which a block has pages of its own where memory is short, for a decoder of this width. A fresh page
+    costs time: at 256 KiB the default run, of width 128, takes 1.3 times its CPU time."""
     return 2 ** 18 if width >= 256 else 2 ** 20
 
 
@@ -29,8 +29,9 @@ def give_blocks_back(width):
     Left alone, glibc raises that border up to 32 MiB and takes larger and larger blocks from its heap. There the ones
     that a forward frees leave holes between those that autograd keeps, too small by a few bytes for the next aligned
     block of the same size: a reinforcement learning step of SmolLM2 with LoRA then took 4.3 GiB in place of 2.7. The
-    heap itself keeps up to 256 MiB at its end, so that small blocks ask the system for nothing. Does nothing elsewhere
-    than on glibc, or where MALLOC_MMAP_THRESHOLD_ says otherwise.
+    heap itself keeps up to 256 MiB at its end, so that small blocks ask the system for nothing. It is not free: every
+    page of every result is a new one, and an update of the bench takes 1.7 times as long. Does nothing elsewhere than
+    on glibc, or where MALLOC_MMAP_THRESHOLD_ says otherwise.
     """
     mallopt = of_glibc("mallopt")
     if mallopt and "MALLOC_MMAP_THRESHOLD_" not in os.environ:

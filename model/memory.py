@@ -263,15 +263,20 @@ def moment(vlm, tokens, device, moments="float32", master=True):
                _optimizer_moment(vlm, moments, master))
 
 
-def holes(tokens, width, size, activations, device):
+# A stage that may take more than this share of the free memory gets blocks on pages of their own, which are slower.
+ROOMY = 0.5
+
+
+def holes(tokens, width, size, activations, gives_back):
     """Bytes that a CPU's heap loses between blocks: a hole that a forward's temporary leaves does not take the next
-    aligned block of its size. Blocks from model/machine.py's `own_pages` on leave none; of smaller ones a forward frees
-    about as many bytes as it keeps.
+    aligned block of its size, and a forward frees about as many bytes as it keeps. Where it `gives_back` blocks
+    (model/machine.py), those from `own_pages` on leave none.
 
     tokens, width, size: of the states of a micro-batch, the last in bytes a number.
     """
-    is_small = tokens * width * size < machine.own_pages(width)
-    return activations if is_small and device.type == "cpu" else 0
+    if gives_back and tokens * width * size >= machine.own_pages(width):
+        return 0
+    return activations
 
 
 # ---------------------------------------------------------------- reinforcement learning's other models
@@ -390,6 +395,7 @@ class Announcer:
     def __init__(self, device, bare=None):
         self.device = device
         self.usage = machine.Usage(machine.resident() if bare is None else bare)
+        self.gives_back = False         # whether blocks have pages of their own
 
     def beside(self, model, pictures):
         """{name: bytes} of what is not the model's, on a CPU: what the run holds already, and decoded pictures that it
@@ -401,12 +407,28 @@ class Announcer:
             held -= _bytes([*model.parameters(), *model.buffers()])
         return dict(held=max(0, held), pictures=pictures)
 
-    def warn(self, stage, model, planned):
-        """Prints a warning where the stage will need more than there is. What is there already asks for nothing."""
+    def needed(self, model, planned):
+        """Bytes of a plan beyond what the process holds."""
         needed = sum(planned.values()) - planned.get("held", 0)
         if not any(p.is_meta for p in model.parameters()):
             needed -= planned["weights"]
-        found = warning(stage, needed, machine.room(self.device))
+        return needed
+
+    def holes(self, model, tokens, width, size, planned):
+        """As the function `holes`, for a plan without them, after blocks have got pages of their own where memory is
+        short; 0 on a GPU."""
+        if self.device.type == "cuda":
+            return 0
+        activations = planned["activations"]
+        room = machine.room(self.device)
+        if room is not None and self.needed(model, planned) + activations > ROOMY * room:
+            machine.give_blocks_back(width)
+            self.gives_back = True
+        return holes(tokens, width, size, activations, self.gives_back)
+
+    def warn(self, stage, model, planned):
+        """Prints a warning where the stage will need more than there is. What is there already asks for nothing."""
+        found = warning(stage, self.needed(model, planned), machine.room(self.device))
         if found:
             print(found, flush=True)
         return bool(found)
@@ -419,8 +441,8 @@ class Announcer:
         optim = cfg.optim
         planned = plan_clip(model, pairs, tokens, optim.moments, optim.master)
         size = model.token_embedding.weight.element_size()
-        planned["holes"] = holes(pairs * tower_tokens(c), c.width, size, planned["activations"], self.device)
         planned |= self.beside(model, pictures)
+        planned["holes"] = self.holes(model, pairs * tower_tokens(c), c.width, size, planned)
         print(planned_line(stage, planned, pairs * (tokens + tower_tokens(c))), flush=True)
         return self.warn(stage, model, planned)
 
@@ -441,8 +463,8 @@ class Announcer:
         if samples:
             beside["reference"] = others + reference(vlm, cfg.algorithm, optim.moments, optim.master)
         beside["moment"] = moment(vlm, tokens, self.device, optim.moments, optim.master)
-        beside["holes"] = holes(tokens, c.width, size, planned["activations"], self.device)
         beside |= self.beside(vlm, pictures)
+        beside["holes"] = self.holes(vlm, tokens, c.width, size, planned | beside)
         print(table(stage, vlm, tokens, beside, **options), flush=True)
         return self.warn(stage, vlm, planned | beside)
 

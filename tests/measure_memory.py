@@ -21,11 +21,14 @@ LORA = ["--lora-rank=16", "--lora-targets=all", "--batch=8", "--align-batch=8", 
         "--max-new=32", "--align-epochs=0", "--sft-epochs=0"]
 REWARD = "import zlib\n\n\ndef varied(sample, text):\n    return zlib.crc32(text.encode()) / 2**32\n"
 
-# The peak is reset before each stage. The comparison afterwards is left out.
+# The peak is reset before each stage. The comparison afterwards is left out. Blocks get pages of their own, as where
+# memory is short: the plan counts those to a few per cent, and of the holes in a heap only the most there may be.
 PROGRAM = """
 import json, re, sys
 from pathlib import Path
 import train
+
+train.memory.ROOMY = 0
 
 def held(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -298,10 +298,23 @@ def test_the_moment_worked_by_hand():
 
 
 def test_small_blocks_leave_holes_in_the_heap_of_a_cpu():
-    assert memory.holes(100, 576, 4, 77, CPU) == 77
-    assert memory.holes(200, 576, 4, 77, CPU) == 0              # 450 KiB: pages of its own
-    assert memory.holes(900, 128, 4, 77, CPU) == 77             # as much, of a narrow decoder
-    assert memory.holes(100, 576, 4, 77, torch.device("cuda")) == 0
+    assert memory.holes(100, 576, 4, 77, gives_back=True) == 77
+    assert memory.holes(200, 576, 4, 77, gives_back=True) == 0      # 450 KiB: pages of its own
+    assert memory.holes(900, 128, 4, 77, gives_back=True) == 77     # as much, of a narrow decoder
+    assert memory.holes(900, 576, 4, 77, gives_back=False) == 77
+
+
+@pytest.mark.parametrize("room, gives_back", [(3 * 10 ** 9, False), (2 * 10 ** 9, True), (None, False)])
+def test_blocks_get_pages_of_their_own_where_a_stage_may_take_half_of_the_room(room, gives_back, monkeypatch):
+    told = []
+    monkeypatch.setattr(machine, "give_blocks_back", told.append)
+    monkeypatch.setattr(machine, "room", lambda device: room)
+    announcer = memory.Announcer(CPU)
+    model = torch.nn.Linear(2, 2, device="meta")
+    planned = dict(weights=4 * 10 ** 8, activations=4 * 10 ** 8, held=10 ** 12)     # and as much in holes
+    lost = announcer.holes(model, 900, 576, 4, planned)
+    assert told == [576] * gives_back
+    assert lost == (0 if gives_back else 4 * 10 ** 8)
 
 
 def test_micro_batches_are_as_long_as_the_longest_record():
