@@ -68,7 +68,7 @@ from model.runs.folder import RunFolder, choose, resumed, write_json
 from model.runs.presets import PRESETS
 from model.runs.seeds import run_seeds
 from model.vlm import VLM, VlmConfig, VlmOptions
-from rl import algorithms, bench, curriculum, forecast, metrics
+from rl import algorithms, bench, curriculum, forecast, metrics, peers
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, formless_advice, preflight_text
 from rl.learner import Guard, make_learner
@@ -140,7 +140,7 @@ class RunOptions:
     seeds: int = number(0, "[0, 10000]")            # n: run n seeds from --seed on, report mean and spread
     jobs: int = number(1, "[1, 1024]")              # seeds that run side by side, the threads shared among them
     explain: int = number(0, "[0, 10000]")          # n: print n prompts' completions, rewards, advantages; stop
-    bench: str = choice("", "step", "prefix")       # time the parts of an RL step | what sharing prompts saves
+    bench: str = choice("", "step", "decode", "prefix")  # time an RL step | a rollout | what sharing prompts saves
     flags: str = ""                                 # names of the flags that were given; filled in by itself
 
     def __post_init__(self):
@@ -1838,43 +1838,125 @@ def show_joint(folder):
         evaluation.draw_growth(folder, found)
 
 
-def run_bench(cfg, steps=6):
-    """--bench=step: an RL step and its parts, no early stop. --bench=prefix: shared prompts against repeated ones.
+BENCH_ROOM = 0.8            # share of the free memory that a step of the bench is planned to take at most
 
-    Random weights and pictures, prompts of 12 words; the first step is left out.
-    """
-    cfg = change(cfg, rewards="bench:1", gated=False, save_every=steps + 1, rl_steps=steps,
-                 min_new=cfg.sampling.max_new)
+
+def run_bench(cfg):
+    """--bench: what BENCHES has, --rl-steps turns of it, on random weights and pictures and prompts of 12 words."""
+    cfg = change(cfg, rewards="bench:1", gated=False, min_new=cfg.sampling.max_new)
     with tempfile.TemporaryDirectory() as folder, Run(cfg, folder) as run:
         pieces = [*chat.TAGS, *(f"▁{word}" for word in bench.WORDS)]
         run.tokenizer = tokenizer.train([" ".join(bench.WORDS)] * 2, pieces, cfg.llm.vocab)
-        config = VlmConfig(cfg.clip.config(cfg.llm.vocab), cfg.llm.config(cfg.llm.vocab), **cfg.vlm.shape())
+        config = bench_shape(run, cfg)
         vlm = run.ready(VLM(config), "bench")
         show_trained("bench", vlm)
-        P, G, C = cfg.rl.rl_batch, cfg.sampling.group, cfg.sampling.max_new
-        samples = bench.samples(P * steps, cfg.clip.image_size)
-        setting = (f"{P} prompts x {G}, {C} new tokens, {config.image_tokens} image tokens, {run.device}, "
-                   f"{torch.get_num_threads()} threads")
-        if cfg.run.bench == "prefix":
-            batch = prompts(vlm, run.tokenizer, samples[:P], "direct", cfg.data.template)
-            completions = torch.randint(3, cfg.llm.vocab, (P, G, C), device=run.device)
-            print(bench.prefix_text(setting, bench.shared_prefix(vlm, batch, completions)))
-            return
-        rewards = Rewards(cfg.reward, functions={"bench": bench.varied})
-        schedule = Schedule(cfg.rl.rl_steps, P, cfg.rl.rl_lr)
-        reinforce(run, "bench", cfg, vlm, samples, "direct", rewards, schedule, Meter())
-        lines = read_log(run.log_path)[1:]
-        print(bench.step_text(setting, lines, bench_floors(run, cfg, vlm, samples[:P], rewards, lines)))
+        layers = f"{config.llm.layers} layers"
+        if config.llm.layers < cfg.llm.layers:
+            layers += f" of {cfg.llm.layers}, which this machine has no room for"
+        setting = (f"{cfg.rl.rl_batch} prompts x {cfg.sampling.group}, {cfg.sampling.max_new} new tokens, "
+                   f"{config.image_tokens} image tokens, {layers}, {run.device}, {run.dtype}".replace("torch.", "")
+                   + f", {torch.get_num_threads()} threads")
+        BENCHES[cfg.run.bench](run, cfg, vlm, setting)
 
 
-def bench_floors(run, cfg, vlm, samples, rewards, lines):
-    """Of a step as those of `lines`, by what this machine's large matmuls and copies take -> {part: seconds}."""
+def bench_shape(run, cfg):
+    """VlmConfig of the bench, of as many layers as the machine has room for."""
+    vocab = cfg.llm.vocab
+    config = VlmConfig(cfg.clip.config(vocab), cfg.llm.config(vocab), **cfg.vlm.shape())
+    room = machine.room(run.device)
+    optim = cfg.optim
+    while room is not None and config.llm.layers > 1:
+        vlm = prepare.on_meta(config, cfg, "bench")
+        P, tokens, sampling = memory.shape_of("bench", cfg, config.image_tokens + 40, samples=True)
+        planned = memory.plan(vlm, tokens, pictures=P, moments=optim.moments, master=optim.master, **sampling)
+        needed = sum(planned.values()) + memory.moment(vlm, tokens, run.device, optim.moments, optim.master)
+        if needed <= BENCH_ROOM * room:
+            break
+        config = replace(config, llm=replace(config.llm, layers=config.llm.layers - 1))
+    return config
+
+
+def bench_step(run, cfg, vlm, setting):
+    """An RL step and its parts, no early stop; in turns with TRL's where the `peers` extra is installed. The first turn
+    is left out."""
+    P, G, C = cfg.rl.rl_batch, cfg.sampling.group, cfg.sampling.max_new
+    turns = cfg.rl.rl_steps
+    rewards = Rewards(cfg.reward, functions={"bench": bench.varied})
+    samples = bench.samples(P * (turns + 1), cfg.clip.image_size)
+    lines = []
+
+    def turn():
+        asked = samples[P * len(lines):P * (len(lines) + 1)]
+        reinforce(run, f"bench{len(lines)}", cfg, vlm, asked, "direct", rewards, Schedule(1, P, cfg.rl.rl_lr), Meter())
+        lines.append(read_log(run.log_path)[-1])
+
+    trl = peers.version("trl")
+    theirs = []
+    if trl:
+        theirs = peers.trl_step(vlm.config, P, G, C, turns, turn, run.device, run.dtype)
+    else:
+        for _ in range(turns + 1):
+            turn()
+    lines = lines[1:]
+    clock, batch, rollout = bench_rollout(run, cfg, vlm, samples[:P], rewards)
+    work = clock.work | {"update": lines[-1]["flops"] - sum(clock.work.values())}
+    print(bench.step_text(setting, lines, bench_floors(run, vlm, work, batch, rollout)))
+    if theirs:
+        print(bench.versus_text(f"TRL {trl}", theirs, bench.whole(lines)))
+
+
+def bench_decode(run, cfg, vlm, setting):
+    """A rollout and its parts, in turns with Hugging Face's generate where transformers is installed. The first turn is
+    left out."""
+    P, G, C = cfg.rl.rl_batch, cfg.sampling.group, cfg.sampling.max_new
+    rewards = Rewards(cfg.reward, functions={"bench": bench.varied})
+    samples = bench.samples(P, cfg.clip.image_size)
+    others = peers.version("transformers")
+    generate = None
+    if others:
+        generate = peers.generation(vlm.config, P, G, C, run.device, run.dtype)
+    laps = {"encode": [], "prefill": [], "decode": []}
+    theirs = []
+    for _ in range(cfg.rl.rl_steps + 1):
+        clock, batch, rollout = bench_rollout(run, cfg, vlm, samples, rewards)
+        for part, seconds in laps.items():
+            seconds.append(clock.laps[part])
+        if generate:
+            clock = metrics.Clock(run.device)
+            generate()
+            clock.lap("generate")
+            theirs.append(clock.laps["generate"])
+    laps = {part: seconds[1:] for part, seconds in laps.items()}
+    clock, batch, rollout = bench_rollout(run, cfg, vlm, samples, rewards)
+    print(bench.decode_text(setting, laps, P * G * C, bench_floors(run, vlm, clock.work, batch, rollout)))
+    if generate:
+        ours = [sum(parts) for parts in zip(*laps.values())]
+        print(bench.versus_text(f"transformers {others}, generate", theirs[1:], ours))
+
+
+def bench_prefix(run, cfg, vlm, setting):
+    """The update with shared prompts against one with repeated ones."""
+    P, G, C = cfg.rl.rl_batch, cfg.sampling.group, cfg.sampling.max_new
+    samples = bench.samples(P, cfg.clip.image_size)
+    batch = prompts(vlm, run.tokenizer, samples, "direct", cfg.data.template)
+    completions = torch.randint(3, cfg.llm.vocab, (P, G, C), device=run.device)
+    print(bench.prefix_text(setting, bench.shared_prefix(vlm, batch, completions)))
+
+
+BENCHES = {"step": bench_step, "decode": bench_decode, "prefix": bench_prefix}
+
+
+def bench_rollout(run, cfg, vlm, samples, rewards):
+    """-> (WorkClock, batch, Rollout) of one rollout."""
     meter = Meter()
     clock = bench.WorkClock(run.device, meter)
     generator = torch.Generator(run.device).manual_seed(0)
     batch, rollout = roll_out(Sampler(vlm, meter), run.tokenizer, samples, "direct", cfg, rewards, generator, clock)
-    whole = lines[-1]["flops"] - lines[-2]["flops"]
-    work = clock.work | {"update": whole - meter.total}
+    return clock, batch, rollout
+
+
+def bench_floors(run, vlm, work, batch, rollout):
+    """What parts with so much work take by this machine's large matmuls and copies -> {part: seconds}."""
     P, T = batch.ids.shape
     _, G, C = rollout.ids.shape
     blocks = sum(p.nbytes for p in vlm.llm.layers.parameters())

@@ -14,10 +14,12 @@ import argparse
 import os
 import statistics
 import time
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 
+from kernels import gpu_hour
 from kernels import (gae, gae_reference, group_advantage, group_advantage_reference, linear_kl, linear_kl_reference,
                      linear_logp, linear_logp_reference, linear_policy_loss, policy_loss, policy_loss_reference,
                      prefix_attention, prefix_attention_reference, row_dlogits_, row_logp, row_logp_reference, sample)
@@ -356,7 +358,12 @@ def main():
     parser.add_argument("--vocab", type=int, nargs="*", default=[], help="V: 32000 and 152064 on CUDA, 32000 on a CPU")
     parser.add_argument("--rounds", type=int, default=0, help="20 on CUDA, 5 on a CPU")
     parser.add_argument("--check", action="store_true", help="compare each result with fp64, too")
+    parser.add_argument("--gpu-hour", action="store_true",
+                        help="tests, kernels, decoding and a step in under ten minutes, into RESULTS.md, and no more")
     args = parser.parse_args()
+    if args.gpu_hour:
+        gpu_hour.main(Path("RESULTS.md"))
+        return
 
     device = torch.device(args.device)
     if device.type == "cuda":

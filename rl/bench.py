@@ -1,4 +1,4 @@
-"""Where the time of an RL step goes, and what sharing the prompt saves.
+"""Where the time of an RL step goes, what sharing the prompt saves, and how long others take.
 
 What counts are ratios within one run; seconds depend on the machine.
 """
@@ -67,15 +67,47 @@ def cache_read(P, T, G, C, slot):
     return P * slot * sum(T + G * step for step in range(1, C))
 
 
+def parts_of(line):
+    """Names of the seconds of a step's parts in its log line."""
+    return [name for name in line if name.startswith("seconds_")]
+
+
+def whole(lines):
+    """Log lines of RL steps -> the seconds of each step."""
+    return [sum(line[name] for name in parts_of(line)) for line in lines]
+
+
+def spread_text(seconds):
+    """The median and the range of some times."""
+    return f"{median(seconds):.3f} s ({min(seconds):.3f}-{max(seconds):.3f})"
+
+
+def versus_text(name, theirs, ours):
+    """Seconds of another program beside ours, which took turns with it, as a line."""
+    ratios = [their / our for their, our in zip(theirs, ours)]
+    return (f"{name}: {spread_text(theirs)}, {median(ratios):.1f} times as long, turn by turn {min(ratios):.1f} to "
+            f"{max(ratios):.1f}")
+
+
+def decode_text(what, laps, tokens, floors):
+    """What `decode_turns` found of ours, {part: seconds of each turn} -> text; tokens: sampled in a turn."""
+    seconds = [sum(parts) for parts in zip(*laps.values())]
+    text = [f"{what}: {spread_text(seconds)} a rollout, median of {len(seconds)}, {tokens / median(seconds):.0f} "
+            "tokens a second"]
+    for name, found in laps.items():
+        text.append(f"  {name:<8}{median(found):8.3f} s, {median(found) / floors[name]:.1f} times its floor of "
+                    f"{floors[name]:.3f} s")
+    return "\n".join(text)
+
+
 def step_text(what, lines, floors):
     """Log lines of RL steps -> text: the median time of a step and of each of its parts, beside their
     floors."""
     medians = {}                        # part of a step -> its seconds
-    for name in lines[0]:
-        if name.startswith("seconds_"):
-            medians[name.removeprefix("seconds_")] = median([line[name] for line in lines])
+    for name in parts_of(lines[0]):
+        medians[name.removeprefix("seconds_")] = median([line[name] for line in lines])
     total = sum(medians.values())
-    text = [f"{what}: {total:.3f} s a step, median of {len(lines)}"]
+    text = [f"{what}: {spread_text(whole(lines))} a step, median of {len(lines)}"]
     for name, seconds in medians.items():
         line = f"  {name:<8}{seconds:8.3f} s {100 * seconds / total:5.1f} %"
         if floors.get(name):

@@ -70,6 +70,17 @@ RECIPES = {
 }
 
 
+# Of --bench, with the sizes of decoders of others. What CLIP adds is small.
+BENCH = dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", tied=False,
+             image_positions=False, rl_batch=8, max_new=48, rl_steps=9)
+BENCH_576 = BENCH | dict(image_size=192, max_new=256, rl_steps=3)
+
+
+def sizes(decoder):
+    """Without its name, which would load it, and what belongs to its text."""
+    return {name: value for name, value in decoder.items() if name not in ("llm", "template")}
+
+
 DRAWN = {"scenes": "embedded", "monitors": "monitors"}      # --data of drawn pictures -> its preset
 
 
@@ -129,8 +140,11 @@ PRESETS = {
     "images": SMALL_CLIP | dict(align_steps=30, sft_steps=30, cot_steps=100, batch=48, rl_steps=30, rl_batch=16,
                                 max_new=48, vocab=1024, save_every=50),
     # the shape of the step that is timed against other trainers
-    "bench": dict(bench="step", image_size=64, patch=8, clip_layers=4, clip_stem="conv", clip_pool="class", width=192,
-                  heads=6, kv_heads=6, ff=512, tied=False, image_positions=False, rl_batch=8, max_new=48),
+    "bench": BENCH | dict(width=192, heads=6, kv_heads=6, ff=512),
+    "bench-135m": BENCH | sizes(SMOLLM2) | dict(rl_steps=3),
+    "bench-0.5b": BENCH_576 | sizes(QWEN_05B),
+    "bench-7b": BENCH_576 | sizes(VICUNA_7B) | dict(dtype="bfloat16", lora_rank=16, lora_targets="all",
+                                                     checkpointing=True),
     "tiny": dict(clip_width=32, clip_layers=2, clip_heads=2, text_width=32, text_layers=1, text_heads=2, embed=32,
                  width=32, layers=2, heads=2, kv_heads=1, ff=64, pictures=256, questions=256, traces=256, rl_prompts=64,
                  clip_steps=12, clip_batch=32, align_steps=12, sft_steps=8, cot_steps=12, batch=16, rl_steps=8,
