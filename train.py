@@ -13,7 +13,7 @@
     python train.py --stage=teach --teacher=http://HOST/v1 --teacher-model=NAME --records=FILE --data=jsonl:FILE
                                                        # a teacher's chains of thought, checked, into --records
     python train.py --resume                           # go on with the last interrupted run
-    python train.py --preset=bench                     # where the time of an RL step goes
+    python train.py --preset=bench                     # where the time of an RL step goes; bench-7b: larger
 
 What the default reinforcement learning, `grpo_token`, leaves out of GRPO (arXiv 2402.03300): the KL penalty and its
 reference; more than one optimizer step a rollout, so every importance ratio is 1 and the clip never acts; the mean over
