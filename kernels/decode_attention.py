@@ -30,7 +30,8 @@ from kernels.backend import (INTERPRET, accumulator, check_device, check_floatin
                              use_triton)
 
 CHUNK = 256                     # keys of a part
-BLOCK_BYTES = 2**14             # of keys, and as many of values, that a program holds at a time
+BLOCK = 64                      # queries, and keys, that a program holds at a time, at most
+BLOCK_BYTES = 2**14             # of those keys, at most; as many of values
 
 
 # ---------------------------------------------------------------- reference
@@ -165,7 +166,7 @@ def _merge_kernel(found, lse, out, G, parts, Hk: tl.constexpr, r: tl.constexpr, 
 
 def _power_of_two(n):
     """The next one, as Triton wants its shapes, at least 16, as it wants those of its products."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def _constants(G, r, K, dtype):
@@ -173,8 +174,8 @@ def _constants(G, r, K, dtype):
     width = _power_of_two(K)
     wide = dtype == torch.float32
     # What a program's registers have room for: fp32 takes three products for one.
-    queries = min(64, (2**12 if wide else 2**14) // width)
-    keys = min(64, BLOCK_BYTES // (width * dtype.itemsize))
+    queries = min(BLOCK, (2**12 if wide else 2**14) // width)
+    keys = min(BLOCK, BLOCK_BYTES // (width * dtype.itemsize))
     return dict(M=max(min(queries, _power_of_two(G * r)), _power_of_two(r)), M_OWN=_power_of_two(r),
                 WIDTH=width, CHUNK=CHUNK, BLOCK=min(CHUNK, max(16, keys)),
                 WIDEN=INTERPRET and not wide,               # the interpreter multiplies no bf16
