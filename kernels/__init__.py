@@ -16,8 +16,9 @@ from kernels.sample import Sampled, sample, sample_reference
 
 __all__ = [
     "Sampled", "decode_attention", "decode_attention_reference", "fp32_logits", "gae", "gae_reference",
-    "group_advantage", "group_advantage_reference", "is_flat", "kl_estimates", "linear_kl", "linear_kl_reference", "linear_logp",
-    "linear_logp_reference", "linear_policy_loss", "linear_policy_loss_reference", "policy_loss",
-    "policy_loss_reference", "prefix_attention", "prefix_attention_reference", "rms_norm",
-    "rms_norm_reference", "row_dlogits_", "row_logp", "row_logp_reference", "sample", "sample_reference",
+    "group_advantage", "group_advantage_reference", "is_flat", "kl_estimates", "linear_kl",
+    "linear_kl_reference", "linear_logp", "linear_logp_reference", "linear_policy_loss",
+    "linear_policy_loss_reference", "policy_loss", "policy_loss_reference", "prefix_attention",
+    "prefix_attention_reference", "rms_norm", "rms_norm_reference", "row_dlogits_", "row_logp",
+    "row_logp_reference", "sample", "sample_reference",
 ]

@@ -6,16 +6,16 @@ The cache of a prompt is one sequence of S = T + G used slots: the prompt's T, t
     out_g = softmax over the keys k that row g sees of (q_g k / sqrt K), times v
 
 A slot that is not taken is padding of the prompt, or a step that a row sat out. The softmax is split over the keys: a
-part i, a chunk of the prompt's slots or of a row's own, gives its own out_i and log-sum-exp l_i, and the parts are merged
-by those (FlashDecoding; FlashAttention-2 2307.08691, section 3.1):
+part i, a chunk of the prompt's slots or of a row's own, gives its own out_i and log-sum-exp l_i, and the parts are
+merged by those (FlashDecoding; FlashAttention-2 2307.08691, section 3.1):
 
     l = log sum_i e^l_i,      out = sum_i e^(l_i - l) out_i
 
 So many programs share the keys of few rows, each key is read once, the prompt's for all of its rows together, and no
 mask (G, S) is made. Query heads that share a key head are more queries on it (arXiv 2305.13245).
 
-Forward only: sampling needs no gradient. Exponentials are to the base 2, which is what a GPU computes: log2(e) is part of
-the scale, and the log-sum-exps are to the base 2, too.
+Forward only: sampling needs no gradient. Exponentials are to the base 2, which is what a GPU computes: log2(e) is part
+of the scale, and the log-sum-exps are to the base 2, too.
 
 Shapes: P prompts of T slots, G rows, H query heads, Hk key heads, r = H / Hk, K width of a head.
 """
@@ -59,8 +59,8 @@ def decode_attention_reference(q, keys, values, taken, prompt_slots):
 def _attend(q, q_head, q_row, keys, key_slot, values, value_slot, taken, out, lse, scale, G, row, first, step, begin,
             count, r: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
             CHUNK: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    """The queries of ROWS rows from `row` on look at a part: keys begin .. begin + CHUNK of `count`, where key n is in slot
-    first + step n. All pointers are at the prompt and the key head; out and lse at the part, too."""
+    """The queries of ROWS rows from `row` on look at a part: keys begin .. begin + CHUNK of `count`, where key n is in
+    slot first + step n. All pointers are at the prompt and the key head; out and lse at the part, too."""
     i = tl.arange(0, M)                                     # queries: the r heads of a row side by side
     g = row + i // r
     is_query = (i < ROWS * r) & (g < G)
@@ -124,16 +124,16 @@ def _parts_kernel(q, q_prompt, q_head, q_row, keys, key_prompt, key_head, key_sl
     if task < prompt_chunks * row_blocks:
         chunk = task // row_blocks
         part = pair * parts + chunk
-        _attend(q, q_head, q_row, keys, key_slot, values, value_slot, taken, out + part * G * r * K, lse + part * G * r,
-                scale, G, (task % row_blocks) * ROWS, 0, 1, chunk * CHUNK, T,
+        _attend(q, q_head, q_row, keys, key_slot, values, value_slot, taken, out + part * G * r * K,
+                lse + part * G * r, scale, G, (task % row_blocks) * ROWS, 0, 1, chunk * CHUNK, T,
                 r, K, ROWS, M, WIDTH, CHUNK, BLOCK, WIDEN, PRECISION)
     else:
         own = task - prompt_chunks * row_blocks
         row = own % G
         chunk = own // G
         part = pair * parts + prompt_chunks + chunk
-        _attend(q, q_head, q_row, keys, key_slot, values, value_slot, taken, out + part * G * r * K, lse + part * G * r,
-                scale, G, row, T + row, G, chunk * CHUNK, used,
+        _attend(q, q_head, q_row, keys, key_slot, values, value_slot, taken, out + part * G * r * K,
+                lse + part * G * r, scale, G, row, T + row, G, chunk * CHUNK, used,
                 r, K, 1, M_OWN, WIDTH, CHUNK, BLOCK, WIDEN, PRECISION)
 
 
@@ -263,8 +263,8 @@ def decode_attention(q, keys, values, taken, prompt_slots):
     """The new token of each of G rows attends to its prompt and to what its row has written, this token included.
 
     q (P, H, G, K); keys, values (P, Hk, S, K), the slots in use of a cache: `prompt_slots` of the prompt, then G a step,
-    one a row; taken (P, S) bool, the slots that hold a token. What lies in the others must be finite. Returns (P, H, G, K),
-    without a gradient; a row that sees no slot at all gives NaN. Raises ValueError on what does not fit.
+    one a row; taken (P, S) bool, the slots that hold a token. What lies in the others must be finite. Returns
+    (P, H, G, K), without a gradient; a row that sees no slot at all gives NaN. Raises ValueError on what does not fit.
     """
     check_floating("q", q, ndim=4)
     check_floating("keys", keys, ndim=4)
@@ -273,8 +273,8 @@ def decode_attention(q, keys, values, taken, prompt_slots):
     for name, x in (("keys", keys), ("values", values)):
         check_device(name, x, "q", q)
         require(x.shape == (P, Hk, S, K) and x.dtype == q.dtype,
-                lambda: f"{name} {tuple(x.shape)} {x.dtype} must be {(P, Hk, S, K)} {q.dtype}, as q {tuple(q.shape)} and "
-                        f"keys {tuple(keys.shape)} ask")
+                lambda: f"{name} {tuple(x.shape)} {x.dtype} must be {(P, Hk, S, K)} {q.dtype}, as q {tuple(q.shape)} "
+                        f"and keys {tuple(keys.shape)} ask")
     require(Hk > 0 and H % Hk == 0, lambda: f"q's {H} heads must be a multiple of keys' {Hk}")
     check_device("taken", taken, "q", q)
     require(taken.shape == (P, S) and taken.dtype == torch.bool,

@@ -48,11 +48,11 @@ SHAPES = dict(
 # ---------------------------------------------------------------- one definition
 
 @DEVICES
-@pytest.mark.parametrize("shape, chunk", [*((shape, 16) for shape in SHAPES.values()), (SHAPES["more_rows_than_a_block"], 32),
-                                          (SHAPES["ragged"], 256)], ids=[*SHAPES, "chunk_32", "chunk_256"])
-def test_equals_the_reference(shape, chunk, device, monkeypatch):
+@pytest.mark.parametrize("name, chunk", [*((name, 16) for name in SHAPES), ("more_rows_than_a_block", 32),
+                                         ("ragged", 256)])
+def test_equals_the_reference(name, chunk, device, monkeypatch):
     monkeypatch.setattr(FILE, "CHUNK", chunk)
-    tensors = problem(**shape)
+    tensors = problem(**SHAPES[name])
     prompt_slots = tensors.pop("prompt_slots")
     assert_equals(decode_attention, decode_attention_reference, tensors, device=device, prompt_slots=prompt_slots)
 
@@ -112,9 +112,9 @@ def test_flops_are_those_of_the_slots_that_a_row_may_see():
 @pytest.mark.parametrize("change, names", [
     (dict(q=torch.zeros(2, 6, 24)), r"q \(2, 6, 24\) must have 4 dimensions"),
     (dict(q=torch.zeros(2, 5, 3, 24)), "q's 5 heads must be a multiple of keys' 2"),
-    (dict(values=torch.zeros(2, 2, 51, 24)), r"values \(2, 2, 51, 24\) torch.float32 must be \(2, 2, 52, 24\) torch.fl"),
+    (dict(values=torch.zeros(2, 2, 51, 24)), r"values \(2, 2, 51, 24\) torch.float32 must be \(2, 2, 52, 24\)"),
     (dict(keys=torch.zeros(2, 2, 52, 24).double()), r"keys \(2, 2, 52, 24\) torch.float64 must be .* torch.float32"),
-    (dict(taken=torch.zeros(2, 51).bool()), r"taken \(2, 51\) torch.bool must be \(2, 52\) torch.bool, one entry a slot"),
+    (dict(taken=torch.zeros(2, 51).bool()), r"taken \(2, 51\) torch.bool must be \(2, 52\) torch.bool, one entry"),
     (dict(taken=torch.zeros(2, 52)), r"taken \(2, 52\) torch.float32 must be \(2, 52\) torch.bool"),
     (dict(prompt_slots=0), r"prompt_slots 0 must lie in \[1, 52\]"),
     (dict(prompt_slots=36), "keys' 16 slots after the prompt must be a multiple of q's 3 rows")])
@@ -152,7 +152,7 @@ def error_of(planted, tmp_path, monkeypatch):
 
 IN_KERNELS = dict(
     ignores_what_is_taken=("sees = tl.load(taken + slot, mask=n < count, other=0) != 0", "sees = n < count"),
-    sees_one_key_past_the_end=("sees = tl.load(taken + slot, mask=n < count,", "sees = tl.load(taken + slot, mask=n <= count,"),
+    sees_one_key_past_the_end=("taken + slot, mask=n < count,", "taken + slot, mask=n <= count,"),
     all_rows_see_those_of_row_0=("T + row, G, chunk * CHUNK", "T, G, chunk * CHUNK"),
     a_row_sees_its_neighbour=("T + row, G, chunk * CHUNK", "T + (row + 1) % G, G, chunk * CHUNK"),
     the_newest_token_is_not_seen=("chunk * CHUNK, used,", "chunk * CHUNK, used - 1,"),

@@ -144,7 +144,8 @@ COMPILED = [
     *(("decode_attention", "_parts_kernel",
        [*[f"{x}:16", *STRIDES] * 3, "*u8", "i32", f"{F}:16", f"{F}:16", "fp32", *["i32"] * 5],
        dict(Hk=4, r=r, K=K, **attention_constants(8, r, K, dtype)))
-      for r, K in ((1, 128), (7, 128), (3, 64), (2, 256)) for x, dtype in (("*bf16", torch.bfloat16), (F, torch.float32))),
+      for r, K in ((1, 128), (7, 128), (3, 64), (2, 256))
+      for x, dtype in (("*bf16", torch.bfloat16), (F, torch.float32))),
     ("decode_attention", "_merge_kernel", [F, F, "*bf16", "i32", "i32"],
      dict(Hk=4, r=7, K=128, WIDTH=128, MOST=16, BLOCK=16, num_warps=1)),
 ]
