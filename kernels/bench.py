@@ -262,7 +262,7 @@ def decode_inputs(P, G, T, used, heads, device, dtype):
 
 
 def decode(device, dtype):
-    """Yields (title, contenders): a layer's attention in a step of a rollout. The least work is one read of the cache."""
+    """Yields (title, contenders): a layer's attention in a step of a rollout. Least work: one read of the cache."""
     P, G, T, steps = (8, 8, 636, (64, 512)) if device.type == "cuda" else (2, 8, 636, (32, 128))
     for name, heads in HEADS.items():
         for used in steps:

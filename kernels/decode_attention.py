@@ -109,8 +109,8 @@ def _parts_kernel(q, q_prompt, q_head, q_row, keys, key_prompt, key_head, key_sl
                   Hk: tl.constexpr, r: tl.constexpr, K: tl.constexpr, M: tl.constexpr, M_OWN: tl.constexpr,
                   WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
                   PRECISION: tl.constexpr):
-    """Programs (P Hk, tasks). A task is a chunk of the prompt and as many rows as M queries take, or a chunk of one row's
-    own keys. A part, of out (P Hk, parts, G r, K) and lse, is a chunk and all of the rows."""
+    """Programs (P Hk, tasks). A task is a chunk of the prompt and as many rows as M queries take, or a chunk of one
+    row's own keys. A part, of out (P Hk, parts, G r, K) and lse, is a chunk and all of the rows."""
     pair = tl.program_id(0).to(tl.int64)                    # with the strides of a cache it passes 2^31
     task = tl.program_id(1)
     p = pair // Hk
@@ -262,8 +262,8 @@ def _flops(q, keys, values, taken, prompt_slots, *args, out_shape=None, **kwargs
 def decode_attention(q, keys, values, taken, prompt_slots):
     """The new token of each of G rows attends to its prompt and to what its row has written, this token included.
 
-    q (P, H, G, K); keys, values (P, Hk, S, K), the slots in use of a cache: `prompt_slots` of the prompt, then G a step,
-    one a row; taken (P, S) bool, the slots that hold a token. What lies in the others must be finite. Returns
+    q (P, H, G, K); keys, values (P, Hk, S, K), the slots in use of a cache: `prompt_slots` of the prompt, then G a
+    step, one a row; taken (P, S) bool, the slots that hold a token. What lies in the others must be finite. Returns
     (P, H, G, K), without a gradient; a row that sees no slot at all gives NaN. Raises ValueError on what does not fit.
     """
     check_floating("q", q, ndim=4)

@@ -49,6 +49,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    """Where a test's model and batches are."""
+    return request.param
+
+
 @pytest.fixture(params=["small", "large"] if torch.cuda.is_available() else ["small"])
 def blocks(request, monkeypatch):
     """Triton's blocks: smaller than the longer rows of these tests; on a GPU as large as they are in use, too."""

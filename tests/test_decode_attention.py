@@ -12,7 +12,7 @@ from kernel_tools import DEVICES, PLAIN, assert_equals, rounded
 from kernels import decode_attention, decode_attention_reference, prefix_attention
 from kernels.backend import INTERPRET
 from model import generate as module
-from model.generate import Sampler
+from model.generate import Sampler, draw_noise
 from tiny import BOS, EOS, PAD, difference, make_vlm, prompts, speak_for, to_batch
 
 pytestmark = pytest.mark.usefixtures("blocks")
@@ -199,37 +199,46 @@ def test_without_a_mistake_nothing_is_caught(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- in the sampler
 
+ROWS = prompts()[:3]
+ROWS_A_PROMPT = 3
+
+
 def sampled(monkeypatch, split, drop):
-    """Completions of a model whose rows end early, and the FLOPs counted. split: by this op, else under a mask."""
+    """Completions of a model whose rows end early, and the sampler. split: by this op, else under a mask."""
     def refuse(*arguments):
         raise AssertionError("the other form")
 
     vlm = make_vlm(torch.float32)
-    speak_for(vlm, [EOS], 0.7)
+    speak_for(vlm, [EOS], 2.0)
     vlm = vlm.to(DEVICE)
+    batch = to_batch(ROWS, DEVICE)
     with monkeypatch.context() as patch:
+        patch.setattr(FILE, "CHUNK", 32)
         if split:
             patch.setattr(Sampler, "_mask", refuse)
         else:
             patch.setattr(module, "use_triton", lambda x: False)
             patch.setattr(module, "decode_attention", refuse)
-        sampler = Sampler(vlm).prefill(to_batch(prompts()).to(DEVICE), 3, 10)
-        done = sampler.decode(10, EOS, banned=(PAD, BOS), drop=drop, generator=torch.Generator(DEVICE).manual_seed(2))
-    return done, sampler.meter.total
+        sampler = Sampler(vlm).prefill(batch, ROWS_A_PROMPT, 6)
+        noise = draw_noise((len(ROWS), ROWS_A_PROMPT), 6, torch.Generator().manual_seed(2), "cpu").to(DEVICE)
+        done = sampler.decode(6, EOS, banned=(PAD, BOS), drop=drop, noise=noise)
+    return done, sampler
 
 
 @WITH_TRITON
 @torch.no_grad()
 def test_a_sampler_draws_the_same_tokens_as_under_a_mask(monkeypatch):
     for drop in (True, False):
-        found, fewer = sampled(monkeypatch, True, drop)
-        wanted, flops = sampled(monkeypatch, False, drop)
+        found, sampler = sampled(monkeypatch, True, drop)
+        wanted, masked = sampled(monkeypatch, False, drop)
         assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask)
         assert difference(found.logp, wanted.logp) < 1e-5
         assert len(found.mask.sum(-1).unique()) > 3                             # rows left holes
-    # Of two layers of 24 numbers, two products: the other two rows' slots at each of nine steps.
-    hidden = 2 * sum(range(1, 10))
-    assert flops - fewer == 2 * 2 * 2 * 24 * 5 * 3 * hidden
+        assert (sampler.position.numel() < len(ROWS) * ROWS_A_PROMPT) == drop   # some were dropped
+    # Of two layers of 24 numbers, two products less of each query with what the other rows had written at each step.
+    queries = len(ROWS) * ROWS_A_PROMPT
+    hidden = (ROWS_A_PROMPT - 1) * sum(range(1, sampler.used + 1))
+    assert masked.meter.total - sampler.meter.total == 2 * 2 * 2 * 24 * queries * hidden
 
 
 @PLAIN
@@ -241,4 +250,4 @@ def test_on_a_cpu_a_sampler_attends_under_its_mask(monkeypatch):
 
     monkeypatch.setattr(module, "decode_attention", refuse)
     vlm = make_vlm(torch.float32)
-    Sampler(vlm).prefill(to_batch(prompts()), 2, 3).extend(torch.full((5, 2, 1), 7)).extend(torch.full((5, 2, 2), 7))
+    Sampler(vlm).prefill(to_batch(ROWS), 2, 3).extend(torch.full((3, 2, 1), 7)).extend(torch.full((3, 2, 2), 7))
