@@ -199,55 +199,60 @@ def test_without_a_mistake_nothing_is_caught(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- in the sampler
 
-ROWS = prompts()[:3]
-ROWS_A_PROMPT = 3
+BATCH = prompts()[:3]
+ROWS = 3                        # of each prompt
+WIDTH = 24                      # of the model's one layer
 
 
-def sampled(monkeypatch, split, drop):
-    """Completions of a model whose rows end early, and the sampler. split: by this op, else under a mask."""
-    def refuse(*arguments):
-        raise AssertionError("the other form")
+def refuse(*arguments):
+    raise AssertionError("the other form")
 
-    vlm = make_vlm(torch.float32)
+
+def forms(monkeypatch):
+    """A sampler of a model whose rows end early, with a prefilled batch: by this op, then again under a mask."""
+    vlm = make_vlm(llm=dict(layers=1))
     speak_for(vlm, [EOS], 2.0)
-    vlm = vlm.to(DEVICE)
-    batch = to_batch(ROWS, DEVICE)
-    with monkeypatch.context() as patch:
-        patch.setattr(FILE, "CHUNK", 32)
-        if split:
-            patch.setattr(Sampler, "_mask", refuse)
-        else:
-            patch.setattr(module, "use_triton", lambda x: False)
-            patch.setattr(module, "decode_attention", refuse)
-        sampler = Sampler(vlm).prefill(batch, ROWS_A_PROMPT, 6)
-        noise = draw_noise((len(ROWS), ROWS_A_PROMPT), 6, torch.Generator().manual_seed(2), "cpu").to(DEVICE)
-        done = sampler.decode(6, EOS, banned=(PAD, BOS), drop=drop, noise=noise)
-    return done, sampler
+    vlm = vlm.to(DEVICE, torch.float32)
+    monkeypatch.setattr(FILE, "CHUNK", 32)
+    for patches in (((Sampler, "_mask", refuse),),
+                    ((module, "use_triton", lambda x: False), (module, "decode_attention", refuse))):
+        with monkeypatch.context() as patch:
+            for owner, name, other in patches:
+                patch.setattr(owner, name, other)
+            yield Sampler(vlm).prefill(to_batch(BATCH, DEVICE), ROWS, 6)
 
 
 @WITH_TRITON
 @torch.no_grad()
 def test_a_sampler_draws_the_same_tokens_as_under_a_mask(monkeypatch):
-    for drop in (True, False):
-        found, sampler = sampled(monkeypatch, True, drop)
-        wanted, masked = sampled(monkeypatch, False, drop)
-        assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask)
-        assert difference(found.logp, wanted.logp) < 1e-5
-        assert len(found.mask.sum(-1).unique()) > 3                             # rows left holes
-        assert (sampler.position.numel() < len(ROWS) * ROWS_A_PROMPT) == drop   # some were dropped
-    # Of two layers of 24 numbers, two products less of each query with what the other rows had written at each step.
-    queries = len(ROWS) * ROWS_A_PROMPT
-    hidden = (ROWS_A_PROMPT - 1) * sum(range(1, sampler.used + 1))
-    assert masked.meter.total - sampler.meter.total == 2 * 2 * 2 * 24 * queries * hidden
+    noise = draw_noise((len(BATCH), ROWS), 6, torch.Generator().manual_seed(2), "cpu").to(DEVICE)
+    found = []
+    for sampler in forms(monkeypatch):
+        found.append(sampler.decode(6, EOS, banned=(PAD, BOS), noise=noise))
+        assert sampler.position.numel() < len(BATCH) * ROWS         # some were dropped, others left holes
+    split, masked = found
+    assert torch.equal(split.ids, masked.ids) and torch.equal(split.mask, masked.mask)
+    assert difference(split.logp, masked.logp) < 1e-5 and len(split.mask.sum(-1).unique()) > 3
+
+
+@WITH_TRITON
+@torch.no_grad()
+def test_a_sampler_counts_the_products_that_are_computed(monkeypatch):
+    flops = []
+    for sampler in forms(monkeypatch):
+        for _ in range(2):
+            sampler.extend(torch.full((len(BATCH), ROWS, 1), 7, device=DEVICE))
+        flops.append(sampler.meter.total)
+    # Two products less of each query with what the other rows had written by the first step and by the second.
+    hidden = (ROWS - 1) * (1 + 2)
+    assert flops[1] - flops[0] == 2 * 2 * WIDTH * len(BATCH) * ROWS * hidden
 
 
 @PLAIN
 @pytest.mark.skipif(DEVICE == "cuda", reason="fp32 runs the kernels there")
 @torch.no_grad()
 def test_on_a_cpu_a_sampler_attends_under_its_mask(monkeypatch):
-    def refuse(*arguments):
-        raise AssertionError("the op")
-
     monkeypatch.setattr(module, "decode_attention", refuse)
-    vlm = make_vlm(torch.float32)
-    Sampler(vlm).prefill(to_batch(ROWS), 2, 3).extend(torch.full((3, 2, 1), 7)).extend(torch.full((3, 2, 2), 7))
+    sampler = Sampler(make_vlm(torch.float32)).prefill(to_batch(BATCH), ROWS, 3)
+    for n in (1, 2):
+        sampler.extend(torch.full((len(BATCH), ROWS, n), 7))
