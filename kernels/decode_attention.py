@@ -192,8 +192,8 @@ def _run_triton(q, keys, values, taken, prompt_slots, out):
     prompt_chunks = triton.cdiv(prompt_slots, CHUNK)
     own_chunks = triton.cdiv(used, CHUNK)
     parts = prompt_chunks + own_chunks
-    # Rows of K numbers are read as such, whatever the strides say.
-    q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
+    # Rows of K numbers, and of slots, are read as such, whatever the strides say.
+    q, keys, values, taken = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values, taken))
     taken = taken.view(torch.uint8)
     found = torch.empty(P * Hk, parts, G * r, K, dtype=torch.float32, device=q.device)
     lse = torch.empty(P * Hk, parts, G * r, dtype=torch.float32, device=q.device)

@@ -98,7 +98,7 @@ def test_tensors_need_not_be_contiguous_and_the_result_has_no_gradient(device):
     for name in ("q", "keys", "values"):
         turned = given[name].transpose(1, 2).contiguous().transpose(1, 2)
         assert difference(decode_attention(**given | {name: turned.requires_grad_()}), wanted) < 1e-6
-        # As every other number of a wider row.
+    for name in ("q", "keys", "values", "taken"):           # as every other number of a wider row
         spread = given[name].repeat_interleave(2, dim=-1)[..., ::2]
         assert difference(decode_attention(**given | {name: spread}), wanted) < 1e-6
     given["q"].requires_grad_()
