@@ -5,6 +5,7 @@ Triton's interpreter: slow, for study and tests. SEETHINK_CHECK=1 also makes the
 that have to wait for a GPU.
 """
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -20,9 +21,12 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CHECK = os.environ.get("SEETHINK_CHECK") == "1"
 
 
-def jit(kernel):
-    """triton.jit, or the plain function where there is no Triton to launch it with."""
-    return triton.jit(kernel) if triton else kernel
+def jit(kernel=None, **options):
+    """triton.jit, or the plain function where there is no Triton to launch it with. Also with options of triton.jit:
+    @jit(do_not_specialize=["T"])."""
+    if kernel is None:
+        return partial(jit, **options)
+    return triton.jit(kernel, **options) if triton else kernel
 
 
 def use_triton(x):

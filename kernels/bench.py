@@ -14,15 +14,18 @@ import argparse
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 
-from kernels import gpu_hour
-from kernels import (gae, gae_reference, group_advantage, group_advantage_reference, linear_kl, linear_kl_reference,
-                     linear_logp, linear_logp_reference, linear_policy_loss, policy_loss, policy_loss_reference,
-                     prefix_attention, prefix_attention_reference, row_dlogits_, row_logp, row_logp_reference, sample)
+from kernels import (decode_attention, decode_attention_reference, gae, gae_reference, gpu_hour, group_advantage,
+                     group_advantage_reference, linear_kl, linear_kl_reference, linear_logp, linear_logp_reference,
+                     linear_policy_loss, policy_loss, policy_loss_reference, prefix_attention,
+                     prefix_attention_reference, row_dlogits_, row_logp, row_logp_reference, sample)
+from kernels.decode_attention import masked as decode_masked
+from kernels.decode_attention import visible
 from kernels.prefix_attention import masked
 
 CHECKED = 64        # rows whose results are computed again in fp64
@@ -247,6 +250,32 @@ def attention(device, dtype):
             "PyTorch, one mask, keys repeated": Contender(both(masked), flops=7 * product)}
 
 
+def decode_inputs(P, G, T, used, heads, device, dtype):
+    """Tensors of decode_attention after `used` steps; every other prompt has padding, every other row sat out half."""
+    H, Hk, K = heads
+    S = T + used * G
+    q = torch.randn(P, H, G, K, device=device).to(dtype)
+    keys, values = torch.randn(2, P, Hk, S, K, device=device).to(dtype)
+    taken = torch.ones(P, S, dtype=torch.bool, device=device)
+    taken[1::2, T - 7:T] = False
+    taken[:, T:].view(P, used, G)[:, used // 2:, 1::2] = False
+    return q, keys, values, taken, T
+
+
+def decode(device, dtype):
+    """Yields (title, contenders): a layer's attention in a step of a rollout. Least work: one read of the cache."""
+    P, G, T, steps = (8, 8, 636, (64, 512)) if device.type == "cuda" else (2, 8, 636, (32, 128))
+    for name, heads in HEADS.items():
+        for used in steps:
+            inputs = decode_inputs(P, G, T, used, heads, device, dtype)
+            q, keys, values, taken, _ = inputs
+            sees = visible(taken, T, G)                     # once a step, for all layers
+            size = (keys.numel() + values.numel()) * keys.element_size()
+            yield f"token {used} of {P} x {G} rows behind prompts of {T}, heads of {name}", {
+                "decode_attention": Contender(partial(decode_attention, *inputs), size=size),
+                "PyTorch, one mask": Contender(partial(decode_masked, q, keys, values, sees), size=size)}
+
+
 def table(title, contenders, device, ceiling, rounds):
     """Times the contenders in turns and prints the medians as a table."""
     contenders = dict(contenders)
@@ -329,6 +358,10 @@ def check(N, D, V, device, dtype):
     report("prefix_attention", [found, *torch.autograd.grad(found, tensors, upstream)],
            [wanted, *torch.autograd.grad(wanted, wide, upstream.double())])
 
+    inputs = decode_inputs(2, 3, 90, 20, (6, 2, 64), device, dtype)
+    wide = [x.double() if x.is_floating_point() else x for x in inputs[:4]]
+    report("decode_attention", [decode_attention(*inputs)], [decode_attention_reference(*wide, inputs[4])])
+
     logits = torch.randn(n, V, device=device)
     report("row_logp", row_logp(logits, target[:n]), row_logp_reference(logits.double(), target[:n]))
     scores = torch.rand(n, 8, device=device)
@@ -383,6 +416,8 @@ def main():
     # Ops on logits that exist hold all of them at once, in fp32: on a CPU fewer rows.
     rows_of_logits = args.rows if device.type == "cuda" else args.rows // 8
     for title, contenders in attention(device, dtype):
+        table(title, contenders, device, ceiling, args.rounds)
+    for title, contenders in decode(device, dtype):
         table(title, contenders, device, ceiling, args.rounds)
     for V in args.vocab:
         if args.check:

@@ -247,8 +247,8 @@ def completions(vlm, P, G, C, T):
 
 
 def cached(llm, tokens, slots):
-    """Sampler.extend: `tokens` new ones, each multiplied with the `slots` of its group, those
-    hidden from it too."""
+    """Sampler.extend: `tokens` new ones, each multiplied with `slots` of the cache, those hidden
+    from it too."""
     return _blocks(llm, tokens, tokens * slots)
 
 

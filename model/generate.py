@@ -8,7 +8,9 @@ Keys and values lie in one sequence for each prompt, (P, Hk, T + capacity G, K):
 slots, then for every step G slots, one a row. The G rows are G queries on that sequence, and a mask
 hides from each what the others wrote. So a step reads every key once, the prompt's too, in one
 plain attention call; that each query also meets keys it may not look at costs less than handling
-the two parts apart. A row that sits out a step leaves a hole, a slot that nothing attends to.
+the two parts apart. On a GPU a step of one token takes kernels.decode_attention instead, without a
+mask, where no query meets another row's keys. A row that sits out a step leaves a hole, a slot that
+nothing attends to.
 
 Shapes: those of model/llama.py; S slots in use, n tokens appended at once.
 """
@@ -18,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from kernels import fp32_logits, sample
+from kernels import decode_attention, fp32_logits, sample
+from kernels.backend import use_triton
 from model import machine, memory
 from model.flops import Meter
 
@@ -156,18 +159,23 @@ class Sampler:
         position = rearrange(self.position[..., None] + before, "p g n -> p (n g)")
         rope = [table[:, position].transpose(0, 1) for table in self.rope]      # (P, 1, n G, K)
         # A hole's own query must see something, or its softmax is NaN: it sees the prompt.
+        split = n == 1 and use_triton(y)
         heads_per_key = self.llm.config.heads // self.llm.config.kv_heads
-        mask = self._mask(n).repeat(1, 1, heads_per_key, 1)                     # (P, 1, r n G, S)
+        mask = None if split else self._mask(n).repeat(1, 1, heads_per_key, 1)  # (P, 1, r n G, S)
         for layer, (keys, values) in zip(self.llm.layers, self.cache):
             q, k, v = layer.before(y, rope)
             keys[:, :, start:end] = k
             values[:, :, start:end] = v
-            # Query heads that share a key head become more queries of it, so that grouped keys are
-            # not repeated.
-            q = rearrange(q, "p (h r) l k -> p h (r l) k", r=heads_per_key)
-            attended = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end],
-                                                      attn_mask=mask)
-            attended = rearrange(attended, "p h (r l) k -> p (h r) l k", r=heads_per_key)
+            if split:
+                attended = decode_attention(q, keys[:, :, :end], values[:, :, :end], self.taken[:, :end],
+                                            self.prompt_slots)
+            else:
+                # Query heads that share a key head become more queries of it, so that grouped keys
+                # are not repeated.
+                q = rearrange(q, "p (h r) l k -> p h (r l) k", r=heads_per_key)
+                attended = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end],
+                                                          attn_mask=mask)
+                attended = rearrange(attended, "p h (r l) k -> p (h r) l k", r=heads_per_key)
             y = layer.after(y, attended)
         # The state after each row's last token; of a row of holes the one that it had.
         count = alive.sum(-1)                                                   # (P, G)
@@ -178,7 +186,8 @@ class Sampler:
         state = self.llm.norm(y.gather(2, last)[:, :, 0])                       # (P, G, D)
         self.state = torch.where(count[..., None] > 0, state, self.state)
         self.position = self.position + count
-        self.meter.cached(self.llm, ids.numel(), end)
+        # Each query was multiplied with the slots of its group, or with its prompt's and its own.
+        self.meter.cached(self.llm, ids.numel(), self.prompt_slots + self.used if split else end)
         return self
 
     def select(self, prompts, rows):

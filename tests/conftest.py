@@ -49,9 +49,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    """Where a test's model and batches are."""
+    return request.param
+
+
 @pytest.fixture(params=["small", "large"] if torch.cuda.is_available() else ["small"])
 def blocks(request, monkeypatch):
     """Triton's blocks: smaller than the longer rows of these tests; on a GPU as large as they are in use, too."""
-    for name, size in dict(row_logp=256, linear_kl=256, sample=256, policy_loss=256, gae=64).items():
+    sizes = dict(row_logp=256, linear_kl=256, sample=256, policy_loss=256, gae=64, decode_attention=16)
+    for name, size in sizes.items():
         if request.param == "small":
             monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "BLOCK", size)

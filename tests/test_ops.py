@@ -2,6 +2,7 @@
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernel_tools import PLAIN
+from kernels.decode_attention import _constants as attention_constants
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_INTERPRETER = ["test_row_logp.py", "test_linear_logp.py", "test_linear_kl.py", "test_policy_loss.py",
-                  "test_group_advantage.py", "test_gae.py", "test_sample.py"]
+                  "test_group_advantage.py", "test_gae.py", "test_sample.py", "test_decode_attention.py"]
 op = torch.ops.seethink
 
 
@@ -38,10 +40,12 @@ def calls():
     q, k = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 2, 5, 8)
     kx = torch.randn(2, 2, 6, 8)
     attended = op.prefix_attention(q, k, k + 1, kx, kx - 1, [6, 4])
+    taken = torch.rand(2, 6) < 0.8
     return {
         "prefix_attention": (op.prefix_attention, (q.clone().requires_grad_(), k, k + 1, kx.clone().requires_grad_(),
                                                    kx, [6, 4])),
         "prefix_attention_backward": (op.prefix_attention_backward, (q, q, k, k + 1, kx, kx - 1, [6, 4], *attended)),
+        "decode_attention": (op.decode_attention, (q[..., 0, :].transpose(1, 2), kx, kx - 1, taken, 3)),
         "row_logp": (op.row_logp, (logits.clone().requires_grad_(), target, 0.7, 5.0, -100)),
         "row_dlogits_": (op.row_dlogits_, (logits.clone(), target, row, None, *statistics, 0.7, 5.0, -100)),
         "linear_logp": (op.linear_logp, (h, weight, target, 0.7, None, -100, 3)),
@@ -119,8 +123,9 @@ def test_flops_of_the_heads(frozen):
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 F = "*fp32"
+STRIDES = ["i32:16"] * 3
 ROW = dict(V=152064, BLOCK=4096)
-# file, kernel, types of its runtime arguments in order, its constants
+# file, kernel, types of its runtime arguments in order (":16": a launch will see that 16 divides it), its constants
 COMPILED = [
     ("row_logp", "_forward_kernel", ["*bf16", "i64", "*i64", *[F] * 4, "fp32", "fp32", "i32"], dict(ROW, CAPPED=True)),
     ("row_logp", "_backward_kernel", [F, "i64", "*bf16", "i64", "*i64", *[F] * 5, "fp32", "fp32", "i32"],
@@ -135,23 +140,52 @@ COMPILED = [
     ("gae", "_kernel", [F, F, "*u8", F, F, F, "fp32", "fp32", "i32"], dict(BLOCKS=2, BLOCK=1024)),
     *(("sample", "_kernel", [F, "i64", "*fp64", F, "*u8", "*i64", F, F, "fp32"], dict(ROW, FLOOR=floor, GREEDY=greedy))
       for floor, greedy in ((True, False), (False, True))),
+    # Heads of a Llama, a Qwen, a SmolLM and a Gemma.
+    *(("decode_attention", "_parts_kernel",
+       [*[f"{x}:16", *STRIDES] * 3, "*u8", "i32", f"{F}:16", f"{F}:16", "fp32", *["i32"] * 5],
+       dict(Hk=4, r=r, K=K, **attention_constants(8, r, K, dtype)))
+      for r, K in ((1, 128), (7, 128), (3, 64), (2, 256))
+      for x, dtype in (("*bf16", torch.bfloat16), (F, torch.float32))),
+    ("decode_attention", "_merge_kernel", [F, F, "*bf16", "i32", "i32"],
+     dict(Hk=4, r=7, K=128, WIDTH=128, MOST=16, BLOCK=16, num_warps=1)),
 ]
+
+
+def resources(cubin, folder):
+    """{name: number} of what a program takes: REG registers of a thread, bytes of STACK, LOCAL and SHARED memory; the
+    shared memory that a launch asks for is not in it. Read from the machine code: a driver is what runs it, not what
+    tells it."""
+    import triton
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    said = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True,
+                          text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", said)}
 
 
 @PLAIN
 @TRITON
 @pytest.mark.parametrize("file, name, types, constants", COMPILED)
-def test_the_triton_kernels_compile_for_a_gpu(file, name, types, constants):
+def test_the_triton_kernels_compile_for_a_gpu_and_spill_no_register(file, name, types, constants, tmp_path):
     # To a Hopper's machine code, which takes no GPU: the interpreter accepts more than the compiler does.
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     kernel = getattr(importlib.import_module(f"kernels.{file}"), name)
+    options = {"num_warps": 8} | {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     rest = iter(types)
     signature = {arg: "constexpr" if arg in constants else next(rest) for arg in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    divided = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values())
+               if kind.endswith(":16")}
+    signature = {arg: kind.removesuffix(":16") for arg, kind in signature.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divided)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"] and list(rest) == []
+    found = resources(compiled.asm["cubin"], tmp_path)
+    print(f"\n{file}.{name} {constants} {options}: {found['REG']} registers, {found['STACK'] + found['LOCAL']} bytes "
+          f"spilled, {compiled.metadata.shared} bytes shared")
+    assert found["STACK"] == found["LOCAL"] == 0
 
 
 @PLAIN

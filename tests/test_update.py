@@ -224,24 +224,26 @@ def test_rollouts_and_experiences_of_different_lengths_join():
     assert joined.parts["format"].tolist() == joined.reward.tolist() and joined.ids.shape == (3, 2, 3)
 
 
-def test_joined_batches_of_pictures_give_what_each_gives():
+def test_joined_batches_of_pictures_give_what_each_gives(device):
     rows = prompts()
-    vlm, parts = make_vlm(), [rows[2:4], rows[:2]]
-    ids = random_completions(4, 2, 3)
-    whole = Batch.join([vlm.encode(to_batch(part)) for part in parts])
+    vlm = make_vlm(device=device)
+    parts = [to_batch(some, device) for some in (rows[2:4], rows[:2])]
+    ids = random_completions(4, 2, 3, device=device)
+    whole = Batch.join([vlm.encode(part) for part in parts])
     with torch.no_grad():
-        alone = torch.cat([vlm(to_batch(part), some).logp for part, some in zip(parts, ids.split(2))])
+        alone = torch.cat([vlm(part, some).logp for part, some in zip(parts, ids.split(2))])
         assert difference(vlm(whole, ids).logp, alone) < 1e-12
-        some = torch.tensor([2, 0])                     # pictures stay with their prompts
+        some = torch.tensor([2, 0], device=device)      # pictures stay with their prompts
         assert difference(vlm(whole.rows(some), ids[some]).logp, alone[some]) < 1e-12
 
 
 # ---------------------------------------------------------------- scoring on a real model
 
-def setting(tower_trains=False, **switches):
-    """A small vision-language model and experience of it, scored under the switches, in fp64."""
+def setting(device="cpu", tower_trains=False, **switches):
+    """A small vision-language model and experience of it, scored under the switches, in fp64; the same on every
+    device."""
     rows = prompts()
-    vlm, ids = make_vlm(), random_completions(len(rows), 2, 4)
+    vlm, ids = make_vlm(device=device), random_completions(len(rows), 2, 4)
     vlm.visual.requires_grad_(tower_trains)
     mask = torch.arange(4) < torch.randint(1, 5, (len(rows), 2, 1), generator=torch.Generator().manual_seed(1))
     cfg = config(micro_batch=2, mini_batches=2, **switches)
@@ -249,10 +251,11 @@ def setting(tower_trains=False, **switches):
     if learner.reference is not None:
         with torch.no_grad():
             for p in learner.reference.llm.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
-    e = Experience(vlm.encode(to_batch(rows)), ids, mask, mask, torch.ones(len(rows), 2).bool(),
-                   torch.rand(len(rows), 2, 2, generator=torch.Generator().manual_seed(3)).double(),
-                   torch.zeros(mask.shape).double(), torch.ones(len(rows)).bool())
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)).to(device))
+    given = [ids, mask, mask, torch.ones(len(rows), 2).bool(),
+             torch.rand(len(rows), 2, 2, generator=torch.Generator().manual_seed(3)).double(),
+             torch.zeros(mask.shape).double(), torch.ones(len(rows)).bool()]
+    e = Experience(vlm.encode(to_batch(rows, device)), *(t.to(device) for t in given))
     meter = Recorder()
     return learner, score(learner, e, cfg, meter), cfg, meter.names
 
@@ -268,8 +271,8 @@ def exact(learner, e, temperature=1.0):
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3", "exact"])
-def test_kl_in_the_reward_is_that_of_policy_and_reference(kl):
-    learner, e, cfg, counted = setting(kl=kl, kl_in="reward", kl_coef=0.1, baseline="batch", std="batch")
+def test_kl_in_the_reward_is_that_of_policy_and_reference(kl, device):
+    learner, e, cfg, counted = setting(device, kl=kl, kl_in="reward", kl_coef=0.1, baseline="batch", std="batch")
     with torch.no_grad():
         mine, theirs = (vlm(e.batch, e.ids).logp for vlm in (learner.policy, learner.reference))
         wanted = exact(learner, e) if kl == "exact" else sampled_kl(mine, theirs, kl)
@@ -278,8 +281,8 @@ def test_kl_in_the_reward_is_that_of_policy_and_reference(kl):
     assert counted.count("exact_kl") == (3 if kl == "exact" else 0)
 
 
-def test_exact_kl_in_the_loss_adds_its_mean_and_its_gradient():
-    learner, e, cfg, _ = setting(kl="exact", kl_coef=0.3)
+def test_exact_kl_in_the_loss_adds_its_mean_and_its_gradient(device):
+    learner, e, cfg, _ = setting(device, kl="exact", kl_coef=0.3)
     e, _ = estimate_advantages(learner, e, REWARDS, cfg)
     taken = []
 

@@ -26,13 +26,19 @@ def shake(module, seed=0, scale=0.2):
     return module
 
 
-def make_vlm(dtype=torch.float64, seed=0, clip=(), llm=(), **options):
-    """A VLM whose parameters all matter; clip, llm: changes to CLIP and LLM; options: other VlmConfig fields."""
+def make_vlm(dtype=torch.float64, seed=0, clip=(), llm=(), device="cpu", **options):
+    """A VLM whose parameters all matter, the same on every device; clip, llm: changes to CLIP and LLM; options: other
+    VlmConfig fields."""
     options = dict(image_positions=True, projector="mlp2x_gelu") | options
     vlm = VLM(VlmConfig(ClipConfig(**CLIP | dict(clip)), LlamaConfig(**LLM | dict(llm)), **options))
     for name, parameter in vlm.named_parameters():          # whatever the initialisation is
         torch.nn.init.constant_(parameter, float(bool(re.search(r"(norm|ln_\w+)\.weight$", name))))
-    return shake(vlm, seed).to(dtype)
+    return shake(vlm, seed).to(device, dtype)
+
+
+def home(vlm):
+    """The device of a model."""
+    return vlm.llm.head.device
 
 
 def words(count, rng):
@@ -78,18 +84,20 @@ def unpainted(split, count, seed, teacher=None, world=scenes.GRID):
     return samples, made[:count]
 
 
-def to_batch(rows):
-    return collate(rows, PAD, SIDE)
+def to_batch(rows, device="cpu"):
+    return collate(rows, PAD, SIDE).to(device)
 
 
-def random_completions(rows, group, length, seed=1):
-    return torch.randint(3, VOCAB, (rows, group, length), generator=torch.Generator().manual_seed(seed))
+def random_completions(rows, group, length, seed=1, device="cpu"):
+    """Tokens, the same on every device."""
+    return torch.randint(3, VOCAB, (rows, group, length), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 @torch.no_grad()
 def speak_for(vlm, tokens, often):
     """Turns the head so that all states speak for these tokens, `often` times as much as their mean square."""
-    states = vlm(to_batch(prompts()), random_completions(5, 3, 6, seed=7)).hidden.flatten(0, 2)
+    device = home(vlm)
+    states = vlm(to_batch(prompts(), device), random_completions(5, 3, 6, seed=7, device=device)).hidden.flatten(0, 2)
     mean = states.mean(0) / states.mean(0).square().sum()
     vlm.llm.lm_head.weight[list(tokens)] += often * mean.to(vlm.llm.lm_head.weight.dtype)
 
@@ -109,12 +117,14 @@ def difference(given, wanted):
     assert given.shape == wanted.shape
     if not wanted.numel():
         return 0.0
-    largest = wanted.double().abs().max().clamp(min=1e-30)
-    return ((given.double() - wanted.double()).abs().max() / largest).item()
+    given = given.double().cpu()
+    wanted = wanted.double().cpu()
+    largest = wanted.abs().max().clamp(min=1e-30)
+    return ((given - wanted).abs().max() / largest).item()
 
 
 def stream(vlm, rows, p, tokens):
     """Normed states of prompt p followed by `tokens` (n,), as one sequence through the x stream alone."""
-    batch = to_batch(rows[p:p + 1])
+    batch = to_batch(rows[p:p + 1], home(vlm))
     x = torch.cat([vlm.embed(batch), vlm.llm.embed_tokens(tokens[None])], dim=1)
-    return vlm.llm(x, torch.tensor([x.shape[1]]))[0][0]
+    return vlm.llm(x, torch.tensor([x.shape[1]], device=x.device))[0][0]
