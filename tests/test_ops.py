@@ -192,9 +192,12 @@ def test_the_triton_kernels_compile_for_a_gpu_and_spill_no_register(file, name, 
 
 @PLAIN
 @TRITON
-def test_the_triton_kernels_in_its_interpreter():
+@pytest.mark.parametrize("chosen", [
+    pytest.param(IN_INTERPRETER, id="quick"),
+    pytest.param(["test_decode_attention.py", "--slow", "-m", "slow"], id="slow", marks=pytest.mark.slow)])
+def test_the_triton_kernels_in_its_interpreter(chosen):
     # In a process of its own: the variable counts when Triton is imported.
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *IN_INTERPRETER],
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen],
                           cwd=ROOT / "tests", env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True,
                           text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
