@@ -1865,9 +1865,9 @@ def bench_shape(run, cfg):
     config = VlmConfig(cfg.clip.config(vocab), cfg.llm.config(vocab), **cfg.vlm.shape())
     room = machine.room(run.device)
     optim = cfg.optim
+    P, tokens, sampling = memory.shape_of("bench", cfg, config.image_tokens + 40, samples=True)
     while room is not None and config.llm.layers > 1:
         vlm = prepare.on_meta(config, cfg, "bench")
-        P, tokens, sampling = memory.shape_of("bench", cfg, config.image_tokens + 40, samples=True)
         planned = memory.plan(vlm, tokens, pictures=P, moments=optim.moments, master=optim.master, **sampling)
         needed = sum(planned.values()) + memory.moment(vlm, tokens, run.device, optim.moments, optim.master)
         if needed <= BENCH_ROOM * room:
@@ -1922,12 +1922,11 @@ def bench_decode(run, cfg, vlm, setting):
         for part, seconds in laps.items():
             seconds.append(clock.laps[part])
         if generate:
-            clock = metrics.Clock(run.device)
+            other = metrics.Clock(run.device)
             generate()
-            clock.lap("generate")
-            theirs.append(clock.laps["generate"])
+            other.lap("generate")
+            theirs.append(other.laps["generate"])
     laps = {part: seconds[1:] for part, seconds in laps.items()}
-    clock, batch, rollout = bench_rollout(run, cfg, vlm, samples, rewards)
     print(bench.decode_text(setting, laps, P * G * C, bench_floors(run, vlm, clock.work, batch, rollout)))
     if generate:
         ours = [sum(parts) for parts in zip(*laps.values())]
