@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -392,11 +393,24 @@ def test_of_ten_processes_in_one_run_folder_one_works_and_nine_are_refused(tmp_p
                 train.main(argv)
     (shared / "clip.pt").unlink()
     train.main(["--resume", f"--out={whole}"])
-    program = [sys.executable, str(ROOT / "train.py"), "--resume", f"--out={shared}"]
-    started = [subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(10)]
-    said = [process.communicate()[1] for process in started]
-    refused = [text for text in said if "is in use by process" in text]
-    assert len(refused) == 9 and [process.returncode for process in started].count(0) == 1
+    # The one that has the folder trains only when the other nine have ended: however slow they start, none of them
+    # comes to a folder that is free again.
+    go_on = tmp_path / "go_on"
+    patient = (f"import dataclasses, pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+               "def clip(*given):\n"
+               f"    while not pathlib.Path({str(go_on)!r}).exists(): time.sleep(0.05)\n"
+               "    return stage.train(*given)\n"
+               "stage = train.STAGES['clip']\n"
+               "train.STAGES['clip'] = dataclasses.replace(stage, train=clip)\n"
+               f"train.main(['--resume', {f'--out={shared}'!r}])")
+    program = [sys.executable, "-c", patient]
+    started = [subprocess.Popen(program, stderr=(tmp_path / f"said{n}").open("w")) for n in range(10)]
+    while [process.poll() for process in started].count(None) > 1:
+        time.sleep(0.05)
+    go_on.touch()
+    codes = [process.wait() for process in started]
+    said = [(tmp_path / f"said{n}").read_text() for n in range(10)]
+    assert codes.count(0) == 1 and sum("is in use by process" in text for text in said) == 9
     steps = [[(line["stage"], line["step"]) for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
              for out in (whole, shared)]
     assert steps[0] == steps[1] and len(steps[0]) == len({*steps[0]})
