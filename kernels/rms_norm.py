@@ -24,12 +24,17 @@ def rms_norm_reference(x, weight, eps):
 
 # ---------------------------------------------------------------- PyTorch form, for CPUs
 
+def _normalise(x, eps):
+    """-> n, r of the formula."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    r = torch.addcmul(norm.new_full((1,), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return x * r, r
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = torch.addcmul(norm.new_full((1,), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        n = x * r
+        n, r = _normalise(x, eps)
         ctx.save_for_backward(n, r, weight)
         return n * weight
 
@@ -55,4 +60,7 @@ def rms_norm(x, weight, eps):
         return rms_norm_reference(x, weight, eps)       # torch.compile fuses the plain formula with what is around it
     if x.is_cuda or x.dtype not in (torch.float32, torch.float64):
         return F.rms_norm(x, weight.shape, weight, eps)
+    if not torch.is_grad_enabled():         # sampling: a Function costs as much as the norm of few rows
+        n, _ = _normalise(x, eps)
+        return n.mul_(weight)
     return _RMSNorm.apply(x, weight, eps)

@@ -31,6 +31,7 @@ from torch import nn
 
 from model import clip, llama
 from model.lora import LoraLinear, off
+from model.mixed import MixedLinear
 
 # ---------------------------------------------------------------- which modules are known
 
@@ -93,7 +94,7 @@ def _unknown(module, path, place):
         children = [(name, child, place) for name, child in module.named_children()]
     elif place == CHAIN and _is(module, nn.Sequential):
         children = [(name, child, CHAIN) for name, child in _parts(module)]
-    elif place in (LINEAR, CHAIN) and (_is(module, nn.Linear) or type(module) is LoraLinear):
+    elif place in (LINEAR, CHAIN) and (_is(module, nn.Linear) or type(module) in (LoraLinear, MixedLinear)):
         children = []
     elif type(module) is place:
         children = []

@@ -124,8 +124,8 @@ def rope_tables(position, frequency, dtype):
 
 
 def rotate(x, rope):
-    """Turns each pair (x_i, x_{i + K/2}) by its angle. x (..., H, L, K); rope: cos, signed sin,
-    each (..., 1, L, K)."""
+    """Turns each pair (x_i, x_{i + K/2}) by its angle. x (..., L, H, K); rope: cos, signed sin,
+    each (..., L, 1, K)."""
     cos, sin = rope
     own = x * cos
     partner = x.roll(x.shape[-1] // 2, -1)      # rolled by half: each entry's partner in its place
@@ -147,7 +147,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.head_width, c.eps)
 
     def split_heads(self, x):
-        return rearrange(x, "... l (h k) -> ... h l k", k=self.c.head_width)
+        return x.unflatten(-1, (-1, self.c.head_width))     # (..., L, H, K)
 
     def qkv(self, h, rope):
         """h (..., L, D) -> q (..., H, L, K) and k, v (..., Hk, L, K), q and k rotated."""
@@ -157,7 +157,10 @@ class Attention(nn.Module):
         if self.c.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        return rotate(q, rope), rotate(k, rope), v
+        # Turned as they lie in memory, which is faster; only then seen head by head.
+        q = rotate(q, rope)
+        k = rotate(k, rope)
+        return q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)
 
     def out(self, attended):
         """What the queries gathered, (..., H, L, K) -> (..., L, D)."""
@@ -285,10 +288,10 @@ class Llama(nn.Module):
                              "attention here is full")
 
     def rope(self, position, dtype):
-        """position (..., L) -> cos, sin (..., 1, L, K), the 1 standing for the heads."""
+        """position (..., L) -> cos, sin (..., L, 1, K), the 1 standing for the heads."""
         frequency = rope_frequencies(self.config, position.device)
         cos, sin = rope_tables(position, frequency, dtype)
-        return cos.unsqueeze(-3), sin.unsqueeze(-3)
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
     def forward(self, x, length, y=None):
         """Embedded streams -> normed hidden states of x (P, T, D) and of y, (P, G, C + 1, D) or
@@ -307,7 +310,7 @@ class Llama(nn.Module):
             _, G, C, _ = y.shape
             self.check_length(T + C)
             position = length[:, None] + torch.arange(C, device=x.device)       # (P, C)
-            rope_y = self.rope(position[:, None], x.dtype)      # (P, 1, 1, C, K), one for the group
+            rope_y = self.rope(position[:, None], x.dtype)      # (P, 1, C, 1, K), one for the group
             lengths = length.tolist()           # waits for a GPU, once a forward
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():

@@ -62,7 +62,7 @@ def adapters(module):
     return [m for m in module.modules() if isinstance(m, LoraLinear)]
 
 
-def _replace(module, kind, make):
+def replace_children(module, kind, make):
     """Puts make(name, child) in the place of every sub-module of `kind`, where it is not None."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
@@ -103,7 +103,7 @@ def attach(module, targets, rank, alpha, generator=None):
         return LoraLinear(base, rank, alpha, generator) if name in chosen else None
 
     module.requires_grad_(False)
-    _replace(module.layers, nn.Linear, adapted)
+    replace_children(module.layers, nn.Linear, adapted)
     return module
 
 
@@ -139,7 +139,7 @@ def merged(module):
 def merge(module):
     """Folds every adapter into its weight and puts plain Linears in their places, which stay
     frozen; -> `module`."""
-    _replace(module, LoraLinear, _plain)
+    replace_children(module, LoraLinear, _plain)
     return module
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from model import mixed
 from model.hub.export import PROJECTOR_ACT, export_folder
 from model.optim import freeze
 from model.runs.config import change, need
@@ -44,6 +45,8 @@ def check(cfg, stages):
     for name in targets.split(","):
         need(targets == "all" or name.strip() in LINEARS, "lora_targets", targets,
              f"be all or some of {', '.join(LINEARS)}")
+    need(cfg.machine.dtype != "mixed" or not cfg.lora.lora_rank, "dtype", "mixed",
+         "be bfloat16 beside --lora-rank: frozen weights need no fp32")
     slow_in_bf16 = cfg.machine.dtype == "bfloat16" and cfg.optim.beta2 > 0.99
     need(cfg.optim.moments == "float32" or not slow_in_bf16, "moments", cfg.optim.moments,
          f"be float32 with --beta2={cfg.optim.beta2}: so slow a mean stands still in bfloat16")
@@ -85,6 +88,8 @@ def prepare(vlm, cfg, aligns):
     if aligns:              # LLaVA-1.5 pads from its second stage on
         fit = "crop"
     vlm.config = replace(vlm.config, image_fit=fit)
+    if cfg.machine.dtype == "mixed":
+        mixed.mix(vlm.llm)
     vlm.llm.checkpointing = cfg.machine.checkpointing
     if cfg.machine.compile:
         vlm.llm.compile_blocks()

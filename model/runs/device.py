@@ -5,14 +5,15 @@ import torch
 
 from model.runs.config import check_fields, choice, first_line, number
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "mixed": torch.float32}
 
 
 @dataclass(frozen=True)
 class MachineOptions:
     """the machine"""
     device: str = "auto"                            # auto: CUDA when present | cpu | cuda:N
-    dtype: str = choice("float32", "bfloat16", "float64")  # of weights and activations
+    # mixed: float32 but for the products of the decoder's blocks, in bfloat16 (model/mixed.py)
+    dtype: str = choice("float32", "mixed", "bfloat16", "float64")  # of weights and activations
     compile: bool = False                           # torch.compile the decoder's blocks: a minute, then faster steps
     checkpointing: bool = False                     # a block's activations are computed again in the backward
     threads: int = number(0, "[0, 1024]")           # CPU threads; 0: torch's choice. Another number rounds differently
@@ -40,7 +41,7 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name):
-    """'float32', 'bfloat16' or 'float64' -> torch dtype of the weights."""
+    """'float32', 'mixed', 'bfloat16' or 'float64' -> torch dtype of the weights."""
     if name not in DTYPES:
         raise ValueError(f"--dtype={name} must be one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -1,0 +1,80 @@
+"""Mixed precision (arXiv 1710.03740) for a decoder in fp32: only the products of its blocks are in bf16.
+
+    out = bf16(x) bf16(W)^T + b         dx = bf16(g) bf16(W)         dW = bf16(g)^T bf16(x)
+
+summed in fp32, rounded to bf16 where the product ends, and fp32 from there: weights, their gradients and the
+optimizer, the residual stream, norms, attention and the head. So it needs no fp32 copies of the weights beside
+bf16 ones, and small steps are not lost. It is faster only where the hardware multiplies bf16 (GPUs; CPUs with
+avx512_bf16 or amx_bf16).
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.lora import replace_children
+
+
+class _Product(torch.autograd.Function):
+    """x (.., in) -> (.., out) in x's dtype; narrow: the weight in bf16, which the gradient does not go through."""
+
+    @staticmethod
+    def forward(ctx, x, weight, narrow):
+        rows = x.to(narrow.dtype)
+        ctx.save_for_backward(rows, narrow)
+        return F.linear(rows, narrow).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        rows, narrow = ctx.saved_tensors
+        narrow_g = g.to(narrow.dtype)
+        dx = None
+        dw = None
+        if ctx.needs_input_grad[0]:
+            dx = (narrow_g @ narrow).to(g.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (narrow_g.flatten(0, -2).T @ rows.flatten(0, -2)).to(g.dtype)
+        return dx, dw, None
+
+
+class MixedLinear(nn.Linear):
+    """x (.., in) -> (.., out). Takes over the parameters of `base` as they are."""
+
+    def __init__(self, base):
+        nn.Module.__init__(self)            # not nn.Linear's, which would make and draw a second W
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        self.narrow = None                  # the weight in bf16, between two trainings
+        self.narrow_of = None               # the state of the weight that it was made of
+
+    def kept_weight(self):
+        """The weight in bf16, cast once. A step of sampling has so few rows that a cast of its own would take as long
+        as the product."""
+        state = (self.weight._version, self.weight.data_ptr())
+        if self.narrow is None or self.narrow_of != state:
+            self.narrow = self.weight.detach().bfloat16()
+            self.narrow_of = state
+        return self.narrow
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            # What is kept goes: a step may follow, and torch's fused AdamW does not count as a change of the weight.
+            self.narrow = None
+            out = _Product.apply(x, self.weight, self.weight.detach().bfloat16())
+        else:
+            narrow = self.kept_weight()
+            out = F.linear(x.to(narrow.dtype), narrow).to(x.dtype)
+        if self.bias is None:
+            return out
+        return out + self.bias
+
+
+def mix(llm):
+    """Puts a MixedLinear in the place of every Linear in the blocks of a decoder without adapters; -> `llm`."""
+    replace_children(llm.layers, nn.Linear, _mixed)
+    return llm
+
+
+def _mixed(_, linear):
+    return linear if isinstance(linear, MixedLinear) else MixedLinear(linear)
