@@ -20,6 +20,7 @@ from model.clip import QuickGELU
 from model.flops import check, flow, input_trains, states_cost, tower_blocks, tower_flow
 from model.flops import tower_input_trains, tower_tokens, trains
 from model.lora import LoraLinear, adapters
+from model.mixed import MixedLinear
 from model.optim import is_narrow, trained_line, trained_lines
 
 GIB = 2 ** 30
@@ -70,6 +71,20 @@ def _keeps(linear):
     return isinstance(linear, LoraLinear) and linear.lora_a.requires_grad
 
 
+def _inputs(linears, width, size):
+    """Bytes that a token leaves in front of Linears with one input: that, or in mixed precision a bf16 copy for each of
+    them."""
+    keeping = [linear for linear in linears if _keeps(linear)]
+    if keeping and isinstance(keeping[0], MixedLinear):
+        return 2 * width * len(keeping)
+    return size * width * bool(keeping)
+
+
+def _narrow_copies(module):
+    """Bytes of the bf16 copies of weights that mixed precision multiplies with."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, MixedLinear))
+
+
 def _between_factors(module):
     """Numbers that a token leaves between the two factors of the adapters inside a module."""
     return sum(layer.lora_b.shape[1] for layer in adapters(module) if layer.lora_b.requires_grad)
@@ -93,17 +108,17 @@ def _block(block, needs, size):
     (q, before), (k, _), (v, _), (o, _), (gate, after), (up, _), (down, _) = linears
     heads_width = c.heads * c.head_width
     # The two norms, each with the input of the Linears behind it.
-    count = c.width * (before + (_keeps(q) or _keeps(k) or _keeps(v)))
-    count += c.width * (after + (_keeps(gate) or _keeps(up)))
+    token = _inputs([q, k, v], c.width, size) + _inputs([gate, up], c.width, size) + _inputs([down], c.ff, size)
+    count = c.width * (before + after)
     if attended:
         count += 4 * heads_width
         if c.qk_norm:
             count += (c.heads + c.kv_heads) * c.head_width
-    elif _keeps(o):
-        count += heads_width
-    count += c.ff * (2 * (after or trains(gate)) + (after or trains(up)) + _keeps(down))
+    if not attended or isinstance(o, MixedLinear):      # else what o reads is attention's own
+        token += _inputs([o], heads_width, size)
+    count += c.ff * (2 * (after or trains(gate)) + (after or trains(up)))
     count += _between_factors(block)
-    token = size * count + 4 * c.heads * attended
+    token += size * count + 4 * c.heads * attended
     if not attended or c.heads == c.kv_heads:
         return token, token, token, out
     once = size * 2 * c.kv_heads * c.head_width                 # key and value, not repeated
@@ -219,7 +234,8 @@ def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, co
     activations = 0
     if trained:
         activations = _decoder(vlm, tokens, completion_tokens) + pictures * _tower(vlm)
-    return dict(weights=_bytes([*vlm.parameters(), *vlm.buffers()]), gradients=_gradients(trained, master),
+    weights = _bytes([*vlm.parameters(), *vlm.buffers()]) + _narrow_copies(vlm.llm)
+    return dict(weights=weights, gradients=_gradients(trained, master),
                 optimizer=_optimizer(trained, moments, master), activations=activations,
                 cache=rows * cache_tokens * slot(vlm.llm))
 

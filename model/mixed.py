@@ -10,6 +10,7 @@ avx512_bf16 or amx_bf16).
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from model.lora import replace_children
 
@@ -20,7 +21,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, narrow):
         rows = x.to(narrow.dtype)
-        ctx.save_for_backward(rows, narrow)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, narrow)
         return F.linear(rows, narrow).to(x.dtype)
 
     @staticmethod
@@ -37,7 +38,11 @@ class _Product(torch.autograd.Function):
 
 
 class MixedLinear(nn.Linear):
-    """x (.., in) -> (.., out). Takes over the parameters of `base` as they are."""
+    """x (.., in) -> (.., out). Takes over the parameters of `base` as they are.
+
+    steps: taken by any optimizer so far. torch's fused AdamW changes weights without a change of their version.
+    """
+    steps = 0
 
     def __init__(self, base):
         nn.Module.__init__(self)            # not nn.Linear's, which would make and draw a second W
@@ -45,29 +50,34 @@ class MixedLinear(nn.Linear):
         self.out_features = base.out_features
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
-        self.narrow = None                  # the weight in bf16, between two trainings
+        self.narrow = None                  # the weight in bf16
         self.narrow_of = None               # the state of the weight that it was made of
 
-    def kept_weight(self):
-        """The weight in bf16, cast once. A step of sampling has so few rows that a cast of its own would take as long
-        as the product."""
-        state = (self.weight._version, self.weight.data_ptr())
-        if self.narrow is None or self.narrow_of != state:
+    def narrow_weight(self):
+        """The weight in bf16, cast anew only where it may have changed: a step of sampling has so few rows that a cast
+        of its own would take as long as the product."""
+        state = (self.weight._version, self.weight.data_ptr(), MixedLinear.steps)
+        if self.narrow_of != state:
             self.narrow = self.weight.detach().bfloat16()
             self.narrow_of = state
         return self.narrow
 
     def forward(self, x):
+        narrow = self.narrow_weight()
         if torch.is_grad_enabled():
-            # What is kept goes: a step may follow, and torch's fused AdamW does not count as a change of the weight.
-            self.narrow = None
-            out = _Product.apply(x, self.weight, self.weight.detach().bfloat16())
+            out = _Product.apply(x, self.weight, narrow)
         else:
-            narrow = self.kept_weight()
             out = F.linear(x.to(narrow.dtype), narrow).to(x.dtype)
         if self.bias is None:
             return out
         return out + self.bias
+
+
+def _count_step(*_):
+    MixedLinear.steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def mix(llm):

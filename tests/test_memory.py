@@ -15,6 +15,7 @@ from model.clip import Clip, ClipConfig
 from model.generate import Sampler
 from model.llama import LlamaConfig
 from model.lora import attach
+from model.mixed import mix
 from model.memory import Announcer, plan, plan_clip, shape_of, table
 from model.optim import make_optimizer, optimizer_step
 from model.vlm import VLM, VlmConfig
@@ -149,6 +150,24 @@ def test_activations_are_what_autograd_keeps(checkpointing, completions, llm, tr
     vlm.llm.checkpointing = checkpointing
     found += kept(lambda: vlm(batch, completions).logp.sum(), vlm)
     assert abs(plan(vlm, tokens, completion_tokens=own)["activations"] / found - 1) < 0.05
+
+
+@pytest.mark.parametrize("trained", ["all", "W"])
+@pytest.mark.parametrize("completions", [None, IDS], ids=["targets", "completions"])
+def test_mixed_precision_keeps_bf16_inputs_and_weights(completions, trained):
+    vlm = model(trained)
+    batch = vlm.encode(to_batch(ROWS))
+    tokens, own = batch.ids.numel(), 0
+    if completions is not None:
+        tokens, own = tokens + completions.numel(), completions.numel()
+    weights = plan(vlm, tokens)["weights"]
+    mix(vlm.llm)
+    planned = plan(vlm, tokens, completion_tokens=own)
+    copies = planned["weights"] - weights
+    linears = [p for name, p in vlm.llm.layers.named_parameters() if name.endswith("proj.weight")]
+    assert copies == 2 * sum(p.numel() for p in linears)
+    found = kept(lambda: vlm(batch, completions).logp.sum(), vlm)
+    assert abs((planned["activations"] + copies) / found - 1) < 0.05
 
 
 def test_activations_worked_by_hand():
