@@ -1854,8 +1854,8 @@ def run_bench(cfg):
         if config.llm.layers < cfg.llm.layers:
             layers += f" of {cfg.llm.layers}, which this machine has no room for"
         setting = (f"{cfg.rl.rl_batch} prompts x {cfg.sampling.group}, {cfg.sampling.max_new} new tokens, "
-                   f"{config.image_tokens} image tokens, {layers}, {run.device}, {run.dtype}".replace("torch.", "")
-                   + f", {torch.get_num_threads()} threads")
+                   f"{config.image_tokens} image tokens, {layers}, {run.device}, {cfg.machine.dtype}, "
+                   f"{torch.get_num_threads()} threads")
         BENCHES[cfg.run.bench](run, cfg, vlm, setting)
 
 
