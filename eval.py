@@ -35,6 +35,7 @@ from model.clip import Clip
 from model.generate import Sampler, generate
 from model.hub import pretrained
 from model.hub.export import export_folder, export_hf
+from model.mixed import mix
 from model.runs import checkpoint
 from model.runs.config import check_fields, choice, from_command_line, number
 from model.runs.device import pick_device, pick_dtype
@@ -109,9 +110,13 @@ def load_any(options):
         vlm, tok, state = load_vlm(options.checkpoint, device)
         if options.dtype:
             vlm = vlm.to(pick_dtype(options.dtype))
+        if options.dtype == "mixed":
+            mix(vlm.llm)
         return vlm, tok, state
     dtype = pick_dtype(options.dtype or "float32")
     vlm, tok = pretrained.load_llava(options.llava, dtype, device, options.clip)
+    if options.dtype == "mixed":
+        mix(vlm.llm)
     if tok is None:
         raise ValueError(f"--llava={options.llava} holds no tokenizer; expected a tokenizer.model or a tokenizer.json")
     trained = dict(template=chat.template_for(tok), max_new=128, data="", val_percent=20, seed=0)
@@ -636,7 +641,7 @@ class EvalOptions:
     serve: int = number(-1, "[-1, 65535]")          # answer OpenAI's chat completions at this port; 0: a free one
     host: str = "127.0.0.1"                         # ... of this address: 0.0.0.0 is open to the whole network
     device: str = "auto"                            # auto | cpu | cuda
-    dtype: str = choice("", "float32", "bfloat16", "float64")  # empty: the checkpoint's, float32 of a folder
+    dtype: str = choice("", "float32", "mixed", "bfloat16", "float64")  # empty: the checkpoint's, float32 of a folder
     threads: int = number(0, "[0, 1024]")           # CPU threads; 0: torch's choice
 
     def __post_init__(self):

@@ -81,10 +81,10 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def mix(llm):
-    """Puts a MixedLinear in the place of every Linear in the blocks of a decoder without adapters; -> `llm`."""
+    """Puts a MixedLinear in the place of every Linear in the blocks of a decoder that has no adapter; -> `llm`."""
     replace_children(llm.layers, nn.Linear, _mixed)
     return llm
 
 
 def _mixed(_, linear):
-    return linear if isinstance(linear, MixedLinear) else MixedLinear(linear)
+    return MixedLinear(linear) if type(linear) is nn.Linear else None

@@ -1,5 +1,6 @@
 """--dtype=mixed: the products of the decoder's blocks in bf16, everything else in fp32."""
 import copy
+import json
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ def test_mixed_products_are_counted_as_those_of_fp32():
     plain = flops.update(vlm, batch, completions.shape)
     mix(vlm.llm)
     assert flops.update(vlm, batch, completions.shape) == plain
+
+
+@pytest.mark.slow
+def test_a_mixed_run_trains_and_is_evaluated(tmp_path):
+    out = tmp_path / "run"
+    train.main(["--preset=tiny", "--dtype=mixed", "--stage=clip,align,cot,rl", f"--out={out}"])
+    rows = json.loads((out / "results.json").read_text())
+    assert {"cot", "grpo_token"} <= {row["method"] for row in rows}
 
 
 def test_mixed_beside_adapters_is_refused():
