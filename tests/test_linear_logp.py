@@ -1,10 +1,13 @@
 """kernels.linear_logp against the definition in fp64, at odd shapes."""
+import importlib
+
 import pytest
 import torch
 
-from kernel_tools import DEVICES, IGNORE, PLAIN, assert_equals, rounded
-from kernels import linear_logp, linear_logp_reference
+from kernel_tools import DEVICES, IGNORE, PLAIN, TRITON_DEVICE, WITH_TRITON, assert_equals, rounded
+from kernels import linear_kl, linear_logp, linear_logp_reference, linear_policy_loss
 from kernels.bench import peak_bytes
+from kernels.linear_logp import chunk_rows, padded_on_gpu
 from tiny import difference
 
 pytestmark = pytest.mark.usefixtures("blocks")
@@ -109,6 +112,83 @@ def test_one_chunk_of_logits_is_held_and_the_gradient_of_a_head_that_trains(froz
     # And what the row kernel holds of it at a time, at most 1 MiB in each of four steps here: all of the chunk.
     assert logits + head < peak_bytes(step) < 5.5 * logits + head < 4 * N * V
     assert (weight.grad is None) and h.grad is None
+
+
+# ---------------------------------------------------------------- padding, and rows of a chunk
+
+FILE = importlib.import_module("kernels.linear_logp")
+
+
+@WITH_TRITON
+def test_where_triton_runs_a_head_is_padded_to_64_with_zeros_and_copied_only_then():
+    weight = torch.randn(601, 5, device=TRITON_DEVICE)
+    padded = padded_on_gpu(weight)
+    assert padded.shape == (640, 5) and torch.equal(padded[:601], weight) and not padded[601:].any()
+    fits = torch.randn(128, 5, device=TRITON_DEVICE)
+    assert padded_on_gpu(fits) is fits
+    double = weight.double()
+    assert padded_on_gpu(double) is double              # runs in PyTorch
+
+
+@PLAIN
+def test_on_a_cpu_no_head_is_padded():
+    weight = torch.randn(601, 5)
+    assert padded_on_gpu(weight) is weight
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("op", [linear_logp, linear_kl, linear_policy_loss], ids=lambda op: op.__name__)
+def test_no_product_has_a_vocabulary_that_is_no_multiple_of_64(op, monkeypatch):
+    h, weight, target = rounded(problem(9, 5, 601), torch.float32, TRITON_DEVICE).values()
+    widths = []
+
+    def recorded(dlogits, *rest, **options):
+        widths.append(dlogits.shape[-1])
+        return product(dlogits, *rest, **options)
+
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", recorded)
+    loss = losses(op, h.requires_grad_(), weight.requires_grad_(), target)
+    dh, dw = torch.autograd.grad(loss, (h, weight))
+    # Of states of 5 numbers with the head, and of the logits' gradient with it.
+    assert set(widths) == {5, 640} and dw.shape == weight.shape
+
+
+def losses(op, h, weight, target):
+    """A scalar of each op with a head."""
+    if op is linear_logp:
+        return op(h, weight, target)[0].sum()
+    if op is linear_kl:
+        return op(h, weight, h.detach() * 0.9, weight.detach()).sum()
+    row = torch.ones(len(h), device=h.device)
+    return op(h, weight, target, None, None, row, target >= 0, 5)[0]
+
+
+def test_chunks_are_smaller_where_no_dw_is_added_up_over_them():
+    cuda = torch.device("cuda")
+    assert chunk_rows(cuda, 152064, need_dw=True) == 4096
+    assert chunk_rows(cuda, 152064, need_dw=False) == 1024
+    cpu = torch.device("cpu")
+    assert chunk_rows(cpu, 2**14, need_dw=True) == chunk_rows(cpu, 2**14, need_dw=False) == 1024
+    assert chunk_rows(cpu, 2**25, need_dw=True) == 1
+
+
+@PLAIN
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("op, forward", [(linear_logp, [False]), (linear_kl, [False]), (linear_policy_loss, [])],
+                         ids=["linear_logp", "linear_kl", "linear_policy_loss"])
+def test_each_pass_says_whether_it_adds_up_a_dw(op, forward, frozen, monkeypatch):
+    asked = []
+
+    def recorded(device, vocab, need_dw):
+        asked.append(need_dw)
+        return 4
+
+    monkeypatch.setattr(FILE, "chunk_rows", recorded)
+    h, weight, target = rounded(problem(9, 5, 11), torch.float32, "cpu").values()
+    weight.requires_grad_(not frozen)
+    losses(op, h.requires_grad_(), weight, target).backward()
+    assert asked == [*forward, not frozen]
 
 
 @pytest.mark.parametrize("change, names", [

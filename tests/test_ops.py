@@ -52,8 +52,9 @@ def calls():
         "linear_logp_backward": (op.linear_logp_backward, (row, None, h.detach(), weight.detach(), target, *statistics,
                                                            0.7, None, -100, 3, True, False)),
         "linear_kl": (op.linear_kl, (h, weight, h.detach() + 1, weight.detach(), mask, 1.0, None, None)),
-        "linear_kl_backward": (op.linear_kl_backward, (row, row, h.detach(), weight.detach(), h.detach() + 1,
-                                                       weight.detach(), mask, 1.0, None, None, True, True)),
+        "linear_kl_backward": (op.linear_kl_backward, (row, row, torch.randn(4, 7), h.detach(), weight.detach(),
+                                                       h.detach() + 1, weight.detach(), mask, 1.0, None, None, True,
+                                                       True)),
         "policy_loss": (op.policy_loss, (row.clone().requires_grad_(), row - 0.1, None, row.exp().requires_grad_(), row,
                                          mask, row.abs(), denominator, *loss, "sapo", 0.1)),
         "linear_policy_loss": (op.linear_policy_loss, (h, weight, target, None, row - 3, row, mask, denominator, 1.0,
@@ -129,9 +130,9 @@ ROW = dict(V=152064, BLOCK=4096)
 COMPILED = [
     ("row_logp", "_forward_kernel", ["*bf16", "i64", "*i64", *[F] * 4, "fp32", "fp32", "i32"], dict(ROW, CAPPED=True)),
     ("row_logp", "_backward_kernel", [F, "i64", "*bf16", "i64", "*i64", *[F] * 5, "fp32", "fp32", "i32"],
-     dict(ROW, CAPPED=True)),
-    *(("linear_kl", "_kernel", [F, "i64", F, "i64", "*u8", *[F] * 6, "fp32", "fp32"],
-       dict(ROW, CAPPED=True, BACKWARD=backward)) for backward in (False, True)),
+     dict(ROW, WIDTH=152064, CAPPED=True)),
+    *(("linear_kl", "_kernel", [F, "i64", F, "i64", "*bf16", "i64", "*u8", *[F] * 6, "fp32", "fp32"],
+       dict(ROW, WIDTH=152064, CAPPED=True, BACKWARD=backward)) for backward in (False, True)),
     *(("policy_loss", "_kernel", [*[F] * 5, "*u8", *[F] * 4, "i32", *["fp32"] * 7],
        dict(KL=kl, ENTROPY=True, SURROGATE=surrogate, WEIGHTED=True, BLOCK=1024))
       for kl, surrogate in (("", "clip"), ("k1", "cispo"), ("k2", "sapo"), ("k3", "clip"))),
@@ -194,7 +195,7 @@ def test_the_triton_kernels_compile_for_a_gpu_and_spill_no_register(file, name, 
 @TRITON
 @pytest.mark.parametrize("chosen", [
     pytest.param(IN_INTERPRETER, id="quick"),
-    pytest.param(["test_decode_attention.py", "--slow", "-m", "slow"], id="slow", marks=pytest.mark.slow)])
+    pytest.param([*IN_INTERPRETER, "--slow", "-m", "slow"], id="slow", marks=pytest.mark.slow)])
 def test_the_triton_kernels_in_its_interpreter(chosen):
     # In a process of its own: the variable counts when Triton is imported.
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen],
