@@ -139,7 +139,10 @@ COMPILED = [
     *(("group_advantage", "_kernel", [F, F, F, "fp32", "fp32"], dict(G=6, WIDTH=8, STD=std))
       for std in ("group", "batch", "none")),
     ("gae", "_kernel", [F, F, "*u8", F, F, F, "fp32", "fp32", "i32"], dict(BLOCKS=2, BLOCK=1024)),
-    *(("sample", "_kernel", [F, "i64", "*fp64", F, "*u8", "*i64", F, F, "fp32"], dict(ROW, FLOOR=floor, GREEDY=greedy))
+    ("sample", "_parts_kernel", [F, "i64", F, "*u8", F, F, "fp32"],
+     dict(V=152064, BLOCK=2048, FLOOR=True, num_warps=4)),
+    *(("sample", "_draw_kernel", [F, "i64", "*fp64", F, "*u8", F, F, "*i64", F, F, "fp32", "i32"],
+       dict(V=152064, BLOCK=2048, MOST=128, FLOOR=floor, GREEDY=greedy, num_warps=4))
       for floor, greedy in ((True, False), (False, True))),
     # Heads of a Llama, a Qwen, a SmolLM and a Gemma; the last in bf16 only: in fp32 Triton 3.6 spills 8 bytes.
     *(("decode_attention", "_parts_kernel",
