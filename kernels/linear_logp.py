@@ -8,6 +8,11 @@ One matmul and one row kernel (kernels/row_logp.py) a chunk. The backward comput
 logits again, has the row kernel overwrite them with their gradient, and takes two more matmuls:
 8 N D V FLOPs in all. Of what has size V only dW outlives its chunk.
 
+Where the upstream gradients are known before the forward (of a supervised loss -1 / tokens, of a
+policy loss at ratio 1 minus the weighted advantage), the forward computes dh and dW as well, each
+chunk's while its logits are at hand: 6 N D V FLOPs. The backward then hands them out, having
+asserted that the loss sends what was told.
+
 On a GPU a head whose V is no multiple of 64 gets rows of zeros up to one, in a copy for the length
 of the call: the tensor cores want every dimension of a product in multiples of 16 bytes (cuBLAS,
 "Tensor Core Usage"). Their logits are read by no kernel, and their gradient is 0.
@@ -19,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import (accumulator, check_device, check_floating, check_positive,
+from kernels.backend import (accumulator, check_device, check_floating, check_like, check_positive,
                              check_targets, require, use_triton)
 from kernels.row_logp import row_logp_reference, rows_backward_, rows_forward
 
@@ -210,6 +215,70 @@ def _gradient(ctx, g, e, *_):
 _op.register_autograd(_gradient, setup_context=_setup)
 
 
+# ---------------------------------------------------------------- op, upstream gradients known
+
+@torch.library.custom_op("seethink::linear_logp_known", mutates_args=())
+def _op_known(h: Tensor, weight: Tensor, target: Tensor, g: Tensor, e: Optional[Tensor], temperature: float,
+              softcap: Optional[float], ignore_index: int, chunk: Optional[int], need_dh: bool,
+              need_dw: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> logp, entropy, and under their upstream gradients g and e, dh and dW."""
+    check_targets(target, len(weight), ignore_index)
+    logp = h.new_empty(len(h), dtype=accumulator(h.dtype))
+    entropy = torch.empty_like(logp)
+    wide_h, wide_weight = widened_on_cpu(h, padded_on_gpu(weight))
+    gradients = Gradients(wide_h, wide_weight, need_dh, need_dw)
+    chunks = row_chunks(h, weight, chunk, need_dw)
+    buffer = logits_buffer(h, wide_weight, chunks)
+    for rows in chunks:
+        logits = fp32_logits(wide_h[rows], wide_weight, buffer)
+        statistics = rows_forward(logits[:, :len(weight)], target[rows], temperature, softcap, ignore_index)
+        logp[rows], entropy[rows], top, log_sum = statistics
+        dlogits = rows_backward_(logits, target[rows], g[rows], None if e is None else e[rows], entropy[rows], top,
+                                 log_sum, temperature, softcap, ignore_index, dtype=wide_h.dtype, vocab=len(weight))
+        gradients.add(rows, dlogits)
+        del logits, dlogits             # before the next chunk's are made
+    return logp, entropy, *gradients.result(h.dtype, len(weight))
+
+
+@_op_known.register_fake
+def _(h, weight, target, g, e, temperature, softcap, ignore_index, chunk, need_dh, need_dw):
+    logp = h.new_empty(len(h), dtype=accumulator(h.dtype))
+    return logp, torch.empty_like(logp), *empty_gradients(h, weight, need_dh, need_dw)
+
+
+def _setup_known(ctx, inputs, output):
+    _, _, _, g, e, *_ = inputs
+    _, _, dh, dw = output
+    ctx.save_for_backward(g, e, dh, dw)
+    ctx.mark_non_differentiable(dh, dw)
+    ctx.set_materialize_grads(False)
+
+
+def assert_sent(name, sent, told):
+    """An assertion, which does not wait for a GPU, that the upstream gradients (N,) are those told; None stands for
+    0. Kernels of a loss may round otherwise than who told them."""
+    if sent is None and told is None:
+        return
+    sent = torch.zeros_like(told) if sent is None else sent
+    told = torch.zeros_like(sent) if told is None else told
+    off = (sent - told).abs() > 1e-3 * told.abs()
+    torch._assert_async(~off.any(), f"the gradient that the loss sends to {name} is not the `upstream` that "
+                                    "linear_logp was told: tell the right one, or none")
+
+
+def _gradient_known(ctx, sent_g, sent_e, *_):
+    g, e, dh, dw = ctx.saved_tensors
+    assert_sent("logp", sent_g, g)
+    assert_sent("entropy", sent_e, e)
+    need_dh, need_dw = ctx.needs_input_grad[:2]
+    return dh if need_dh else None, dw if need_dw else None, *[None] * 9
+
+
+_op_known.register_autograd(_gradient_known, setup_context=_setup_known)
+
+
+# ---------------------------------------------------------------- what both cost, and the function
+
 @register_flop_formula(torch.ops.seethink.linear_logp)
 def _flops(h, weight, *args, out_shape=None, **kwargs):
     """h and weight are shapes."""
@@ -218,6 +287,12 @@ def _flops(h, weight, *args, out_shape=None, **kwargs):
 
 @register_flop_formula(torch.ops.seethink.linear_logp_backward)
 def _flops_backward(g, e, h, weight, *args, out_shape=None, **kwargs):
+    need_dh, need_dw = args[-2:]
+    return head_flops(h, weight) * (1 + need_dh + need_dw)
+
+
+@register_flop_formula(torch.ops.seethink.linear_logp_known)
+def _flops_known(h, weight, *args, out_shape=None, **kwargs):
     need_dh, need_dw = args[-2:]
     return head_flops(h, weight) * (1 + need_dh + need_dw)
 
@@ -241,7 +316,16 @@ def check_head(h, weight, target, temperature, softcap, chunk):
     require(chunk is None or chunk >= 1, lambda: f"chunk {chunk} must be at least 1 row, or None")
 
 
-def linear_logp(h, weight, target, temperature=1.0, softcap=None, ignore_index=-100, chunk=None):
+def known(name, x, target, dtype):
+    """An upstream gradient as the op takes it; of entropy it may be None."""
+    if x is None:
+        require(name == "e", lambda: "upstream g must be a tensor; None stands for no gradient of entropy only")
+        return None
+    check_like(f"upstream {name}", x, "target", target)
+    return x.detach().to(accumulator(dtype))
+
+
+def linear_logp(h, weight, target, temperature=1.0, softcap=None, ignore_index=-100, chunk=None, upstream=None):
     """Log-prob of `target` and entropy of each row, from hidden states and the head.
 
     h (N, D); weight (V, D); target (N,) int64, `ignore_index` rows give 0 and 0. Returns (logp,
@@ -250,6 +334,15 @@ def linear_logp(h, weight, target, temperature=1.0, softcap=None, ignore_index=-
     on a CPU). Raises ValueError on what does not fit, tokens outside the vocabulary included (on
     CUDA they are an error of the device, or with SEETHINK_CHECK=1 a ValueError, for which the host
     waits).
+
+    upstream: (g, e) where the gradients (N,) that the loss will send back to logp and entropy are
+    known; e may be None, for 0. Spares the backward a matmul; RuntimeError there if the loss sends others.
     """
     check_head(h, weight, target, temperature, softcap, chunk)
+    need_dh = torch.is_grad_enabled() and h.requires_grad
+    need_dw = torch.is_grad_enabled() and weight.requires_grad
+    if upstream is not None and (need_dh or need_dw):
+        g, e = (known(name, x, target, h.dtype) for name, x in zip("ge", upstream))
+        return _op_known(h, weight, target, g, e, float(temperature), softcap, ignore_index, chunk, need_dh,
+                         need_dw)[:2]
     return _op(h, weight, target, float(temperature), softcap, ignore_index, chunk)[:2]

@@ -51,6 +51,8 @@ def calls():
         "linear_logp": (op.linear_logp, (h, weight, target, 0.7, None, -100, 3)),
         "linear_logp_backward": (op.linear_logp_backward, (row, None, h.detach(), weight.detach(), target, *statistics,
                                                            0.7, None, -100, 3, True, False)),
+        "linear_logp_known": (op.linear_logp_known, (h, weight, target, -torch.ones(7), torch.ones(7), 0.7, None, -100,
+                                                     3, True, True)),     # opcheck's loss: |sum logp| + |sum entropy|
         "linear_kl": (op.linear_kl, (h, weight, h.detach() + 1, weight.detach(), mask, 1.0, None, None)),
         "linear_kl_backward": (op.linear_kl_backward, (row, row, torch.randn(4, 7), h.detach(), weight.detach(),
                                                        h.detach() + 1, weight.detach(), mask, 1.0, None, None, True,
@@ -80,6 +82,7 @@ def test_every_op_is_checked():
 def test_a_step_compiles_as_one_graph():
     def step(h, weight, target, old, reward):
         logp, entropy = kernels.linear_logp(h, weight, target)
+        told, _ = kernels.linear_logp(h, weight, target, upstream=(torch.full((6,), 0.5), None))
         advantage = kernels.group_advantage(reward).flatten()
         mask = target >= 0
         loss, statistics = kernels.policy_loss(logp, old, None, advantage, mask, 5, entropy=entropy, entropy_coef=0.1)
@@ -87,7 +90,7 @@ def test_a_step_compiles_as_one_graph():
         kl = kernels.linear_kl(h, weight, h.detach() * 1.1, weight)
         values = kernels.row_logp(h, target.clamp(0, 3))[0]
         token = kernels.sample(h.detach(), temperature=0, top_k=2, top_p=0.9).token
-        return loss + fused + kl.mean() + values.mean(), statistics["kl"], token, kernels.gae(
+        return loss + fused + kl.mean() + values.mean() + 0.5 * told.sum(), statistics["kl"], token, kernels.gae(
             reward, reward, reward > 0, 0.9, 0.9)[0]
 
     h, weight, target = tensors()
@@ -117,6 +120,11 @@ def test_flops_of_the_heads(frozen):
     assert counted(lambda: kernels.linear_logp(h, weight, target)) == 1
     assert counted(lambda: kernels.linear_logp(h, weight, target)[0].sum().backward()) == (3 if frozen else 4)
     assert counted(lambda: kernels.linear_kl(h, weight, h.detach(), weight).sum().backward()) == (5 if frozen else 6)
+    told = (torch.ones(7), None)
+    assert counted(lambda: kernels.linear_logp(h, weight, target, upstream=told)[0].sum().backward()) == (
+        2 if frozen else 3)
+    with torch.no_grad():
+        assert counted(lambda: kernels.linear_logp(h, weight, target, upstream=told)) == 1
     row = torch.randn(7)
     assert counted(lambda: kernels.linear_policy_loss(h, weight, target.clamp(min=0), row, None, row, target >= 0,
                                                       5)[0].backward()) == (2 if frozen else 3)
