@@ -4,6 +4,7 @@ TRITON_INTERPRET=1, set before Triton is imported, runs the Triton kernels on CP
 Triton's interpreter: slow, for study and tests. SEETHINK_CHECK=1 also makes the checks of values
 that have to wait for a GPU.
 """
+import math
 import os
 from functools import partial
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ try:
     import triton.language as tl
 except ImportError:                     # not published for macOS: every op has its PyTorch form
     triton = None
-    tl = SimpleNamespace(constexpr=None)
+    tl = SimpleNamespace(constexpr=float)
 
+LOG2_E = tl.constexpr(math.log2(math.e))       # for kernels, which take exponentials to the base 2
+LN_2 = tl.constexpr(math.log(2))
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CHECK = os.environ.get("SEETHINK_CHECK") == "1"
 
@@ -68,10 +71,20 @@ def check_like(name, x, other_name, other):
 
 
 def check_targets(target, vocab, ignore_index):
-    """Tokens must lie in the vocabulary. Looking at them waits for a GPU: there only with CHECK."""
-    if not target.numel() or (target.is_cuda and not CHECK):
+    """Tokens must lie in the vocabulary. On CUDA nothing waits to see them: one that does not ends the process's work
+    there, before a kernel reads it, with this text on stderr and torch's error at the next call that waits."""
+    if not target.numel():
+        return
+    if target.is_cuda and not CHECK:
+        assert_targets(target, vocab, ignore_index)
         return
     low, high = target.masked_fill(target == ignore_index, 0).aminmax()
     worst = low.item() if low < 0 else high.item()
     require(0 <= worst < vocab,
             lambda: f"target {worst} must lie in [0, {vocab}) or be ignore_index {ignore_index}")
+
+
+def assert_targets(target, vocab, ignore_index):
+    """An assertion on the tensor's own device, without a host synchronisation."""
+    fits = (target == ignore_index) | ((target >= 0) & (target < vocab))
+    torch._assert_async(fits.all(), f"every target must lie in [0, {vocab}) or be ignore_index {ignore_index}")

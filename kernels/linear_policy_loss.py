@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import accumulator, check_floating, check_like, check_targets
 from kernels.linear_logp import (Gradients, check_head, empty_gradients, fp32_logits, head_flops,
-                                 linear_logp_reference, logits_buffer, row_chunks, widened_on_cpu)
+                                 linear_logp_reference, logits_buffer, padded_on_gpu, row_chunks, widened_on_cpu)
 from kernels.policy_loss import STATISTICS, check_options, named, policy_loss_reference, tokens_forward
 from kernels.row_logp import rows_backward_, rows_forward
 
@@ -47,23 +47,25 @@ def _op(h: Tensor, weight: Tensor, target: Tensor, old_logp: Optional[Tensor], r
     target = target.masked_fill(~mask, IGNORED)
     check_targets(target, len(weight), IGNORED)
     dtype = h.dtype
+    vocab = len(weight)
     wide = accumulator(dtype)
-    h, weight = widened_on_cpu(h, weight)
+    h, weight = widened_on_cpu(h, padded_on_gpu(weight))
     denominator = denominator.to(wide)
     logp = h.new_empty(len(h), dtype=wide)
     entropy = h.new_empty(len(h), dtype=wide)
     sums = h.new_zeros(1 + len(STATISTICS), dtype=wide)         # of the loss and the statistics
     largest = h.new_zeros((), dtype=wide)                       # the last statistic is a maximum
     gradients = Gradients(h, weight, need_dh, need_dw)
-    buffer = logits_buffer(h, weight, chunk)
+    chunks = row_chunks(h, weight, chunk, need_dw)
+    buffer = logits_buffer(h, weight, chunks)
 
     def constant(x, rows):
         return None if x is None else x[rows].to(wide).contiguous()
 
-    for rows in row_chunks(h, weight, chunk):
+    for rows in chunks:
         # 1. Log-probs and entropies.
         logits = fp32_logits(h[rows], weight, buffer)
-        new, H, top, log_sum = rows_forward(logits, target[rows], temperature, softcap, IGNORED)
+        new, H, top, log_sum = rows_forward(logits[:, :vocab], target[rows], temperature, softcap, IGNORED)
         logp[rows] = new
         entropy[rows] = H
         # 2. The loss of these tokens, and its gradient with respect to their log-probs.
@@ -78,13 +80,12 @@ def _op(h: Tensor, weight: Tensor, target: Tensor, old_logp: Optional[Tensor], r
         if need_dh or need_dw:
             e = mask[rows] * (-entropy_coef / denominator) if entropy_coef else None
             dlogits = rows_backward_(logits, target[rows], g, e, H, top, log_sum, temperature,
-                                     softcap, IGNORED, dtype=h.dtype)
+                                     softcap, IGNORED, dtype=h.dtype, vocab=vocab)
             gradients.add(rows, dlogits)
             del dlogits
         del logits                      # before the next chunk's are made
     sums[-1] = largest
-    dh = gradients.dh.to(dtype)
-    dw = gradients.dw.to(dtype)
+    dh, dw = gradients.result(dtype, vocab)
     return sums[0].clone(), sums[1:].clone(), logp, entropy, dh, dw
 
 

@@ -10,13 +10,19 @@ and e of entropy:
 
     dz = g (onehot(target) - p) - e p (log p + entropy)
     dlogits = dz / temperature,       with a softcap: times 1 - tanh(logits / cap)^2
+
+What is kept for the backward is the largest logit, under the softcap but before the temperature, and
+log_sum: a difference of two logits is more exact than one of two quotients.
+
+The kernels take exponentials to the base 2, which is what a GPU computes: e^(x / temperature) =
+2^(x scale), scale = log2(e) / temperature.
 """
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from kernels.backend import (accumulator, check_device, check_floating, check_positive,
+from kernels.backend import (LN_2, LOG2_E, accumulator, check_device, check_floating, check_positive,
                              check_targets, jit, require, tl, use_triton)
 
 BLOCK = 4096                    # columns that a program holds at a time
@@ -48,12 +54,24 @@ def tanh(x):
 
 
 @jit
-def scaled(raw, temperature, softcap, CAPPED: tl.constexpr):
-    """Raw logits -> z."""
-    z = raw.to(tl.float32)
+def capped(raw, softcap, CAPPED: tl.constexpr):
+    """Raw logits of any dtype -> fp32, under the softcap."""
+    x = raw.to(tl.float32)
     if CAPPED:
-        z = softcap * tanh(z / softcap)
-    return z / temperature
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@jit
+def add_to_lanes(x, m, s, u, scale):
+    """Takes a block of logits x into each lane's m = max x, s = sum 2^((x - m) scale) and u = sum 2^((x - m) scale)
+    (x - m). One exponential does: either the sums shrink by it, where m grows to x, or x adds it to them."""
+    above = x - m
+    e = tl.exp2(-tl.abs(above) * scale)
+    grows = above > 0
+    u = tl.where(grows, e * (u - above * s), u + tl.where(e > 0, e * above, 0.0))       # 0 times -inf would be NaN
+    s = tl.where(grows, e * s + 1.0, s + e)
+    return tl.maximum(m, x), s, u
 
 
 @jit
@@ -69,49 +87,51 @@ def _forward_kernel(logits, stride, target, logp, entropy, top, log_sum, tempera
         tl.store(log_sum + row, 0.0)
     else:
         base = logits + row.to(tl.int64) * stride       # rows * V passes 2^31
-        # Online softmax: s = sum e^(z-m), u = sum e^(z-m) (z-m), rescaled when the maximum m grows.
-        m = float("-inf")
-        s = 0.0
-        u = 0.0
+        scale = LOG2_E / temperature
+        # 1. A softmax for each lane, of the columns that it sees: no lane waits for another in the loop. A maximum
+        # starts below any logit, not at -inf, from which no difference could be taken.
+        lane = tl.arange(0, BLOCK)
+        m = tl.full((BLOCK,), -1e30, tl.float32)
+        s = tl.zeros((BLOCK,), tl.float32)
+        u = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            z = scaled(tl.load(base + column, mask=column < V, other=0.0), temperature, softcap, CAPPED)
-            z = tl.where(column < V, z, float("-inf"))
-            new = tl.maximum(m, tl.max(z, 0))
-            finite = tl.where(new > float("-inf"), new, 0.0)        # while all are -inf, -inf minus -inf would be NaN
-            shift = tl.where(m > float("-inf"), m - finite, 0.0)
-            below = z - finite
-            e = tl.exp(below)
-            u = tl.exp(shift) * (u + shift * s) + tl.sum(tl.where(e > 0, e * below, 0.0), 0)
-            s = tl.exp(shift) * s + tl.sum(e, 0)
-            m = new
-        z = scaled(tl.load(base + wanted), temperature, softcap, CAPPED)
-        tl.store(logp + row, z - m - tl.log(s))
-        tl.store(entropy + row, tl.log(s) - u / s)
-        tl.store(top + row, m)
+            column = start + lane
+            x = capped(tl.load(base + column, mask=column < V, other=0.0), softcap, CAPPED)
+            m, s, u = add_to_lanes(tl.where(column < V, x, float("-inf")), m, s, u, scale)
+        # 2. All lanes' together.
+        largest = tl.max(m, 0)
+        below = m - largest
+        share = tl.exp2(below * scale)
+        u = tl.sum(share * (u + below * s), 0)
+        s = tl.sum(share * s, 0)
+        x = capped(tl.load(base + wanted), softcap, CAPPED)
+        tl.store(logp + row, (x - largest) / temperature - tl.log(s))
+        tl.store(entropy + row, tl.log(s) - u / s / temperature)
+        tl.store(top + row, largest)
         tl.store(log_sum + row, tl.log(s))
 
 
 @jit
 def _backward_kernel(logits, stride, out, out_stride, target, g, e, entropy, top, log_sum, temperature, softcap,
-                     ignore_index, V: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr):
-    """Once over the row, from the statistics of the forward."""
+                     ignore_index, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr):
+    """Once over the row, from the statistics of the forward. Columns V .. WIDTH - 1, of tokens that there are not, get
+    a gradient of 0."""
     row = tl.program_id(0)
     wanted = tl.load(target + row)
     keep = wanted != ignore_index
     base = logits + row.to(tl.int64) * stride
     place = out + row.to(tl.int64) * out_stride
+    scale = LOG2_E / temperature
     m = tl.load(top + row)
-    log_s = tl.load(log_sum + row)
-    h = tl.load(entropy + row)
+    log_s = tl.load(log_sum + row) * LOG2_E
+    h = tl.load(entropy + row) * LOG2_E
     g_row = tl.load(g + row) / temperature
-    e_row = tl.load(e + row) / temperature
-    for start in range(0, V, BLOCK):
+    e_row = tl.load(e + row) / temperature * LN_2
+    for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         raw = tl.load(base + column, mask=column < V, other=0.0).to(tl.float32)
-        z = scaled(raw, temperature, softcap, CAPPED)
-        logp = z - m - log_s
-        p = tl.exp(logp)
+        logp = (capped(raw, softcap, CAPPED) - m) * scale - log_s           # to the base 2, as log_s and h are
+        p = tl.exp2(logp)
         onehot = tl.where(column == wanted, 1.0, 0.0)
         # In fp32, before any rounding: 1 - p of a likely target, from p in bf16, is 20 % off.
         d = g_row * (onehot - p) - tl.where(p > 0, e_row * p * (logp + h), 0.0)
@@ -120,7 +140,7 @@ def _backward_kernel(logits, stride, out, out_stride, target, g, e, entropy, top
             d = d * (1.0 - t * t)
         # `out` may be the front half of the row's own bytes: the block is read before it is written.
         tl.debug_barrier()
-        tl.store(place + column, tl.where(keep, d, 0.0).to(out.dtype.element_ty), mask=column < V)
+        tl.store(place + column, tl.where(keep & (column < V), d, 0.0).to(out.dtype.element_ty), mask=column < WIDTH)
 
 
 def _forward_triton(logits, target, temperature, softcap, ignore_index):
@@ -133,15 +153,20 @@ def _forward_triton(logits, target, temperature, softcap, ignore_index):
     return out
 
 
-def _backward_triton_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype):
-    N, V = logits.shape
-    # A narrower gradient takes the front of each row's own bytes.
-    out = logits if dtype == logits.dtype else logits.view(dtype)[:, :V]
+def in_front(logits, dtype):
+    """Memory (N, V) for a gradient of dtype in place of logits (N, V): a narrower one takes the front of each row's
+    own bytes."""
+    return logits if dtype == logits.dtype else logits.view(dtype)[:, :logits.shape[1]]
+
+
+def _backward_triton_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype, vocab):
+    N, width = logits.shape
+    out = in_front(logits, dtype)
     zero = torch.zeros_like(top) if g is None or e is None else None
     g = zero if g is None else g.contiguous()
     e = zero if e is None else e.contiguous()
     _backward_kernel[(N,)](logits, logits.stride(0), out, out.stride(0), target.contiguous(), g, e, entropy, top,
-                           log_sum, temperature, softcap or 1.0, ignore_index, V=V, BLOCK=BLOCK,
+                           log_sum, temperature, softcap or 1.0, ignore_index, V=vocab, WIDTH=width, BLOCK=BLOCK,
                            CAPPED=softcap is not None, num_warps=8)
     return out
 
@@ -154,16 +179,18 @@ def row_blocks(logits):
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
-def torch_scaled(raw, temperature, softcap):
-    """Raw logits -> z, and tanh(logits / cap) or None without a cap."""
-    z = raw.to(accumulator(raw.dtype))
-    t = None
-    if softcap is not None:
-        t = (z / softcap).tanh_()
-        z = t * softcap
-    if temperature != 1:
-        z = z / temperature
-    return z, t
+def torch_capped(raw, softcap):
+    """Raw logits -> fp32 (fp64 stays), under the softcap, and tanh(logits / cap) or None without a cap."""
+    x = raw.to(accumulator(raw.dtype))
+    if softcap is None:
+        return x, None
+    t = (x / softcap).tanh_()
+    return t * softcap, t
+
+
+def torch_scaled(x, temperature):
+    """x / temperature; x itself, not a copy, at temperature 1."""
+    return x if temperature == 1 else x / temperature
 
 
 def _forward_torch(logits, target, temperature, softcap, ignore_index):
@@ -172,9 +199,9 @@ def _forward_torch(logits, target, temperature, softcap, ignore_index):
     keep = target != ignore_index
     chosen = target.masked_fill(~keep, 0)[:, None]
     for rows in row_blocks(logits):
-        z, _ = torch_scaled(logits[rows], temperature, softcap)
-        log_p = z.log_softmax(-1)
-        torch.amax(z, -1, out=top[rows])
+        x, _ = torch_capped(logits[rows], softcap)
+        torch.amax(x, -1, out=top[rows])
+        log_p = torch_scaled(x, temperature).log_softmax(-1)
         log_sum[rows] = -log_p.amax(-1)                 # at the largest z, log p = -log_sum exactly
         logp[rows] = log_p.gather(-1, chosen[rows])[:, 0]
         # Clamped, a logit of -inf adds 0 to the entropy; 0 * -inf would be NaN.
@@ -187,13 +214,14 @@ def _forward_torch(logits, target, temperature, softcap, ignore_index):
 def _backward_torch_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype):
     keep = target != ignore_index
     chosen = target.masked_fill(~keep, 0)[:, None]
+    largest = torch_scaled(top, temperature)[:, None]       # rounded as the z that it is subtracted from
     if g is not None:
         g = (g * keep / temperature)[:, None]
     if e is not None:
         e = (e * keep / temperature)[:, None]
     for rows in row_blocks(logits):
-        z, t = torch_scaled(logits[rows], temperature, softcap)
-        logp = (z - top[rows, None]).sub_(log_sum[rows, None])
+        x, t = torch_capped(logits[rows], softcap)
+        logp = (torch_scaled(x, temperature) - largest[rows]).sub_(log_sum[rows, None])
         p = logp.exp()
         if e is None:
             d = p.mul_(-g[rows])
@@ -218,14 +246,19 @@ def rows_forward(logits, target, temperature, softcap, ignore_index):
     return run(logits, target, temperature, softcap, ignore_index)
 
 
-def rows_backward_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype=None):
+def rows_backward_(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype=None,
+                   vocab=None):
     """Overwrites logits (N, V) with their gradient and returns it.
 
     g, e (N,): upstream gradients; None stands for 0. dtype of the gradient; None: of the logits.
-    From Triton a narrower one lies in the front of each row's bytes.
+    From Triton a narrower one lies in the front of each row's bytes. vocab: for Triton, how many of
+    the V columns are tokens; the gradient of the others is 0; None: all are.
     """
-    run = _backward_triton_ if use_triton(logits) and len(logits) else _backward_torch_
-    return run(logits, target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype or logits.dtype)
+    dtype = dtype or logits.dtype
+    arguments = (target, g, e, entropy, top, log_sum, temperature, softcap, ignore_index, dtype)
+    if use_triton(logits) and len(logits):
+        return _backward_triton_(logits, *arguments, vocab or logits.shape[1])
+    return _backward_torch_(logits, *arguments)
 
 
 # ---------------------------------------------------------------- ops

@@ -21,15 +21,20 @@ that it was taken from.
 
 One uniform number a row decides; given the same numbers, every version draws the same tokens,
 except where u falls within rounding of a boundary.
+
+The kernels split a row over the vocabulary, because a few rows alone would leave most of a GPU idle:
+each part gives its largest logit and its sum of exponentials, of all tokens and of the allowed. From
+those follow both totals and the part in which the cumulated sum passes u, and only that part is read
+again. Exponentials are to the base 2, as in kernels/row_logp.py.
 """
 from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from kernels.backend import check_floating, jit, require, tl, use_triton
+from kernels.backend import LOG2_E, check_floating, jit, require, tl, triton, use_triton
 
-BLOCK = 4096                    # columns that a program holds at a time
+BLOCK = 2048                    # columns of a part
 
 
 class Sampled(NamedTuple):
@@ -103,76 +108,123 @@ def sampling_floor(logits, banned, temperature, top_k, top_p):
     return torch.maximum(floor, ordered.gather(-1, count.clamp_(max=V) - 1))
 
 
-# ---------------------------------------------------------------- Triton kernel
+# ---------------------------------------------------------------- Triton kernels
 
 @jit
-def _kernel(logits, stride, u, floor, banned, token, logp, truncated, temperature, V: tl.constexpr,
-            BLOCK: tl.constexpr, FLOOR: tl.constexpr, GREEDY: tl.constexpr):
-    """One program a row: once over it for both sums, once more until the cumulated sum passes u."""
-    row = tl.program_id(0)
-    base = logits + row.to(tl.int64) * stride           # rows * V passes 2^31
+def block_of(logits, banned, least, start, V: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's logits from column `start` on, in fp32, and which of them are allowed; beyond V: -inf, not allowed."""
+    column = start + tl.arange(0, BLOCK)
+    x = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+    allowed = (tl.load(banned + column, mask=column < V, other=1) == 0) & (x >= least)
+    return x, allowed
+
+
+@jit
+def peak_and_sum(x, scale):
+    """The largest of x, and the sum of 2^((x - largest) scale); of all -inf: -inf and 0."""
+    m = tl.max(x, 0)
+    finite = tl.where(m > float("-inf"), m, 0.0)            # -inf minus -inf would be NaN
+    return m, tl.sum(tl.exp2((x - finite) * scale), 0)
+
+
+@jit
+def _parts_kernel(logits, stride, floor, banned, peaks, sums, temperature, V: tl.constexpr, BLOCK: tl.constexpr,
+                  FLOOR: tl.constexpr):
+    """Programs (N, parts): the peak and the sum of a part, of all tokens and of the allowed, into peaks and sums
+    (2, N, parts)."""
+    row = tl.program_id(0).to(tl.int64)                     # rows * V passes 2^31
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
     least = tl.load(floor + row) if FLOOR else float("-inf")
-    # 1. Sums of e^z over all tokens and over the allowed, rescaled whenever their maximum grows.
-    m = float("-inf")
-    s = 0.0
-    m_allowed = float("-inf")
-    s_allowed = 0.0
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        raw = tl.load(base + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        z = raw / temperature
-        allowed = (tl.load(banned + column, mask=column < V, other=1) == 0) & (raw >= least)
-        new = tl.maximum(m, tl.max(z, 0))
-        finite = tl.where(new > float("-inf"), new, 0.0)        # while all are -inf, -inf minus -inf would be NaN
-        s = s * tl.exp(m - finite) + tl.sum(tl.exp(z - finite), 0)
-        m = new
-        z_allowed = tl.where(allowed, z, float("-inf"))
-        new = tl.maximum(m_allowed, tl.max(z_allowed, 0))
-        finite = tl.where(new > float("-inf"), new, 0.0)
-        s_allowed = s_allowed * tl.exp(m_allowed - finite) + tl.sum(tl.exp(z_allowed - finite), 0)
-        m_allowed = new
-    # 2. The first allowed token at which the cumulated sum passes u times the whole.
-    wanted = tl.load(u + row).to(tl.float32) * s_allowed
-    before = 0.0
-    found = V
-    last = 0
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        raw = tl.load(base + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        z = raw / temperature
-        allowed = (tl.load(banned + column, mask=column < V, other=1) == 0) & (raw >= least)
-        e = tl.where(allowed, tl.exp(z - m_allowed), 0.0)
-        # e > 0, too: rounding in a tree scan may make the sum grow at a token that is not allowed.
-        if GREEDY:
-            passes = (e > 0) & (z == m_allowed)
-        else:
-            passes = (e > 0) & (before + tl.cumsum(e, 0) > wanted)
-        found = tl.minimum(found, tl.min(tl.where(passes, column, V), 0))
-        last = tl.maximum(last, tl.max(tl.where(e > 0, column, 0), 0))
-        before += tl.sum(e, 0)
-    # 3. Rounding may leave the whole sum below u times itself: then the last allowed token is
-    # meant.
-    chosen = tl.where(found < V, found, last)
-    z = tl.load(base + chosen).to(tl.float32) / temperature
-    tl.store(token + row, chosen.to(tl.int64))
-    tl.store(logp + row, z - m - tl.log(s))
-    tl.store(truncated + row, z - m_allowed - tl.log(s_allowed))
+    scale = LOG2_E / temperature
+    x, allowed = block_of(logits + row * stride, banned, least, part * BLOCK, V, BLOCK)
+    m, s = peak_and_sum(x, scale)
+    m_allowed, s_allowed = peak_and_sum(tl.where(allowed, x, float("-inf")), scale)
+    place = row * parts + part
+    allowed_place = (tl.num_programs(0) + row) * parts + part
+    tl.store(peaks + place, m)
+    tl.store(sums + place, s)
+    tl.store(peaks + allowed_place, m_allowed)
+    tl.store(sums + allowed_place, s_allowed)
+
+
+@jit
+def merged(peaks, sums, inside, scale):
+    """Peaks and sums of parts -> the largest peak, and the parts' sums as exponentials under that one."""
+    m = tl.load(peaks, mask=inside, other=float("-inf"))
+    top = tl.max(m, 0)
+    finite = tl.where(top > float("-inf"), top, 0.0)
+    return top, tl.exp2((m - finite) * scale) * tl.load(sums, mask=inside, other=0.0)
+
+
+@jit
+def first_or_last(passes, counts, index, END: tl.constexpr):
+    """The first index that passes; where rounding lets none, the last one that counts."""
+    first = tl.min(tl.where(passes, index, END), 0)
+    last = tl.max(tl.where(counts, index, 0), 0)
+    return tl.where(first < END, first, last)
+
+
+@jit
+def _draw_kernel(logits, stride, u, floor, banned, peaks, sums, token, logp, truncated, temperature, parts,
+                 V: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, FLOOR: tl.constexpr, GREEDY: tl.constexpr):
+    """One program a row. MOST >= parts."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    least = tl.load(floor + row) if FLOOR else float("-inf")
+    scale = LOG2_E / temperature
+    # 1. The parts' sums, of all tokens and of the allowed.
+    part = tl.arange(0, MOST)
+    inside = part < parts
+    place = row * parts + part
+    m, s = merged(peaks + place, sums + place, inside, scale)
+    place += tl.num_programs(0).to(tl.int64) * parts
+    m_allowed, s_allowed = merged(peaks + place, sums + place, inside, scale)
+    total = tl.sum(s_allowed, 0)
+    # 2. The part in which the cumulated sum passes u times the whole. s > 0, too: rounding in a tree
+    # scan may make the sum grow where nothing is added.
+    if GREEDY:
+        wanted = 0.0
+        passes = tl.load(peaks + place, mask=inside, other=float("-inf")) == m_allowed
+    else:
+        wanted = tl.load(u + row).to(tl.float32) * total
+        passes = tl.cumsum(s_allowed, 0) > wanted
+    chosen = first_or_last((s_allowed > 0) & passes, s_allowed > 0, part, MOST)
+    before = tl.sum(tl.where(part < chosen, s_allowed, 0.0), 0)
+    # 3. The token in it.
+    x, allowed = block_of(base, banned, least, chosen * BLOCK, V, BLOCK)
+    e = tl.where(allowed, tl.exp2((x - m_allowed) * scale), 0.0)
+    if GREEDY:
+        passes = x == m_allowed
+    else:
+        passes = before + tl.cumsum(e, 0) > wanted
+    found = chosen * BLOCK + first_or_last((e > 0) & passes, e > 0, tl.arange(0, BLOCK), BLOCK)
+    x = tl.load(base + found).to(tl.float32)
+    tl.store(token + row, found.to(tl.int64))
+    tl.store(logp + row, (x - m) / temperature - tl.log(tl.sum(s, 0)))
+    tl.store(truncated + row, (x - m_allowed) / temperature - tl.log(total))
 
 
 def _draw_triton(logits, u, floor, banned, temperature):
     N, V = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    parts = triton.cdiv(V, BLOCK)
+    peaks = torch.empty(2, N, parts, device=logits.device)
+    sums = torch.empty_like(peaks)
     token = torch.empty(N, dtype=torch.long, device=logits.device)
     logp = torch.empty(N, device=logits.device)
     truncated = torch.empty(N, device=logits.device)
     unread = logp                               # stands for the pointer of what is absent
     greedy = u is None
     truncates = floor is not None
-    _kernel[(N,)](logits, logits.stride(0), unread if greedy else u,
-                  floor.float().contiguous() if truncates else unread, banned.to(torch.uint8),
-                  token, logp, truncated, temperature, V=V, BLOCK=BLOCK, FLOOR=truncates,
-                  GREEDY=greedy, num_warps=8)
+    floor = floor.float().contiguous() if truncates else unread
+    banned = banned.to(torch.uint8)
+    _parts_kernel[(N, parts)](logits, logits.stride(0), floor, banned, peaks, sums, temperature, V=V, BLOCK=BLOCK,
+                              FLOOR=truncates, num_warps=4)
+    _draw_kernel[(N,)](logits, logits.stride(0), unread if greedy else u, floor, banned, peaks, sums, token, logp,
+                       truncated, temperature, parts, V=V, BLOCK=BLOCK, MOST=triton.next_power_of_2(parts),
+                       FLOOR=truncates, GREEDY=greedy, num_warps=4)
     return token, logp, truncated
 
 

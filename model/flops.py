@@ -474,14 +474,14 @@ def _decoder_backward(vlm, batch, shape):
     return total, needs_x
 
 
-def update(vlm, batch, shape=None, rows=None):
+def update(vlm, batch, shape=None, rows=None, upstream=False):
     """Forward and backward of `VLM.forward`, or of `VLM.states`, as far as something trains; those
     of the image tower only where it trains.
 
     A backward costs, for each product of the forward, one where the input needs a gradient and one
     where the weight trains; in fused attention five for two, since its scores are computed again,
-    and in the head one more for its logits. With the decoder's `checkpointing` its blocks are
-    computed again.
+    and in the head one more for its logits, unless its `upstream` gradients were told. With the
+    decoder's `checkpointing` its blocks are computed again.
     """
     pictures = len(batch.pixels)
     total = forward(vlm, batch, shape, rows)
@@ -491,7 +491,8 @@ def update(vlm, batch, shape=None, rows=None):
     states = states or trains(vlm.llm.norm)
     weight = vlm.llm.head.requires_grad
     if states or weight:
-        total += head(vlm.llm, _head_rows(batch, shape, rows)) * (1 + states + weight)
+        again = not upstream
+        total += head(vlm.llm, _head_rows(batch, shape, rows)) * (again + states + weight)
     return total
 
 
@@ -526,5 +527,5 @@ class Meter:
     def exact_kl(self, vlm, reference, rows, backward):
         self.total += exact_kl(vlm, reference, rows, backward)
 
-    def update(self, vlm, batch, shape=None, rows=None):
-        self.total += update(vlm, batch, shape, rows)
+    def update(self, vlm, batch, shape=None, rows=None, upstream=False):
+        self.total += update(vlm, batch, shape, rows, upstream)

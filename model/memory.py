@@ -14,7 +14,7 @@ import re
 import torch
 from torch import nn
 
-from kernels.linear_logp import CPU_CHUNK_BYTES, CUDA_CHUNK_ROWS
+from kernels.linear_logp import chunk_rows, padded_vocab
 from model import machine
 from model.clip import QuickGELU
 from model.flops import check, flow, input_trains, states_cost, tower_blocks, tower_flow
@@ -243,14 +243,17 @@ def plan(vlm, tokens, rows=0, cache_tokens=0, moments="float32", master=True, co
 # ---------------------------------------------------------------- a moment
 
 def _head_moment(vlm, tokens, device):
-    """The head's chunk of fp32 logits, and on a CPU, which has no matmul of bf16 with an fp32 result, the head in
-    fp32; the gradient of the head in fp32, beside the one that it is added to."""
+    """The head's chunk of fp32 logits; on a CPU, which has no matmul of bf16 with an fp32 result, the head in fp32; on
+    CUDA, where its vocabulary is padded, the copy that is; the gradient of the head in fp32, beside the one that it is
+    added to."""
     c = vlm.llm.config
     wide = torch.promote_types(vlm.llm.head.dtype, torch.float32).itemsize
-    rows = CUDA_CHUNK_ROWS if device.type == "cuda" else CPU_CHUNK_BYTES // (4 * c.vocab)
-    total = wide * c.vocab * min(tokens, max(1, rows))
+    rows = chunk_rows(device, c.vocab, need_dw=vlm.llm.head.requires_grad)
+    total = wide * c.vocab * min(tokens, rows)
     if device.type != "cuda" and is_narrow(vlm.llm.head.dtype):
         total += wide * c.vocab * c.width
+    if device.type == "cuda" and padded_vocab(c.vocab) != c.vocab:
+        total += vlm.llm.head.element_size() * padded_vocab(c.vocab) * c.width
     if vlm.llm.head.requires_grad:
         total += wide * c.vocab * c.width
     return total

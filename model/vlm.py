@@ -93,6 +93,19 @@ def spread(values, rows, mask):
     return out.view(mask.shape)
 
 
+def gathered(upstream, shape, rows):
+    """Upstream gradients (of logp, of entropy or None), of tokens in `shape`, at the entries `rows`
+    (N,) of that, or at all: each (N,)."""
+    found = []
+    for x in upstream:
+        if x is not None:
+            x = x.expand(shape).flatten()
+            if rows is not None:
+                x = x.index_select(0, rows)
+        found.append(x)
+    return found
+
+
 class VLM(nn.Module):
     def __init__(self, config: VlmConfig):
         super().__init__()
@@ -206,13 +219,18 @@ class VLM(nn.Module):
 
     # ------------------------------------------------------------ forward
 
-    def forward(self, batch, completions=None, temperature=1.0, mask=None):
+    def forward(self, batch, completions=None, temperature=1.0, mask=None, upstream=None):
         """Log-prob and entropy of what is to be predicted, never through an (tokens, V) tensor.
 
         Without completions: of the batch's own targets (a target at position t is predicted from t
         - 1). With completions (P, G, C) int64: of every completion token given its prompt, 0 where
         mask (P, G, C) is False, which spares the head; without one the caller masks their padding.
         `temperature` divides the logits, as in sampling.
+
+        upstream: (of logp, of entropy or None), the gradients that the caller's loss will send back
+        to them, tensors that broadcast to their shape, where they are known by now. The head then
+        computes its gradient with its log-probs, three products in place of four; RuntimeError in
+        the backward if the loss sends others.
         """
         if completions is None:
             is_target = batch.target[:, 1:]
@@ -224,12 +242,18 @@ class VLM(nn.Module):
             states = hidden[..., :-1, :]
             predicted = completions
         states = states.flatten(0, -2)
+        shape = predicted.shape
+        predicted = predicted.flatten()
+        rows = None
+        if mask is not None:
+            rows = mask.flatten().nonzero()[:, 0]
+            states = states.index_select(0, rows)
+            predicted = predicted.index_select(0, rows)
+        if upstream is not None:
+            upstream = gathered(upstream, shape, rows)
+        logp, entropy = linear_logp(states, self.llm.head, predicted, temperature, upstream=upstream)
         if mask is None:
-            logp, entropy = linear_logp(states, self.llm.head, predicted.flatten(), temperature)
-            return Output(logp.view(predicted.shape), entropy.view(predicted.shape), hidden)
-        rows = mask.flatten().nonzero()[:, 0]
-        logp, entropy = linear_logp(states.index_select(0, rows), self.llm.head,
-                                    predicted.flatten().index_select(0, rows), temperature)
+            return Output(logp.view(shape), entropy.view(shape), hidden)
         return Output(spread(logp, rows, mask), spread(entropy, rows, mask), hidden)
 
     def states(self, batch, completions):

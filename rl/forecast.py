@@ -86,7 +86,7 @@ def rl_step(vlm, ahead, tok, device):
 def supervised_step(vlm, rows, tok, device):
     """Forward and backward of one micro-batch."""
     batch = collate(sorted(rows, key=lambda row: len(row[0])), tok.pad_id, **vlm.config.pixels).to(device)
-    loss = -vlm(batch).logp.sum()
+    loss = -vlm(batch, upstream=(torch.tensor(-1.0, device=device), None)).logp.sum()
     if loss.requires_grad:
         loss.backward()
     loss.item()

@@ -50,6 +50,22 @@ LOSSES = {
     "sapo": sapo,
 }
 
+SAME_AT_RATIO_ONE = ("clip", "cispo", "sapo")       # those of which the last sentence is true
+
+
+def sent_at_ratio_one(advantage, weight, mask, denominator, entropy_coef):
+    """What the losses SAME_AT_RATIO_ONE, without a KL term, send back to logp and to entropy (P, G, C) where every
+    ratio is 1. advantage broadcasts to weight and mask (P, G, C); denominator (). -> (of logp, of entropy or None).
+
+    Known before the forward, it lets the head compute its gradient with its log-probs (kernels/linear_logp.py).
+    """
+    denominator = denominator.to(weight.dtype)
+    weight = weight.masked_fill(~mask, 0.0)
+    of_logp = -1 / denominator * mask * weight * advantage.expand_as(mask).masked_fill(~mask, 0.0)
+    if not entropy_coef:
+        return of_logp, None
+    return of_logp, -entropy_coef / denominator * mask * weight
+
 
 def weights(mask, norm, dtype=torch.float32):
     """mask (P, G, C) -> weight of each token, (P, G, C)."""

@@ -13,7 +13,8 @@ from data.sample import Batch
 
 class Policy(Protocol):
     """All that reinforcement learning asks of a model: `Output` has logp and entropy, each (P, G, C), and read only
-    where `mask` (P, G, C) is True.
+    where `mask` (P, G, C) is True. It may make use of `upstream`, the gradients (of logp, of entropy or None), each
+    (P, G, C), that the loss will send back to them, or None where they are not known ahead.
 
     A critic asks for `Output.hidden` too, (P, G, C + 1, D), the states before each token and after the last; a
     reference, or a critic apart, for a copy, `twin()`, and for its `states(batch, completions)`, a reference first for
@@ -21,7 +22,8 @@ class Policy(Protocol):
     mask, temperature)`.
     """
 
-    def __call__(self, batch: Batch, completions: torch.Tensor, temperature: float, mask: torch.Tensor): ...
+    def __call__(self, batch: Batch, completions: torch.Tensor, temperature: float, mask: torch.Tensor,
+                 upstream: tuple | None = None): ...
 
 
 def empty():

@@ -200,6 +200,19 @@ def token_weights(experience, switches):
     return weight
 
 
+def has_kl_in_loss(learner, switches):
+    return learner.reference is not None and switches.kl_in == "loss"
+
+
+def known_gradient(learner, micro, token_weight, denominator, switches):
+    """What the policy loss will send back to log-probs and entropies (P, G, C), or None where that depends on them:
+    where the ratio is to stored log-probs, and not 1, or the loss estimates a KL. Exact KL has a head of its own."""
+    estimates_kl = has_kl_in_loss(learner, switches) and switches.kl != "exact"
+    if len(micro.old_logp) or estimates_kl or switches.loss not in losses.SAME_AT_RATIO_ONE:
+        return None
+    return losses.sent_at_ratio_one(micro.advantage, token_weight, micro.trained, denominator, switches.entropy_coef)
+
+
 def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
     """Forward of one micro-batch -> (loss, statistics as sums over its trained tokens).
 
@@ -209,8 +222,9 @@ def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
     switches = cfg.algorithm
     temperature = cfg.sampling.temperature
     shape = micro.ids.shape
-    out = learner.policy(micro.batch, micro.ids, temperature, micro.mask)
-    meter.update(learner.policy, micro.batch, shape, int(micro.mask.sum()))
+    upstream = known_gradient(learner, micro, token_weight, denominator, switches)
+    out = learner.policy(micro.batch, micro.ids, temperature, micro.mask, upstream)
+    meter.update(learner.policy, micro.batch, shape, int(micro.mask.sum()), upstream=upstream is not None)
     stats = {}
     if len(micro.old_logp):
         old_logp = micro.old_logp
@@ -221,7 +235,7 @@ def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
         old_logp = losses.sequence_old_logp(out.logp, old_logp, micro.trained)
 
     # The KL penalty: an estimate from ref_logp inside the policy loss, or exact and added here.
-    kl_in_loss = learner.reference is not None and switches.kl_in == "loss"
+    kl_in_loss = has_kl_in_loss(learner, switches)
     kl_coef = learner.kl_coef.item() if kl_in_loss else 0.0
     penalty = {}
     if kl_in_loss and switches.kl != "exact":

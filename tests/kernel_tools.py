@@ -1,4 +1,8 @@
-"""What the tests of all kernels share: devices, and the comparison with a reference in fp64."""
+"""What the tests of all kernels share: devices, the comparison with a reference in fp64, and planted mistakes."""
+import importlib.util
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +11,8 @@ from tiny import difference
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+WITH_TRITON = pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="runs its Triton kernel")
+TRITON_DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
 PLAIN = pytest.mark.skipif(INTERPRET, reason="nothing of it runs in Triton's interpreter")
 IGNORE = -100
 
@@ -59,3 +65,36 @@ def assert_equals(op, reference, tensors, wrt=(), device="cpu", **options):
         assert found.keys() == wanted.keys()
         found = {name: t.cpu() for name, t in found.items()}
         assert difference(found, wanted) < tolerance
+
+
+# ---------------------------------------------------------------- planted mistakes
+
+COPIES = itertools.count()
+
+
+def with_mistakes(module, planted, folder):
+    """A copy of a kernel's file, imported, where each (text, another text) of `planted` is replaced."""
+    text = Path(module.__file__).read_text()
+    for right, wrong in planted:
+        assert text.count(right) == 1, right
+        text = text.replace(right, wrong)
+    space = f"planted{next(COPIES)}"                    # the op of the file as it is stays
+    path = folder / f"{space}.py"
+    path.write_text(text.replace("seethink::", f"{space}::").replace("ops.seethink.", f"ops.{space}."))
+    spec = importlib.util.spec_from_file_location(space, path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def mostly_slow(mistakes, every=4):
+    """{name: planted} as parameters: each takes the interpreter seconds, so one of `every` is in each run, the rest in
+    the slow one."""
+    return [pytest.param(planted, id=name, marks=[pytest.mark.slow] if number % every else [])
+            for number, (name, planted) in enumerate(mistakes.items())]
+
+
+def error(found, wanted):
+    """As `difference`; NaN is as far off as can be."""
+    off = difference(found, wanted)
+    return float("inf") if off != off else off

@@ -43,7 +43,7 @@ class Table(nn.Module):
         group, places = completions.shape[1:]
         return self.hidden[batch.ids[:, 0], None, :places + 1].expand(-1, group, -1, -1)
 
-    def __call__(self, batch, completions, temperature, mask=None):
+    def __call__(self, batch, completions, temperature, mask=None, upstream=None):
         places = completions.shape[2]
         every = (self.logits[batch.ids[:, 0], None, :places] / temperature).log_softmax(-1)
         every = every.expand(-1, completions.shape[1], -1, -1)

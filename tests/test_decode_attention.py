@@ -1,22 +1,17 @@
 """kernels.decode_attention: one new token a row on the cache that the rows of a prompt share."""
 import importlib
-import importlib.util
-import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel_tools import DEVICES, PLAIN, assert_equals, rounded
+from kernel_tools import DEVICES, PLAIN, TRITON_DEVICE as DEVICE
+from kernel_tools import WITH_TRITON, assert_equals, error, mostly_slow, rounded, with_mistakes
 from kernels import decode_attention, decode_attention_reference, prefix_attention
-from kernels.backend import INTERPRET
 from model import generate as module
 from model.generate import Sampler, draw_noise
 from tiny import BOS, EOS, PAD, difference, make_vlm, prompts, speak_for, to_batch
 
-WITH_TRITON = pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="runs its Triton kernel")
-DEVICE = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
 FILE = importlib.import_module("kernels.decode_attention")
 SEEN = 30               # how much larger what lies in a slot that is not taken is: a look at it is no rounding
 
@@ -131,29 +126,18 @@ def test_what_does_not_fit_is_named(change, names):
 
 # ---------------------------------------------------------------- planted mistakes, each of which must be seen
 
-COPIES = itertools.count()
 # Two chunks of two blocks for the prompt, one for each row; two blocks of rows.
 HARD = dict(G=6, T=37, used=19)
 
 
 def error_of(planted, tmp_path, monkeypatch):
     """How far the file is off the reference where (text, another text) of it is replaced."""
-    text = Path(FILE.__file__).read_text()
-    for right, wrong in planted:
-        assert text.count(right) == 1, right
-        text = text.replace(right, wrong)
-    space = f"planted{next(COPIES)}"                    # the op of the file as it is stays
-    path = tmp_path / f"{space}.py"
-    path.write_text(text.replace("seethink::", f"{space}::").replace("ops.seethink.", f"ops.{space}."))
-    spec = importlib.util.spec_from_file_location(space, path)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
+    copy = with_mistakes(FILE, planted, tmp_path)
     monkeypatch.setattr(copy, "CHUNK", 32)
     monkeypatch.setattr(copy, "BLOCK", 16)
     given = rounded(problem(**HARD), torch.float32, DEVICE)
     found = copy.decode_attention(**given).cpu()
-    error = difference(found, decode_attention_reference(**rounded(given, torch.float64, "cpu")))
-    return float("inf") if error != error else error    # NaN is as far off as can be
+    return error(found, decode_attention_reference(**rounded(given, torch.float64, "cpu")))
 
 
 IN_KERNELS = dict(
@@ -186,13 +170,8 @@ IN_PYTORCH = dict(
     another_key_head=("q.unflatten(1, (Hk, r))", "q.unflatten(1, (r, Hk)).transpose(1, 2)"))
 
 
-# Each takes the interpreter seconds: a quarter of them in every run, the rest in the slow one.
-KERNEL_MISTAKES = [pytest.param(planted, id=name, marks=[pytest.mark.slow] if number % 4 else [])
-                   for number, (name, planted) in enumerate(IN_KERNELS.items())]
-
-
 @WITH_TRITON
-@pytest.mark.parametrize("planted", KERNEL_MISTAKES)
+@pytest.mark.parametrize("planted", mostly_slow(IN_KERNELS))
 def test_a_mistake_in_the_kernels_is_caught(planted, tmp_path, monkeypatch):
     assert error_of([planted], tmp_path, monkeypatch) > 1e-2
 

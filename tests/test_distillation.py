@@ -123,7 +123,7 @@ def test_a_teacher_costs_its_own_forward_and_head(own_tower):
     for index in torch.arange(P).split(2):
         micro = experience().rows(index).trim()
         batch = policy.encode(micro.batch)
-        alone.update(policy, batch, micro.ids.shape, int(micro.mask.sum()))
+        alone.update(policy, batch, micro.ids.shape, int(micro.mask.sum()), upstream=True)
         read = replace(batch, features=batch.features[:0]) if own_tower else batch
         alone.total += flops.teacher(other, read, micro.ids.shape, rows=0)
         alone.total += flops.exact_kl(policy, other, int(micro.mask.sum()), True)

@@ -469,6 +469,29 @@ def test_exact_kl(choose):
         assert counted(lambda: vlm.kl(hidden, ref_hidden, other, mask)) == flops.exact_kl(vlm, other, rows, False)
 
 
+@pytest.mark.parametrize("trained", ["everything", "projector", "decoder", "head", "LoRA", "LoRA + projector"])
+def test_told_what_the_loss_sends_the_head_spares_a_product(trained):
+    vlm = frozen({})
+    TRAINED[trained](vlm)
+    upstream = (torch.ones(()), None)
+    mask = IDS % 3 > 0
+    for rows, completions in ((ROWS, IDS), (ROWS, None), ([ROWS[1], ROWS[4]], None)):       # the last: text alone
+        batch = vlm.encode(to_batch(rows))
+        shape = shape_of(completions)
+        asked = None if completions is None else mask
+        read = int(batch.target[:, 1:].sum() if completions is None else mask.sum())
+
+        def run():
+            logp = vlm(batch, completions, mask=asked, upstream=upstream).logp
+            if logp.requires_grad:
+                logp.sum().backward()
+
+        cost = flops.update(vlm, batch, shape, read, upstream=True)
+        assert counted(run) == cost
+        something_trains = trained != "projector" or len(batch.pixels) > 0
+        assert flops.update(vlm, batch, shape, read) - cost == something_trains * flops.head(vlm.llm, read)
+
+
 @pytest.mark.parametrize("choose", [lambda vlm: None, lora("all")], ids=["everything", "LoRA"])
 def test_the_head_reads_no_state_outside_the_mask(choose):
     vlm = frozen({})

@@ -1,9 +1,13 @@
 """kernels.linear_kl against the definition in fp64."""
+import importlib
+
 import pytest
 import torch
 
-from kernel_tools import DEVICES, assert_equals
+from kernel_tools import DEVICES, PLAIN, TRITON_DEVICE, WITH_TRITON, assert_equals, error, mostly_slow, rounded
+from kernel_tools import with_mistakes
 from kernels import linear_kl, linear_kl_reference
+from kernels.bench import peak_bytes
 from tiny import difference
 
 pytestmark = pytest.mark.usefixtures("blocks")
@@ -58,6 +62,101 @@ def test_a_frozen_head_gets_no_gradient():
     h.requires_grad_()
     linear_kl(h, weight, h_ref, weight_ref, mask=mask).sum().backward()
     assert h.grad.any() and weight.grad is None
+
+
+@PLAIN
+def test_two_chunks_of_logits_are_held_and_what_is_computed_takes_their_place():
+    N, D, V, chunk = 1024, 8, 1009, 512
+    h, weight, h_ref, weight_ref, _ = rounded(problem(N, D, V), torch.float32, "cpu").values()
+    h.requires_grad_()
+
+    def step():
+        linear_kl(h, weight, h_ref, weight_ref, chunk=chunk).sum().backward()
+        h.grad = None
+
+    logits = 2 * 4 * chunk * V
+    block = 2**20                       # of rows, of which each pass holds two or three copies
+    assert logits < peak_bytes(step) < logits + 3.5 * block
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gradient_takes_the_front_of_each_rows_bytes_and_padding_gets_none(dtype):
+    N, V, width = 5, 601, 640
+    h, weight, h_ref, weight_ref, _ = problem(N, 6, V).values()
+    z = (h @ weight.T).requires_grad_()
+    z_ref = h_ref @ weight_ref.T
+    eye = torch.eye(V, dtype=torch.float64)
+    kl = linear_kl_reference(z, eye, z_ref, eye)
+    g = torch.arange(1.0, N + 1)
+    wanted = torch.autograd.grad((kl * g).sum(), z)[0]
+    logits, logits_ref = torch.full((2, N, width), float("nan"), device=TRITON_DEVICE)
+    logits[:, :V] = z.detach()
+    logits_ref[:, :V] = z_ref
+    statistics = FILE._rows_statistics(logits[:, :V], logits_ref[:, :V], 1.0, None)
+    keep = torch.ones(N, dtype=torch.bool, device=TRITON_DEVICE)
+    found = FILE._rows_kl_(logits, logits_ref, keep, statistics, 1.0, None, kl.detach().float().to(TRITON_DEVICE),
+                           g.to(TRITON_DEVICE), dtype=dtype, vocab=V)
+    assert found.data_ptr() == logits.data_ptr() and found.shape == (N, width) and found.dtype == dtype
+    assert not found[:, V:].any()
+    assert difference(found[:, :V].cpu(), wanted) < {torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
+
+
+# ---------------------------------------------------------------- planted mistakes, each of which must be seen
+
+FILE = importlib.import_module("kernels.linear_kl")
+IN_KERNEL = dict(
+    bits_for_nats=("(log_p - log_q) * LN_2", "log_p - log_q"),
+    the_references_log_sum_stays_in_nats=("log_s_ref = tl.load(log_sum_ref + row) * LOG2_E",
+                                          "log_s_ref = tl.load(log_sum_ref + row)"),
+    columns_beyond_the_row_count=("tl.where(inside, tl.exp2(log_q) - p + p * apart, 0.0)",
+                                  "tl.exp2(log_q) - p + p * apart"),
+    the_other_direction=("tl.exp2(log_q) - p + p * apart", "p - tl.exp2(log_q) - tl.exp2(log_q) * apart"),
+    the_gradient_without_the_kl=("upstream * p * (apart - row_kl)", "upstream * p * apart"),
+    the_gradient_misses_the_temperature=("upstream = tl.load(g + row) / temperature", "upstream = tl.load(g + row)"),
+    the_policys_maximum_for_the_references=("- m_ref) * scale", "- m) * scale"))
+IN_PYTORCH = dict(
+    the_temperature_counts_twice=("largest = torch_scaled(top, temperature)\n", "largest = top / temperature ** 2\n"),
+    the_policys_log_probs_are_used_up=("terms += log_p.sub_(log_q).mul_(p)",
+                                       "terms += (log_p.sub_(log_q) + 0 * log_q).mul_(log_p)"),
+    the_gradient_without_the_kl=(".sub_(kl[rows, None])", ""),
+    the_gradient_stays_elsewhere=("logits[rows] = d  ", "d  "))
+
+
+def error_with(planted, folder, monkeypatch, device):
+    copy = with_mistakes(FILE, planted, folder)
+    monkeypatch.setattr(copy, "BLOCK", 64)
+    options = dict(temperature=0.7, softcap=6.0)
+    given = {**problem(6, 8, 301), **options}
+    given = {name: t.float().to(device) if torch.is_tensor(t) and t.is_floating_point() else t
+             for name, t in given.items()}
+    given["mask"] = given["mask"].to(device)
+    wide = {name: t.double().cpu() if torch.is_tensor(t) and t.is_floating_point() else t for name, t in given.items()}
+    wide["mask"] = wide["mask"].cpu()
+    results = []
+    for op, tensors in ((copy.linear_kl, given), (linear_kl_reference, wide)):
+        leaves = [tensors[name].requires_grad_() for name in ("h", "weight")]
+        kl = op(**tensors)
+        upstream = torch.arange(1.0, 7.0, device=kl.device)
+        results.append([kl, *torch.autograd.grad((kl * upstream).sum(), leaves)])
+    return max(error(x.detach().cpu(), y.detach()) for x, y in zip(*results))
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("planted", mostly_slow(IN_KERNEL))
+def test_a_mistake_in_the_kernel_is_caught(planted, tmp_path, monkeypatch):
+    assert error_with([planted], tmp_path, monkeypatch, TRITON_DEVICE) > 1e-3
+
+
+@PLAIN
+@pytest.mark.parametrize("planted", IN_PYTORCH.values(), ids=IN_PYTORCH)
+def test_a_mistake_in_the_pytorch_form_is_caught(planted, tmp_path, monkeypatch):
+    assert error_with([planted], tmp_path, monkeypatch, "cpu") > 1e-3
+
+
+@DEVICES
+def test_without_a_mistake_nothing_is_caught(tmp_path, monkeypatch, device):
+    assert error_with([], tmp_path, monkeypatch, device) < 1e-5
 
 
 @pytest.mark.parametrize("change, names", [

@@ -1,10 +1,13 @@
 """kernels.linear_logp against the definition in fp64, at odd shapes."""
+import importlib
+
 import pytest
 import torch
 
-from kernel_tools import DEVICES, IGNORE, PLAIN, assert_equals, rounded
-from kernels import linear_logp, linear_logp_reference
+from kernel_tools import DEVICES, IGNORE, PLAIN, TRITON_DEVICE, WITH_TRITON, assert_equals, rounded, with_mistakes
+from kernels import linear_kl, linear_logp, linear_logp_reference, linear_policy_loss
 from kernels.bench import peak_bytes
+from kernels.linear_logp import chunk_rows, padded_on_gpu
 from tiny import difference
 
 pytestmark = pytest.mark.usefixtures("blocks")
@@ -109,6 +112,165 @@ def test_one_chunk_of_logits_is_held_and_the_gradient_of_a_head_that_trains(froz
     # And what the row kernel holds of it at a time, at most 1 MiB in each of four steps here: all of the chunk.
     assert logits + head < peak_bytes(step) < 5.5 * logits + head < 4 * N * V
     assert (weight.grad is None) and h.grad is None
+
+
+# ---------------------------------------------------------------- upstream gradients that are known ahead
+
+FILE = importlib.import_module("kernels.linear_logp")
+
+def told_and_plain(op, tensors, g, e, leaves=("h", "weight"), **options):
+    """-> outputs and gradients with the upstream gradients told ahead, and without."""
+    found = []
+    for upstream in ((g, e), None):
+        given = {name: t.clone().requires_grad_(name in leaves) for name, t in tensors.items()}
+        logp, entropy = op(**given, upstream=upstream, **options)
+        loss = (logp * g).sum()
+        if e is not None:
+            loss = loss + (entropy * e).sum()
+        found.append([logp, entropy, *torch.autograd.grad(loss, [given[name] for name in leaves])])
+    return found
+
+
+@DEVICES
+@pytest.mark.parametrize("leaves", [("h", "weight"), ("h",), ("weight",)], ids=str)
+@pytest.mark.parametrize("N, D, V, chunk, temperature, softcap, with_entropy", [
+    (7, 5, 11, 3, 1.0, None, False), (13, 8, 601, 4, 0.6, 7.0, True), (6, 5, 64, None, 1.0, None, True),
+    (1, 3, 2, 1, 1.0, None, False), (0, 3, 5, None, 1.0, None, True)])
+def test_told_ahead_they_give_the_same_values_and_gradients(N, D, V, chunk, temperature, softcap, with_entropy, leaves,
+                                                           device):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        tensors = rounded(problem(N, D, V), dtype, device)
+        wide = torch.promote_types(dtype, torch.float32)
+        g, e = torch.randn(2, N, generator=torch.Generator().manual_seed(1)).to(device, wide)
+        told, plain = told_and_plain(linear_logp, tensors, g, e if with_entropy else None, leaves, chunk=chunk,
+                                     temperature=temperature, softcap=softcap)
+        for one, other in zip(told, plain):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@DEVICES
+@pytest.mark.parametrize("sent", [
+    lambda logp, entropy, g: 2 * (logp * g).sum(), lambda logp, entropy, g: (logp * g).sum() + entropy.sum(),
+    lambda logp, entropy, g: (logp * g)[1:].sum(), lambda logp, entropy, g: (logp * g).sum() + 0.01 * logp[2]],
+    ids=["twice", "entropy, too", "a token less", "a little more of one"])
+def test_a_loss_that_sends_something_else_is_an_error(sent, device):
+    if device == "cuda":
+        pytest.skip("an assertion on the device ends the process's work there")
+    h, weight, target = rounded(problem(7, 5, 11), torch.float32, device).values()
+    g = torch.ones(7)
+    logp, entropy = linear_logp(h.requires_grad_(), weight, target, upstream=(g, None))
+    with pytest.raises(RuntimeError, match="the gradient that the loss sends to .* is not the `upstream`"):
+        sent(logp, entropy, g).backward()
+
+
+def test_what_was_told_may_be_off_by_rounding():
+    h, weight, target = rounded(problem(7, 5, 11), torch.float32, "cpu").values()
+    g = torch.ones(7)
+    logp, _ = linear_logp(h.requires_grad_(), weight, target, upstream=(g, None))
+    (logp * (g + 1e-6)).sum().backward()
+    assert h.grad.any()
+
+
+@pytest.mark.parametrize("upstream, names", [
+    ((torch.ones(6), None), r"upstream g \(6,\) must have the shape of target, \(7,\)"),
+    ((torch.ones(7), torch.ones(1)), r"upstream e \(1,\)"), ((None, torch.ones(7)), "upstream g must be a tensor")])
+def test_upstream_gradients_that_do_not_fit_are_named(upstream, names):
+    h, weight, target = rounded(problem(7, 5, 11), torch.float32, "cpu").values()
+    with pytest.raises(ValueError, match=names):
+        linear_logp(h.requires_grad_(), weight, target, upstream=upstream)
+
+
+TOLD = "dlogits = rows_backward_(logits, target[rows], g[rows], None if e is None else e[rows], entropy[rows], top,"
+IN_KNOWN = dict(
+    the_entropys_gradient_is_left_out=(TOLD, TOLD.replace("None if e is None else e[rows]", "None")),
+    every_chunk_has_the_first_ones_gradients=(TOLD, TOLD.replace("g[rows]", "g[:rows.stop - rows.start]")),
+    every_chunk_has_the_first_ones_targets=(TOLD, TOLD.replace("target[rows]", "target[:rows.stop - rows.start]")),
+    a_chunk_more_than_once=("gradients.add(rows, dlogits)\n        del logits, dlogits             # before",
+                            "gradients.add(rows, 2 * dlogits)\n        del logits, dlogits             # before"))
+
+
+@PLAIN
+@pytest.mark.parametrize("planted", IN_KNOWN.values(), ids=IN_KNOWN)
+def test_a_mistake_in_what_is_known_ahead_is_caught(planted, tmp_path):
+    op = with_mistakes(FILE, [planted], tmp_path).linear_logp
+    tensors = rounded(problem(8, 5, 11), torch.float32, "cpu")
+    g, e = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    told, plain = told_and_plain(op, tensors, g, e, chunk=4)
+    assert max(difference(*pair) for pair in zip(told, plain)) > 1e-2
+
+
+# ---------------------------------------------------------------- padding, and rows of a chunk
+
+@WITH_TRITON
+def test_where_triton_runs_a_head_is_padded_to_64_with_zeros_and_copied_only_then():
+    weight = torch.randn(601, 5, device=TRITON_DEVICE)
+    padded = padded_on_gpu(weight)
+    assert padded.shape == (640, 5) and torch.equal(padded[:601], weight) and not padded[601:].any()
+    fits = torch.randn(128, 5, device=TRITON_DEVICE)
+    assert padded_on_gpu(fits) is fits
+    double = weight.double()
+    assert padded_on_gpu(double) is double              # runs in PyTorch
+
+
+@PLAIN
+def test_on_a_cpu_no_head_is_padded():
+    weight = torch.randn(601, 5)
+    assert padded_on_gpu(weight) is weight
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("op", [linear_logp, linear_kl, linear_policy_loss], ids=lambda op: op.__name__)
+def test_no_product_has_a_vocabulary_that_is_no_multiple_of_64(op, monkeypatch):
+    h, weight, target = rounded(problem(9, 5, 601), torch.float32, TRITON_DEVICE).values()
+    widths = []
+
+    def recorded(dlogits, *rest, **options):
+        widths.append(dlogits.shape[-1])
+        return product(dlogits, *rest, **options)
+
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", recorded)
+    loss = losses(op, h.requires_grad_(), weight.requires_grad_(), target)
+    dh, dw = torch.autograd.grad(loss, (h, weight))
+    # Of states of 5 numbers with the head, and of the logits' gradient with it.
+    assert set(widths) == {5, 640} and dw.shape == weight.shape
+
+
+def losses(op, h, weight, target):
+    """A scalar of each op with a head."""
+    if op is linear_logp:
+        return op(h, weight, target)[0].sum()
+    if op is linear_kl:
+        return op(h, weight, h.detach() * 0.9, weight.detach()).sum()
+    row = torch.ones(len(h), device=h.device)
+    return op(h, weight, target, None, None, row, target >= 0, 5)[0]
+
+
+def test_chunks_are_smaller_where_no_dw_is_added_up_over_them():
+    cuda = torch.device("cuda")
+    assert chunk_rows(cuda, 152064, need_dw=True) == 4096
+    assert chunk_rows(cuda, 152064, need_dw=False) == 1024
+    cpu = torch.device("cpu")
+    assert chunk_rows(cpu, 2**14, need_dw=True) == chunk_rows(cpu, 2**14, need_dw=False) == 1024
+    assert chunk_rows(cpu, 2**25, need_dw=True) == 1
+
+
+@PLAIN
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("op, forward", [(linear_logp, [False]), (linear_kl, [False]), (linear_policy_loss, [])],
+                         ids=["linear_logp", "linear_kl", "linear_policy_loss"])
+def test_each_pass_says_whether_it_adds_up_a_dw(op, forward, frozen, monkeypatch):
+    asked = []
+
+    def recorded(device, vocab, need_dw):
+        asked.append(need_dw)
+        return 4
+
+    monkeypatch.setattr(FILE, "chunk_rows", recorded)
+    h, weight, target = rounded(problem(9, 5, 11), torch.float32, "cpu").values()
+    weight.requires_grad_(not frozen)
+    losses(op, h.requires_grad_(), weight, target).backward()
+    assert asked == [*forward, not frozen]
 
 
 @pytest.mark.parametrize("change, names", [

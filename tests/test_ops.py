@@ -51,9 +51,12 @@ def calls():
         "linear_logp": (op.linear_logp, (h, weight, target, 0.7, None, -100, 3)),
         "linear_logp_backward": (op.linear_logp_backward, (row, None, h.detach(), weight.detach(), target, *statistics,
                                                            0.7, None, -100, 3, True, False)),
+        "linear_logp_known": (op.linear_logp_known, (h, weight, target, -torch.ones(7), torch.ones(7), 0.7, None, -100,
+                                                     3, True, True)),     # opcheck's loss: |sum logp| + |sum entropy|
         "linear_kl": (op.linear_kl, (h, weight, h.detach() + 1, weight.detach(), mask, 1.0, None, None)),
-        "linear_kl_backward": (op.linear_kl_backward, (row, row, h.detach(), weight.detach(), h.detach() + 1,
-                                                       weight.detach(), mask, 1.0, None, None, True, True)),
+        "linear_kl_backward": (op.linear_kl_backward, (row, row, torch.randn(4, 7), h.detach(), weight.detach(),
+                                                       h.detach() + 1, weight.detach(), mask, 1.0, None, None, True,
+                                                       True)),
         "policy_loss": (op.policy_loss, (row.clone().requires_grad_(), row - 0.1, None, row.exp().requires_grad_(), row,
                                          mask, row.abs(), denominator, *loss, "sapo", 0.1)),
         "linear_policy_loss": (op.linear_policy_loss, (h, weight, target, None, row - 3, row, mask, denominator, 1.0,
@@ -79,6 +82,7 @@ def test_every_op_is_checked():
 def test_a_step_compiles_as_one_graph():
     def step(h, weight, target, old, reward):
         logp, entropy = kernels.linear_logp(h, weight, target)
+        told, _ = kernels.linear_logp(h, weight, target, upstream=(torch.full((6,), 0.5), None))
         advantage = kernels.group_advantage(reward).flatten()
         mask = target >= 0
         loss, statistics = kernels.policy_loss(logp, old, None, advantage, mask, 5, entropy=entropy, entropy_coef=0.1)
@@ -86,7 +90,7 @@ def test_a_step_compiles_as_one_graph():
         kl = kernels.linear_kl(h, weight, h.detach() * 1.1, weight)
         values = kernels.row_logp(h, target.clamp(0, 3))[0]
         token = kernels.sample(h.detach(), temperature=0, top_k=2, top_p=0.9).token
-        return loss + fused + kl.mean() + values.mean(), statistics["kl"], token, kernels.gae(
+        return loss + fused + kl.mean() + values.mean() + 0.5 * told.sum(), statistics["kl"], token, kernels.gae(
             reward, reward, reward > 0, 0.9, 0.9)[0]
 
     h, weight, target = tensors()
@@ -116,6 +120,11 @@ def test_flops_of_the_heads(frozen):
     assert counted(lambda: kernels.linear_logp(h, weight, target)) == 1
     assert counted(lambda: kernels.linear_logp(h, weight, target)[0].sum().backward()) == (3 if frozen else 4)
     assert counted(lambda: kernels.linear_kl(h, weight, h.detach(), weight).sum().backward()) == (5 if frozen else 6)
+    told = (torch.ones(7), None)
+    assert counted(lambda: kernels.linear_logp(h, weight, target, upstream=told)[0].sum().backward()) == (
+        2 if frozen else 3)
+    with torch.no_grad():
+        assert counted(lambda: kernels.linear_logp(h, weight, target, upstream=told)) == 1
     row = torch.randn(7)
     assert counted(lambda: kernels.linear_policy_loss(h, weight, target.clamp(min=0), row, None, row, target >= 0,
                                                       5)[0].backward()) == (2 if frozen else 3)
@@ -129,16 +138,19 @@ ROW = dict(V=152064, BLOCK=4096)
 COMPILED = [
     ("row_logp", "_forward_kernel", ["*bf16", "i64", "*i64", *[F] * 4, "fp32", "fp32", "i32"], dict(ROW, CAPPED=True)),
     ("row_logp", "_backward_kernel", [F, "i64", "*bf16", "i64", "*i64", *[F] * 5, "fp32", "fp32", "i32"],
-     dict(ROW, CAPPED=True)),
-    *(("linear_kl", "_kernel", [F, "i64", F, "i64", "*u8", *[F] * 6, "fp32", "fp32"],
-       dict(ROW, CAPPED=True, BACKWARD=backward)) for backward in (False, True)),
+     dict(ROW, WIDTH=152064, CAPPED=True)),
+    *(("linear_kl", "_kernel", [F, "i64", F, "i64", "*bf16", "i64", "*u8", *[F] * 6, "fp32", "fp32"],
+       dict(ROW, WIDTH=152064, CAPPED=True, BACKWARD=backward)) for backward in (False, True)),
     *(("policy_loss", "_kernel", [*[F] * 5, "*u8", *[F] * 4, "i32", *["fp32"] * 7],
        dict(KL=kl, ENTROPY=True, SURROGATE=surrogate, WEIGHTED=True, BLOCK=1024))
       for kl, surrogate in (("", "clip"), ("k1", "cispo"), ("k2", "sapo"), ("k3", "clip"))),
     *(("group_advantage", "_kernel", [F, F, F, "fp32", "fp32"], dict(G=6, WIDTH=8, STD=std))
       for std in ("group", "batch", "none")),
     ("gae", "_kernel", [F, F, "*u8", F, F, F, "fp32", "fp32", "i32"], dict(BLOCKS=2, BLOCK=1024)),
-    *(("sample", "_kernel", [F, "i64", "*fp64", F, "*u8", "*i64", F, F, "fp32"], dict(ROW, FLOOR=floor, GREEDY=greedy))
+    ("sample", "_parts_kernel", [F, "i64", F, "*u8", F, F, "fp32"],
+     dict(V=152064, BLOCK=2048, FLOOR=True, num_warps=4)),
+    *(("sample", "_draw_kernel", [F, "i64", "*fp64", F, "*u8", F, F, "*i64", F, F, "fp32", "i32"],
+       dict(V=152064, BLOCK=2048, MOST=128, FLOOR=floor, GREEDY=greedy, num_warps=4))
       for floor, greedy in ((True, False), (False, True))),
     # Heads of a Llama, a Qwen, a SmolLM and a Gemma; the last in bf16 only: in fp32 Triton 3.6 spills 8 bytes.
     *(("decode_attention", "_parts_kernel",
@@ -194,7 +206,7 @@ def test_the_triton_kernels_compile_for_a_gpu_and_spill_no_register(file, name, 
 @TRITON
 @pytest.mark.parametrize("chosen", [
     pytest.param(IN_INTERPRETER, id="quick"),
-    pytest.param(["test_decode_attention.py", "--slow", "-m", "slow"], id="slow", marks=pytest.mark.slow)])
+    pytest.param([*IN_INTERPRETER, "--slow", "-m", "slow"], id="slow", marks=pytest.mark.slow)])
 def test_the_triton_kernels_in_its_interpreter(chosen):
     # In a process of its own: the variable counts when Triton is imported.
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen],

@@ -107,7 +107,7 @@ class Table:
     def __init__(self, rows):
         self.logits = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
 
-    def __call__(self, batch, completions, temperature, mask=None):
+    def __call__(self, batch, completions, temperature, mask=None, upstream=None):
         P, G, C = completions.shape
         every = (self.logits / temperature).log_softmax(-1)[:, None, None].expand(P, G, C, -1)
         logp = every.gather(-1, completions[..., None])[..., 0]

@@ -1,4 +1,5 @@
 """kernels.row_logp and row_dlogits_ against the textbook in fp64."""
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -6,8 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel_tools import DEVICES, IGNORE, assert_equals
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernel_tools import DEVICES, IGNORE, NEEDS_GPU, TRITON_DEVICE, WITH_TRITON, assert_equals, error, mostly_slow
+from kernel_tools import with_mistakes
 from kernels import row_dlogits_, row_logp, row_logp_reference
+from kernels.backend import assert_targets
+from kernels.row_logp import rows_backward_, rows_forward
 from tiny import difference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,6 +145,123 @@ assert torch.allclose(row_dlogits_(logits, target, ones, ones), row_dlogits_(nea
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- targets, without a host synchronisation
+
+class Calls(TorchDispatchMode):
+    """The names of the aten operations that run."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.append(function.__name__)
+        return function(*arguments, **(named or {}))
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("target", [[0, 7], [-1, 6], [-100, 2**40]])
+def test_the_assertion_on_the_device_names_what_targets_may_be(target):
+    # torch asserts asynchronously on CUDA and at once on a CPU, by one operation.
+    with pytest.raises(RuntimeError, match=r"every target must lie in \[0, 7\) or be ignore_index -100"):
+        assert_targets(torch.tensor(target), 7, IGNORE)
+
+
+def test_the_assertion_on_the_device_reads_no_number_back():
+    with Calls() as calls:
+        assert_targets(torch.tensor([0, 6, IGNORE]), 7, IGNORE)
+    assert "_assert_async.msg" in calls.names
+    assert not [name for name in calls.names if name.startswith(("_local_scalar_dense", "item", "_to_copy"))]
+
+
+@NEEDS_GPU
+def test_on_a_gpu_no_call_waits_for_it():
+    logits = torch.randn(5, 601, device="cuda", requires_grad=True)
+    target = torch.tensor([0, 600, IGNORE, 3, 4], device="cuda")
+    row_logp(logits, target)                            # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logp, entropy = row_logp(logits, target)
+        (logp + entropy).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------- a gradient narrower than its logits, and padding
+
+@WITH_TRITON
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("V, width", [(601, 640), (601, 601), (256, 320), (3, 64)])
+def test_a_narrow_gradient_takes_the_front_of_each_rows_bytes_and_padding_gets_none(V, width, dtype):
+    tensors = problem(9, V, scale=2)
+    target = tensors["target"].to(TRITON_DEVICE)
+    padded = torch.full((9, width), float("nan"), device=TRITON_DEVICE)
+    padded[:, :V] = tensors["logits"]
+    g, e = torch.randn(2, 9, generator=torch.Generator().manual_seed(1)).to(TRITON_DEVICE)
+    leaf = padded[:, :V].double().cpu().requires_grad_()
+    logp, entropy = row_logp_reference(leaf, target.cpu())
+    wanted = torch.autograd.grad((g.cpu() * logp + e.cpu() * entropy).sum(), leaf)[0]
+    _, *statistics = rows_forward(padded[:, :V], target, 1.0, None, IGNORE)
+    found = rows_backward_(padded, target, g, e, *statistics, 1.0, None, IGNORE, dtype=dtype, vocab=V)
+    assert found.data_ptr() == padded.data_ptr() and found.shape == (9, width) and found.dtype == dtype
+    assert not found[:, V:].any()
+    # The interpreter cuts digits off where a GPU rounds.
+    assert difference(found[:, :V].cpu(), wanted) < 2 * torch.finfo(dtype).eps
+
+
+@WITH_TRITON
+def test_the_kernels_lose_no_digits_to_a_temperature():
+    # Logits whose differences are exact: quotients near 300 would be off by 3e-5.
+    logits = torch.arange(9.0)[None] / 4 + 200
+    target = torch.tensor([3], device=TRITON_DEVICE)
+    found = row_logp(logits.to(TRITON_DEVICE), target, 0.7)
+    wanted = row_logp_reference(logits.double(), target.cpu(), 0.7)
+    assert difference(torch.stack(found).cpu(), torch.stack(wanted)) < 5e-7
+
+
+# ---------------------------------------------------------------- planted mistakes, each of which must be seen
+
+FILE = importlib.import_module("kernels.row_logp")
+IN_KERNELS = dict(
+    a_lane_adds_to_a_sum_under_another_maximum=("s = tl.where(grows, e * s + 1.0, s + e)", "s = s + e"),
+    no_rescaling_of_the_entropys_sum=("u = tl.where(grows, e * (u - above * s),", "u = tl.where(grows, u,"),
+    a_new_maximum_forgets_how_far_it_moved=("e * (u - above * s)", "e * u"),
+    lanes_merge_without_rescaling=("u = tl.sum(share * (u + below * s), 0)", "u = tl.sum(share * u, 0)"),
+    lanes_merge_sums_of_other_maxima=("s = tl.sum(share * s, 0)", "s = tl.sum(s, 0)"),
+    a_maximum_that_starts_at_minus_infinity=("tl.full((BLOCK,), -1e30,", "tl.full((BLOCK,), float('-inf'),"),
+    columns_beyond_the_row_count=("tl.where(column < V, x, float(\"-inf\"))", "x"),
+    base_e_for_base_2=("    scale = LOG2_E / temperature\n    m = tl.load",
+                       "    scale = 1 / temperature\n    m = tl.load"),
+    the_log_sum_stays_in_nats=("log_s = tl.load(log_sum + row) * LOG2_E", "log_s = tl.load(log_sum + row)"),
+    the_entropy_stays_in_nats=("h = tl.load(entropy + row) * LOG2_E", "h = tl.load(entropy + row)"),
+    the_entropys_gradient_stays_in_bits=(" / temperature * LN_2", " / temperature"),
+    the_entropy_misses_the_temperature=("tl.log(s) - u / s / temperature", "tl.log(s) - u / s"),
+    the_temperature_counts_twice=("tl.store(top + row, largest)", "tl.store(top + row, largest / temperature)"))
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("planted", mostly_slow(IN_KERNELS))
+def test_a_mistake_in_the_kernels_is_caught(planted, tmp_path, monkeypatch):
+    assert error_with([planted], tmp_path, monkeypatch) > 1e-3
+
+
+@WITH_TRITON
+def test_without_a_mistake_nothing_is_caught(tmp_path, monkeypatch):
+    assert error_with([], tmp_path, monkeypatch) < 1e-5
+
+
+def error_with(planted, folder, monkeypatch):
+    copy = with_mistakes(FILE, planted, folder)
+    monkeypatch.setattr(copy, "BLOCK", 64)
+    tensors = problem(5, 601)
+    given = tensors["logits"].float().to(TRITON_DEVICE).requires_grad_()
+    wide = given.detach().cpu().double().requires_grad_()
+    found = copy.row_logp(given, tensors["target"].to(TRITON_DEVICE), 0.7, 20.0)
+    wanted = row_logp_reference(wide, tensors["target"], 0.7, 20.0)
+    found = [*found, *torch.autograd.grad(found[0].sum() + 2 * found[1].sum(), given)]
+    wanted = [*wanted, *torch.autograd.grad(wanted[0].sum() + 2 * wanted[1].sum(), wide)]
+    return max(error(x.detach().cpu(), y.detach()) for x, y in zip(found, wanted))
 
 
 @pytest.mark.parametrize("change, names", [

@@ -4,7 +4,7 @@ import importlib
 import pytest
 import torch
 
-from kernel_tools import DEVICES, PLAIN
+from kernel_tools import DEVICES, PLAIN, TRITON_DEVICE, WITH_TRITON, error, mostly_slow, with_mistakes
 from kernels import sample, sample_reference
 from kernels.backend import INTERPRET
 from tiny import difference
@@ -254,6 +254,109 @@ def test_the_floor_is_a_logit_of_the_row_and_the_same_for_equal_logits_of_any_dt
         for dtype in (torch.float32, torch.float64):
             assert torch.equal(floor(half.to(dtype), nothing, 0.7, top_k, top_p), found.to(dtype))
     assert floor(half, nothing, 0.7, 0, 1.0) is None
+
+
+# ---------------------------------------------------------------- a row in parts
+
+FILE = importlib.import_module("kernels.sample")
+BLOCK = 16
+
+
+def split_rows():
+    """logits (8, 100), of 7 parts, and uniform numbers (8,): random rows, rows whose mass is in one part or at a part's
+    ends, a row that is banned but for its last token."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(8, 100, generator=generator)
+    logits[2, 40] = 30.0                    # a part's
+    logits[3, 15:17] += 20.0                # the last of one part and the first of the next
+    logits[4] = float("-inf")
+    logits[4, 99] = -3.0                    # nothing else
+    logits[5, :64] = float("-inf")          # four parts of nothing
+    logits[6] -= 500.0
+    logits[7, 41] = 5.0                     # banned in the tests
+    u = torch.tensor([0.03, 0.97, 0.5, 0.6, 0.5, 0.01, 0.4, 0.999], dtype=torch.float64)
+    return logits, u
+
+
+@DEVICES
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.7, top_k=9), dict(temperature=3.0)], ids=str)
+def test_the_parts_of_a_row_draw_what_the_whole_does(options, device, monkeypatch):
+    monkeypatch.setattr(FILE, "BLOCK", BLOCK)
+    logits, u = split_rows()
+    banned = ban(100, 0, 41, 98)
+    wanted = sample_reference(logits.double(), u, banned=banned, **options)
+    found = sample(logits.to(device), banned=banned.to(device), u=u.to(device), **options)
+    assert torch.equal(found.token.cpu(), wanted.token)
+    assert difference(found.logp.cpu(), wanted.logp) < 1e-5
+    assert difference(found.truncated_logp.cpu(), wanted.truncated_logp) < 1e-5
+
+
+@DEVICES
+def test_greedy_takes_the_first_of_equal_largest_whatever_part_it_is_in(device, monkeypatch):
+    monkeypatch.setattr(FILE, "BLOCK", BLOCK)
+    logits = torch.zeros(4, 100)
+    for row, tied in enumerate(([50, 70], [15, 16], [99, 98], [3, 97])):
+        logits[row, tied] = 2.0
+    token = sample(logits.to(device), temperature=0, banned=ban(100, 3).to(device)).token
+    assert token.tolist() == [50, 15, 98, 97]
+
+
+@DEVICES
+def test_one_part_or_a_vocabulary_of_whole_parts(device, monkeypatch):
+    monkeypatch.setattr(FILE, "BLOCK", BLOCK)
+    for V in (1, 15, 16, 17, 32, 80):
+        logits = torch.randn(3, V, generator=torch.Generator().manual_seed(V))
+        u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+        wanted = sample_reference(logits.double(), u)
+        assert torch.equal(sample(logits.to(device), u=u.to(device)).token.cpu(), wanted.token)
+
+
+IN_KERNELS = dict(
+    parts_merge_without_rescaling=("return top, tl.exp2((m - finite) * scale) * tl.load(sums",
+                                   "return top, (m > float(\"-inf\")) * tl.load(sums"),
+    what_lies_before_the_part_is_lost=("passes = before + tl.cumsum(e, 0) > wanted",
+                                       "passes = tl.cumsum(e, 0) > wanted"),
+    the_part_counts_itself_before=("tl.where(part < chosen, s_allowed, 0.0)",
+                                   "tl.where(part <= chosen, s_allowed, 0.0)"),
+    every_part_is_the_first=("least, part * BLOCK, V, BLOCK)", "least, 0, V, BLOCK)"),
+    the_token_of_the_first_part=("found = chosen * BLOCK + first_or_last", "found = first_or_last"),
+    sums_of_all_for_those_of_the_allowed=("place += tl.num_programs(0).to(tl.int64) * parts", "place += 0 * parts"),
+    another_rows_parts=("    allowed_place = (tl.num_programs(0) + row) * parts + part",
+                        "    allowed_place = tl.num_programs(0) * parts + part"),
+    bans_are_not_read=("mask=column < V, other=1) == 0) & (x >= least)",
+                       "mask=column < V, other=1) < 2) & (x >= least)"),
+    base_e_for_base_2=("    scale = LOG2_E / temperature\n    x, allowed",
+                       "    scale = 1 / temperature\n    x, allowed"),
+    an_empty_part=("finite = tl.where(m > float(\"-inf\"), m, 0.0)            # -inf minus",
+                   "finite = m  # -inf minus"),
+    the_last_part_for_the_first=("first = tl.min(tl.where(passes, index, END), 0)",
+                                 "first = tl.max(tl.where(passes, index, 0), 0)"),
+    the_truncated_log_prob_is_of_all=("(x - m_allowed) / temperature - tl.log(total)",
+                                      "(x - m) / temperature - tl.log(tl.sum(s, 0))"))
+
+
+def error_with(planted, folder, monkeypatch):
+    """Infinite where a token differs."""
+    copy = with_mistakes(FILE, planted, folder)
+    monkeypatch.setattr(copy, "BLOCK", BLOCK)
+    logits, u = split_rows()
+    banned = ban(100, 0, 41, 98)
+    wanted = sample_reference(logits.double(), u, 0.7, banned=banned)
+    found = copy.sample(logits.to(TRITON_DEVICE), None, 0.7, banned=banned.to(TRITON_DEVICE), u=u.to(TRITON_DEVICE))
+    if not torch.equal(found.token.cpu(), wanted.token):
+        return float("inf")
+    return max(error(x.cpu(), y) for x, y in zip(found[1:], wanted[1:]))
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("planted", mostly_slow(IN_KERNELS))
+def test_a_mistake_in_the_kernels_is_caught(planted, tmp_path, monkeypatch):
+    assert error_with([planted], tmp_path, monkeypatch) > 1e-3
+
+
+@WITH_TRITON
+def test_without_a_mistake_nothing_is_caught(tmp_path, monkeypatch):
+    assert error_with([], tmp_path, monkeypatch) < 1e-5
 
 
 def test_any_leading_shape():

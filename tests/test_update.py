@@ -23,7 +23,9 @@ from rl.explain import formless_advice, preflight_text
 from rl.learner import Critic, Guard, Learner, make_learner
 from rl.rewards import RewardOptions, Rewards, overlong
 from rl.types import Experience, Rollout
-from rl.update import estimate_advantages, score, select_groups, update
+from rl import update as update_module
+from rl.algorithms import ALGORITHMS
+from rl.update import estimate_advantages, known_gradient, score, select_groups, update
 from test_algorithms import C, D, G, LENGTH, REWARDS, Recorder, Table, batch_of, config, problem, run_update
 from test_flops import counted
 from tiny import difference, make_vlm, prompts, random_completions, to_batch
@@ -333,6 +335,72 @@ def test_nothing_is_scored_when_no_switch_asks_for_it():
     assert not meter.names
 
 
+ON_POLICY = ("grpo_token", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "luspo")     # one update, and no KL
+FURTHER = dict(entropy=dict(entropy_coef=0.1), cut_off=dict(drop_truncated=True), dual_clip=dict(bound=1.5),
+               no_clip=dict(loss="cispo", clip_low=0.0, clip_high=0.0), exact_kl=dict(kl="exact", kl_coef=0.3))
+
+
+def one_update(dtype, **switches):
+    """-> (gradients of an update of a small model from one rollout, its metrics, FLOPs of the meter, executed ones)."""
+    learner, e, cfg, _ = setting(**switches)
+    cfg = change(cfg, mini_batches=1)
+    e = replace(e, old_logp=torch.zeros(0), trained=e.mask & ~(torch.arange(len(e.mask)) == 1)[:, None, None])
+    e, _ = estimate_advantages(learner.to(dtype), e, REWARDS, cfg)
+    batch = replace(e.batch, features=e.batch.features.to(dtype))
+    e = replace(e, batch=batch, advantage=e.advantage.to(dtype), sampled_logp=e.sampled_logp.to(dtype))
+    taken = {}
+
+    def take_step(drop=False):
+        taken.update({name: p.grad.clone() for name, p in learner.policy.named_parameters() if p.grad is not None})
+        return {"grad_norm": 1.0}
+
+    meter = Meter()
+    found = {}
+    executed = counted(lambda: found.update(update(learner, e, cfg, take_step, meter, Guard(None, "rl", 1, None))[0]))
+    return taken, found, meter.total, executed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("switches", [*(vars(ALGORITHMS[name]) for name in ON_POLICY), *FURTHER.values()],
+                         ids=[*ON_POLICY, *FURTHER])
+def test_on_policy_the_head_is_told_its_gradient_which_is_the_same_and_costs_a_product_less(switches, dtype,
+                                                                                            monkeypatch):
+    found, metrics_told, flops_told, executed_told = one_update(dtype, **switches)
+    monkeypatch.setattr(update_module, "known_gradient", lambda *arguments: None)
+    plain, metrics_plain, flops_plain, executed = one_update(dtype, **switches)
+    assert found.keys() == plain.keys() and metrics_told == metrics_plain
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert flops_told == executed_told < flops_plain == executed
+
+
+def told(stored=False, loss="clip", **switches):
+    """What the head would be told; stored: whether old log-probs are, loss: a name."""
+    learner, e, cfg, _ = setting(**switches)
+    e, _ = estimate_advantages(learner, e, REWARDS, cfg)
+    if not stored:
+        e = replace(e, old_logp=torch.zeros(0))
+    algorithm = SimpleNamespace(**vars(cfg.algorithm) | dict(loss=loss))
+    return known_gradient(learner, e, losses.weights(e.trained, "token", torch.float64), e.mask.sum(), algorithm)
+
+
+def test_where_the_gradient_depends_on_the_log_probs_nothing_is_told():
+    assert told() is not None
+    for switches in (dict(kl="k3", kl_coef=0.1), dict(kl="k1", kl_coef=0.1), dict(stored=True), dict(loss="of_mine")):
+        assert told(**switches) is None
+
+
+@pytest.mark.parametrize("wrong", [lambda g: 1.01 * g, lambda g: g.roll(1, 0), torch.zeros_like])
+def test_an_update_whose_head_was_told_something_else_is_an_error(wrong, monkeypatch):
+    right = losses.sent_at_ratio_one
+
+    def mistaken(*arguments):
+        return wrong(right(*arguments)[0]), None
+
+    monkeypatch.setattr(losses, "sent_at_ratio_one", mistaken)
+    with pytest.raises(RuntimeError, match="sends to logp is not the `upstream`"):
+        one_update(torch.float64)
+
+
 def test_nano_aha_scoring_by_the_reference_overwrites_nothing():
     learner, e, cfg, _ = setting(kl="k3", kl_coef=0.1)
     tensors = [*vars(e.batch).values(), *e._tensors().values()]
@@ -417,7 +485,7 @@ def test_ppo_on_two_states_reaches_the_known_values_and_the_better_action(critic
             at = self.rows(completions)
             return self.hidden[torch.cat([at, at[..., -1:]], -1), 0]
 
-        def __call__(self, batch, completions, temperature, mask=None):
+        def __call__(self, batch, completions, temperature, mask=None, upstream=None):
             every = self.logits[self.rows(completions), 0].log_softmax(-1)
             return SimpleNamespace(logp=every.gather(-1, completions[..., None])[..., 0],
                                    entropy=-(every.exp() * every).sum(-1), hidden=self.states(batch, completions))
