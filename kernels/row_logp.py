@@ -200,8 +200,8 @@ def _forward_torch(logits, target, temperature, softcap, ignore_index):
     chosen = target.masked_fill(~keep, 0)[:, None]
     for rows in row_blocks(logits):
         x, _ = torch_capped(logits[rows], softcap)
-        torch.amax(x, -1, out=top[rows])
         log_p = torch_scaled(x, temperature).log_softmax(-1)
+        torch.amax(x, -1, out=top[rows])
         log_sum[rows] = -log_p.amax(-1)                 # at the largest z, log p = -log_sum exactly
         logp[rows] = log_p.gather(-1, chosen[rows])[:, 0]
         # Clamped, a logit of -inf adds 0 to the entropy; 0 * -inf would be NaN.
