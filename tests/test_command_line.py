@@ -506,6 +506,20 @@ def test_stages_start_from_the_init_of_another_run_and_take_its_shape(finished, 
     assert json.loads((tmp_path / "new/config.json").read_text())["ff"] == 64
 
 
+def test_verdicts_on_demand_are_those_of_the_run(finished, capsys):
+    found = json.loads((finished / "verdicts.json").read_text())
+    assert {row["question"] for row in found if row["split"] == "id"} == {"looking", "thinking", "reflection"}
+    assert {*json.loads((finished / "interventions.json").read_text())} == {"cot"}
+    evaluation.main([f"--checkpoint={finished / 'cot.pt'}", "--verdicts", "--splits=id", *(
+        flag for flag in SMALL if flag.startswith("--eval-"))])
+    said = capsys.readouterr().out
+    for row in found:
+        if row["split"] == "id":
+            assert f"  {row['question']}: {row['finding']}. {row['sentence']}\n" in said
+    said = complaint(f"--checkpoint={finished / 'cot.pt'}", "--verdicts", "--prompting=ccot", main=evaluation.main)
+    assert said == "--verdicts goes with plain completions: expected it without --prompting and --search"
+
+
 def labels_on_disk(out):
     """What each file of a finished run calls what its RL stages made."""
     others = {"teacher", "before"}

@@ -114,3 +114,11 @@ def test_baselines_have_a_table_of_their_own_over_the_seeds(runs):
     assert len(json.loads(written["baselines.json"])) == 2
     [table] = [part for part in text.split("\n\n") if part.startswith("baseline, greedy: mean over 2 seeds")]
     assert table.splitlines()[2].split()[:3] == ["linear", "probe", "0.300"]
+
+
+def test_verdicts_are_counted_over_the_seeds(runs):
+    for seed, finding in ((3, "sharpening"), (4, "not shown")):
+        leave(runs / f"seed-{seed}", "verdicts.json", [dict(question="sharpening", split="id", finding=finding)])
+    text, written = report(runs)
+    assert len(json.loads(written["verdicts.json"])) == 2
+    assert "\n  sharpening, id: sharpening 1, not shown 1\n" in text

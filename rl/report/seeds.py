@@ -9,11 +9,12 @@ from rl.report.curves import curves
 from rl.report.log import mean_log, read_log
 from rl.report.matched import frontier, matched_text
 from rl.report.statistics import main_decoding, over_seeds, result_lines, seeds_table
+from rl.report.verdicts import over_seeds_text
 
 FILES = ("results", "differences", "kinds", "training", "baselines", "misread", "routes", "generalisation", "growth",
-         "curve")
-# Files with tables of their own: rl/report/matched.py, generalisation.py, growth.py.
-NOT_TABLES = ("curve", "generalisation", "growth")
+         "curve", "verdicts")
+# Files with tables of their own: rl/report/matched.py, generalisation.py, growth.py, verdicts.py.
+NOT_TABLES = ("curve", "generalisation", "growth", "verdicts")
 
 
 def report_seeds(folder, seeds, write):
@@ -45,7 +46,8 @@ def report_seeds(folder, seeds, write):
                 shown.append(row)
     lines = result_lines(over_seeds(joint["results"]), over_seeds(joint.get("differences", [])),
                          _compared_to(joint.get("differences", [])), over="seeds")
-    text = "\n".join([*lines, *_probes(runs), "", seeds_table(shown)])
+    parts = ["\n".join([*lines, *_probes(runs)]), over_seeds_text(joint.get("verdicts", [])), seeds_table(shown)]
+    text = "\n\n".join(part for part in parts if part)
     if not joint.get("curve"):
         return text
     decoding = main_decoding(joint["results"])
