@@ -47,6 +47,7 @@ from rl.metrics import reflects
 from rl.report import curves, generalisation, growth, misread, page, routes, statistics, verdicts
 from rl.report.baselines import baseline_rows, baselines_text
 from rl.report.log import read_log
+from rl.report.samples import entries_of
 from rl.report.statistics import decoding_name
 from rl.rewards import consistency
 from rl.rollout import prompts, read
@@ -415,20 +416,19 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     write_json(folder / "training.json", training)
     write_json(folder / "differences.json", differences)
     write_json(folder / "verdicts.json", judged)
-    write_report(folder, cfg, tests, scores, rewards, log, results)
     texts = special_reports(folder, cfg, contenders, tests, scores, results, trained, probes, shown)
+    guesses = ""
+    for split, asked in tests.items():
+        drawn = asked[0].source.startswith("scenes/")
+        guesses += without_looking(split, asked[:cfg.judge.eval_sampled] if drawn else asked)
+    tables = [verdicts.verdicts_text(judged), statistics.table(results, scores, to),
+              "\n".join(text for text in (statistics.training_table(training), guesses.rstrip("\n")) if text), *texts]
+    tables = "\n\n".join(text for text in tables if text)
+    write_report(folder, cfg, tests, scores, rewards, log, results, tables)
     write_json(folder / "results.json", results)      # last: a run that has it is finished
 
     print("\n" + "\n".join(statistics.result_lines(results, differences, to)))
-    print("\n" + verdicts.verdicts_text(judged))
-    print("\n" + statistics.table(results, scores, to))
-    print("\n" + statistics.training_table(training))
-    for split, samples in tests.items():
-        drawn = samples[0].source.startswith("scenes/")
-        asked = samples[:cfg.judge.eval_sampled] if drawn else samples
-        print(without_looking(split, asked), end="")
-    for text in texts:
-        print("\n" + text)
+    print("\n" + tables)
     return results
 
 
@@ -522,12 +522,11 @@ def draw_growth(folder, grown):
     write_picture(folder / "growth.png", growth.growth_picture(grown, max(long_walks.TRAINED)))
 
 
-def write_report(folder, cfg, tests, scores, rewards, log, results):
-    """samples.html and curves.png."""
-    decoding = cfg.judge.decoding
-    title = f"Samples of {folder.name}, {statistics.decoding_title(decoding)}"
-    html = page.samples_page(title, tests, scores, rewards, decoding)
-    checkpoint.write_atomically(folder / "samples.html", lambda file: file.write(html))
+def write_report(folder, cfg, tests, scores, rewards, log, results, tables):
+    """report.html and curves.png. results: the rows of results.json; tables: text, as printed."""
+    entries = entries_of(tests, scores, rewards, cfg.judge.decoding)
+    html = page.run_page(folder.name, page.gather(folder, results=results), entries, tables)
+    checkpoint.write_atomically(folder / "report.html", lambda file: file.write(html))
     write_picture(folder / "curves.png", curves.curves(log, results))
 
 

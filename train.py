@@ -64,6 +64,7 @@ from model.optim import (OptimOptions, diverged, learning_rate, make_optimizer, 
 from model.runs import checkpoint
 from model.runs.config import adopt, change, check_fields, choice, describe, flat, from_command_line, need, number
 from model.runs.device import MachineOptions, pick_device, pick_dtype
+from model.runs.environment import add, environment
 from model.runs.folder import RunFolder, choose, resumed, write_json
 from model.runs.presets import PRESETS
 from model.runs.seeds import run_seeds
@@ -1511,6 +1512,7 @@ def train_and_compare(run, notes):
     cfg = run.cfg
     print(describe(cfg))
     show_notes(notes)
+    add(run.folder, environment(cfg, run.device, notes))
     print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
     for name in cfg.stages():
         train_stage(run, name, name, config_of(cfg, name))
@@ -1518,7 +1520,7 @@ def train_and_compare(run, notes):
     if cfg.run.export and not (cfg.run.resume and export_folder(cfg.run.export).exists()):
         vlm, tok, _ = evaluation.load_vlm(run.path(cfg.stages()[-1]))
         evaluation.export(vlm, tok, cfg.run.export, cfg.data.template)
-    names = ("results.json", "samples.html", "curves.png", "log.jsonl")
+    names = ("report.html", "results.json", "curves.png", "log.jsonl")
     files = ", ".join(name for name in names if (run.folder / name).exists())
     print(f"\n{run.folder}: {files} and checkpoints; {time.perf_counter() - began:.0f} s in all")
 
@@ -1817,6 +1819,7 @@ def many_seeds(cfg):
             run.reopen(flat(cfg), flat(Config()), free, (), samples)
         else:
             run.create(flat(cfg), samples)
+        add(run.folder, environment(cfg, cfg.machine.device))
         seeds = range(cfg.run.seed, cfg.run.seed + cfg.run.seeds)
         run_seeds(__file__, cfg, seeds, run.folder)
 

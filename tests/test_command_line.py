@@ -534,7 +534,7 @@ def labels_on_disk(out):
         "scores": {*rows("scores")} - others, "training": {row["method"] for row in rows("training")},
         "log": {line["method"] for line in log if "reward" in line},
         "checkpoints": {checkpoint.load(path)["label"] for path in out.glob("*.pt")},
-        "page": {*re.findall(r"<tr><th>(\S+)</th><td>\d", (out / "samples.html").read_text())} - others}
+        "page": {*re.findall(r"<tr><th>(\S+)</th><td>\d+ of \d+ right", (out / "report.html").read_text())} - others}
 
 
 @pytest.mark.parametrize("flags, labels", [

@@ -27,6 +27,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 1100px;
        margin: 2em auto; padding: 0 1em }
 a { color: var(--link) }
+h1, h2, p, li, b, figcaption, .legend, .quiet { overflow-wrap: anywhere }
 h1 { font-size: 1.4em }
 h2 { font-size: 1.15em; margin-top: 2em }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 1.1em; margin: 1.1em 0 }
