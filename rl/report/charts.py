@@ -100,10 +100,12 @@ class Charts:
         stand on a logarithmic axis.
         """
         kept = {}
-        for name, points in series.items():
+        numbers = []                            # of the kept ones: a name has one colour in charts of the same names
+        for number, (name, points) in enumerate(series.items()):
             points = thinned([(step, value) for step, value in points if value is not None and math.isfinite(value)])
             if points:
                 kept[name] = points
+                numbers.append(number)
         if not kept:
             return ""
         steps = [step for points in kept.values() for step, _ in points]
@@ -115,7 +117,7 @@ class Charts:
         x = Axis(min(steps), max(steps), LEFT, RIGHT)
         y = Axis(low, high, BOTTOM, TOP, is_log)
         inside = [_grid(x, y)]
-        for number, (name, points) in enumerate(kept.items()):
+        for number, (name, points) in zip(numbers, kept.items()):
             inside.append(_line(number, name, points, x, y))
         inside.append(f'<line class="cursor" y1="{TOP}" y2="{BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
         self.shown.append({
@@ -124,7 +126,8 @@ class Charts:
         if is_log:
             note = f"{note}; logarithmic axis"
         last = ", ".join(f"{name} {short(points[-1][1])}" for name, points in kept.items())
-        return _figure(title, note, _legend(kept) if len(kept) > 1 else "", inside,
+        legend = _legend(zip(numbers, kept)) if len(series) > 1 else ""
+        return _figure(title, note, legend, inside,
                        f'tabindex="0" data-chart="{len(self.shown) - 1}" aria-label="{escape(title)}, last: '
                        f'{escape(last)}"')
 
@@ -132,23 +135,17 @@ class Charts:
     def shares(title, note, rows):
         """Rows with method, split, value, low, high, shares in [0, 1] -> a figure with their intervals, a method a
         shape; "" without rows."""
-        if not rows:
-            return ""
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        splits = list(dict.fromkeys(row["split"] for row in rows))
-        y = Axis(0.0, 1.0, BOTTOM, TOP)
-        slot = (RIGHT - LEFT) / len(splits)
-        gap = 0.8 * slot / max(4, len(methods))
-        inside = [_levels(y)]
-        for number, split in enumerate(splits):
-            middle = LEFT + (number + 0.5) * slot
-            inside.append(f'<text class="label" x="{middle:.1f}" y="{BOTTOM + 16}" text-anchor="middle">'
-                          f'{escape(split)}</text>')
+        return _dots(title, note, rows, Axis(0.0, 1.0, BOTTOM, TOP), 1, "{:.3f}")
+
+    @staticmethod
+    def differences(title, note, rows):
+        """As `shares`, of differences of shares, in points around a line at 0."""
+        ends = [0.0]
         for row in rows:
-            number = methods.index(row["method"])
-            middle = LEFT + (splits.index(row["split"]) + 0.5) * slot
-            inside.append(_point(number, row, middle + (number - (len(methods) - 1) / 2) * gap, y))
-        return _figure(title, note, _legend(methods, shapes=True), inside, f'role="img" aria-label="{escape(title)}"')
+            ends += [100 * end for end in (row["value"], row.get("low"), row.get("high"))
+                     if end is not None and math.isfinite(end)]
+        reach = 1.05 * max(map(abs, ends)) or 1.0
+        return _dots(title, note, rows, Axis(-reach, reach, BOTTOM, TOP), 100, "{:+.1f}")
 
     STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1em }
@@ -160,6 +157,7 @@ figcaption b { display: block; overflow-wrap: anywhere }
 svg { width: 100%; height: auto; display: block; overflow: visible }
 svg .grid { stroke: var(--line); stroke-width: 1 }
 svg .label { fill: var(--quiet); font-size: 12px }
+svg .zero { stroke: var(--ink); stroke-width: 1.2 }
 svg .cursor { stroke: var(--ink); stroke-width: 1 }
 svg .raw { fill: none; stroke-width: 1; opacity: .35 }
 svg .line { fill: none; stroke-width: 2.2; stroke-linejoin: round }
@@ -265,9 +263,10 @@ def _line(number, name, points, x, y):
             f'stroke-dasharray="{DASHES[number % len(DASHES)]}" points="{smooth}"/>{title}</g>')
 
 
-def _legend(names, shapes=False):
+def _legend(numbered, shapes=False):
+    """[(number, name)] -> the signs of series, and their names."""
     parts = []
-    for number, name in enumerate(names):
+    for number, name in numbered:
         hue = f"c{number % SERIES}"
         if shapes:
             sign = _shape(number, 13, 6)
@@ -294,14 +293,38 @@ def _shape(number, x, y):
     return f'<polygon class="{hue}" points="{points}"/>'
 
 
-def _point(number, row, x, y):
-    """A value with its interval, cut to what a share can be; an interval that is infinite, or missing, is not drawn."""
+def _dots(title, note, rows, y, scale, form):
+    """The figure of `shares` and `differences`; scale: what values are multiplied with; form: how they are written."""
+    if not rows:
+        return ""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    slot = (RIGHT - LEFT) / len(splits)
+    gap = 0.8 * slot / max(4, len(methods))
+    inside = [_levels(y)]
+    if y.low < 0:
+        inside.append(f'<line class="zero" x1="{LEFT}" x2="{RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>')
+    for number, split in enumerate(splits):
+        middle = LEFT + (number + 0.5) * slot
+        inside.append(f'<text class="label" x="{middle:.1f}" y="{BOTTOM + 16}" text-anchor="middle">'
+                      f'{escape(split)}</text>')
+    for row in rows:
+        number = methods.index(row["method"])
+        middle = LEFT + (splits.index(row["split"]) + 0.5) * slot
+        inside.append(_point(number, row, middle + (number - (len(methods) - 1) / 2) * gap, y, scale, form))
+    legend = _legend(enumerate(methods), shapes=True)
+    return _figure(title, note, legend, inside, f'role="img" aria-label="{escape(title)}"')
+
+
+def _point(number, row, x, y, scale, form):
+    """A value with its interval, cut to the axis; an interval that is infinite, or missing, is not drawn."""
     hue = f"c{number % SERIES}"
-    words = f"{row['method']} on {row['split']}: {row['value']:.3f}"
+    value = scale * row["value"]
+    words = f"{row['method']} on {row['split']}: {form.format(value)}"
     whisker = ""
     ends = (row.get("low"), row.get("high"))
     if all(end is not None and math.isfinite(end) for end in ends):
-        low, high = (min(1.0, max(0.0, end)) for end in ends)
-        words += f" [{low:.3f}, {high:.3f}]"
+        low, high = (min(y.high, max(y.low, scale * end)) for end in ends)
+        words += f" [{form.format(low)}, {form.format(high)}]"
         whisker = (f'<line class="whisker {hue}" x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>')
-    return f'<g><title>{escape(words)}</title>{whisker}{_shape(number, x, y(row["value"]))}</g>'
+    return f'<g><title>{escape(words)}</title>{whisker}{_shape(number, x, y(value))}</g>'
