@@ -63,7 +63,8 @@ from model.lora import LoraOptions
 from model.optim import (OptimOptions, diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained,
                          stepper)
 from model.runs import checkpoint
-from model.runs.config import adopt, change, check_fields, choice, describe, flat, from_command_line, need, number
+from model.runs.config import (adopt, change, check_fields, choice, describe, first_line, flat, from_command_line, need,
+                               number)
 from model.runs.device import MachineOptions, pick_device, pick_dtype
 from model.runs.environment import add, environment
 from model.runs.folder import RunFolder, choose, resumed, write_json
@@ -77,6 +78,7 @@ from rl.explain import explanation, formless_advice, preflight_text
 from rl.learner import Guard, make_learner
 from rl.report import generalisation, growth, ladder
 from rl.report import grid as grid_report
+from rl.report import page
 from rl.report import seeds as seeds_report
 from rl.report import statistics
 from rl.report.log import read_log
@@ -1522,15 +1524,25 @@ def train_and_compare(run, notes):
     show_notes(notes)
     add(run.folder, environment(cfg, run.device, notes))
     print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
-    for name in cfg.stages():
-        train_stage(run, name, name, config_of(cfg, name))
-    compare_methods(run)
+    try:
+        for name in cfg.stages():
+            train_stage(run, name, name, config_of(cfg, name))
+        compare_methods(run)
+    except (ValueError, RuntimeError) as error:         # as of training that diverged, which one wants to look at
+        show_page(run, first_line(error))
+        raise
     if cfg.run.export and not (cfg.run.resume and export_folder(cfg.run.export).exists()):
         vlm, tok, _ = evaluation.load_vlm(run.path(cfg.stages()[-1]))
         evaluation.export(vlm, tok, cfg.run.export, cfg.data.template)
     names = ("report.html", "results.json", "curves.png", "log.jsonl")
     files = ", ".join(name for name in names if (run.folder / name).exists())
     print(f"\n{run.folder}: {files} and checkpoints; {time.perf_counter() - began:.0f} s in all")
+
+
+def show_page(run, stopped=""):
+    """report.html of a run that is not evaluated: what its log tells. stopped: what ended it, "" if nothing did."""
+    html = page.run_page(run.folder.name, page.gather(run.folder, stopped=stopped))
+    write_bytes(run.folder / "report.html", html)
 
 
 def train_stage(run, stage, name, cfg):
@@ -1544,6 +1556,7 @@ def train_stage(run, stage, name, cfg):
     flops = run.spent([name])
     cost = f", {flops / 1e12:8.2f} TFLOP" if flops else ""
     print(f"{name:<15} {seconds:7.1f} s{cost}")
+    show_page(run)
 
 
 def tune(run, notes):

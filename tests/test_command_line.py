@@ -581,6 +581,8 @@ def test_training_that_diverges_stops_before_anything_is_saved(tmp_path, monkeyp
     monkeypatch.setattr(train, "learning_rate", lambda *_: 1e30)
     said = complaint(*SMALL, "--stage=clip", "--clip-steps=9", f"--out={tmp_path / 'run'}")
     assert "training diverged" in said and not (tmp_path / "run/clip.pt").exists()
+    page = (tmp_path / "run/report.html").read_text()       # which one looks at to see why
+    assert "<li>The run stopped: " in page and "training diverged" in page and "<b>clip: grad_norm</b>" in page
 
 
 def test_a_teacher_without_a_right_chain_leaves_filtered_as_it_was(finished, tmp_path):

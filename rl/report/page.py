@@ -53,7 +53,7 @@ pre { overflow-x: auto; font-size: .82em }
 
 def gather(folder, **given):
     """What a run folder, or one of several seeds, holds -> {name: what FILES' json, or `given`, has}, and "log" and
-    "seeds", the number of those that its rows are of."""
+    "seeds", the number of those that its rows are of. given: also "stopped", the error that ended a run."""
     folder = Path(folder)
     found = {}
     for name in FILES:
@@ -74,9 +74,12 @@ def run_page(name, found, entries=(), tables=""):
     bytes."""
     charts = Charts()
     notes = [note for entry in found["environment"] for note in entry["notes"]]
+    sentences = alarms(found["log"], notes)
+    if found.get("stopped"):
+        sentences.insert(0, f"The run stopped: {found['stopped']}")
     parts = {
         "Result": result(found),
-        "Look at first": as_list(alarms(found["log"], notes),
+        "Look at first": as_list(sentences,
                                  "Numbers of the log beyond fixed thresholds. They name no cause, and without one of "
                                  "them a run may still have a fault."),
         "What the gain is made of": gain(found["verdicts"], found["seeds"]),
