@@ -13,7 +13,7 @@ from model.runs.config import change
 from model.runs.environment import add, commit, environment, processor
 from rl.metrics import DEFINITIONS
 from rl.report.alarms import alarms
-from rl.report.charts import MOST_POINTS, Axis, Charts, short, smoothed, thinned, ticks
+from rl.report.charts import LEFT, MOST_POINTS, RIGHT, Axis, Charts, short, smoothed, thinned, ticks
 from rl.report.page import definition, gather, in_order, run_page, stage_seconds
 from rl.report.web import document
 
@@ -274,16 +274,19 @@ def test_the_page_runs_in_light_and_dark_tells_values_and_hostile_texts_stay_tex
 def test_the_arrow_keys_walk_a_chart(tmp_path):
     path = tmp_path / "report.html"
     charts = Charts()
-    body = charts.lines("a", "", {"x": [(0, 1.0), (5, 2.0), (10, 4.0)], "y": [(0, 7.0), (10, 9.0)]})
+    body = charts.lines("a", "", {"x": [(2, 1.0), (7, 2.0), (12, 4.0)], "y": [(2, 7.0), (12, 9.0)]})
     path.write_bytes(document("t", body + charts.data(), Charts.STYLE, Charts.SCRIPT))
     with Browser() as browser:
         page = browser.open(path)
         page.run("document.querySelector('figure').focus()")
         told = []
+        places = []
         for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
             page.press(key)
             told.append(page.run("document.querySelector('.tip').textContent").split("\n"))
-        assert [lines[0] for lines in told] == ["step 0", "step 5", "step 10", "step 10", "step 5"]
+            places.append(float(page.run("document.querySelector('.cursor').getAttribute('x1')")))
+        assert [lines[0] for lines in told] == ["step 2", "step 7", "step 12", "step 12", "step 7"]
+        assert places == [LEFT, (LEFT + RIGHT) / 2, RIGHT, RIGHT, (LEFT + RIGHT) / 2]
         assert told[1][1] == "x  2" and told[2][1:] == ["x  4", "y  9"]
         page.press("Escape")
         assert page.run("document.querySelector('.tip').hidden") and page.said == []
