@@ -4,6 +4,7 @@
     python eval.py --checkpoint=out/embedded-1/rl.pt --ask="what is at b2 ?" --image=picture.png
     python eval.py --llava=DIR --dtype=bfloat16 --ask="What is shown?" --image=picture.jpg
     python eval.py --llava=DIR --data=jsonl:FILE --prompting=ccot        # a scene graph first, then the answer
+    python eval.py --checkpoint=out/embedded-1/rl.pt --verdicts          # does it look, does its thought matter?
     python eval.py --checkpoint=out/embedded-1/rl.pt --search=best_of_n --search-n=4 --scorer=oracle
     python eval.py --checkpoint=out/llava-1.5-7b-1/sft.pt --export=hf:DIR
     python eval.py --checkpoint=out/llava-1.5-7b-1/sft.pt --serve=8000       # OpenAI's chat completions
@@ -41,11 +42,14 @@ from model.runs.config import check_fields, choice, from_command_line, number
 from model.runs.device import pick_device, pick_dtype
 from model.runs.folder import write_json
 from model.vlm import VLM
-from rl import measures
-from rl.report import curves, generalisation, growth, misread, page, routes, statistics
+from rl import interventions, measures
+from rl.metrics import reflects
+from rl.report import curves, generalisation, growth, misread, page, routes, statistics, verdicts
 from rl.report.baselines import baseline_rows, baselines_text
 from rl.report.log import read_log
+from rl.report.samples import entries_of
 from rl.report.statistics import decoding_name
+from rl.rewards import consistency
 from rl.rollout import prompts, read
 from rl.search import Search, SearchOptions, equal_tokens, find, open_scorer
 from rl.serve import Model, Server
@@ -301,8 +305,9 @@ def evaluate(vlm, tok, samples, prompting, options, note=None):
 
 
 def raw_scores(samples, answers, note=None):
-    """What rl/report/statistics.py reads: of each prompt what was right, how long, what was cut off, its kind, gold
-    answer and first text; and what is noted."""
+    """What rl/report/statistics.py and verdicts.py read: of each prompt what was right, how long, what was cut off,
+    whether thoughts end in the answer and hold words of reflection, its kind, gold answer and first text; and what is
+    noted."""
     scores = judge(samples, answers.texts) | notes(samples, answers.texts, note)
     scores["length"] = answers.lengths.tolist()
     scores["cut"] = answers.cut.astype(int).tolist()
@@ -310,10 +315,17 @@ def raw_scores(samples, answers, note=None):
         scores["spent"] = answers.spent.tolist()
     if answers.before is not None:
         scores["before"] = answers.before
+    scores["agrees"] = of_each(samples, answers.texts, consistency)
+    scores["reflects"] = of_each(samples, answers.texts, lambda sample, text: reflects(text))
     scores["kind"] = kinds(samples)
     scores["text"] = [group[0] for group in answers.texts]
     scores["gold"] = [chat.normalise(sample.answer) for sample in samples]
     return scores
+
+
+def of_each(samples, texts, judges):
+    """n samples, n lists of G texts -> (n, G) list of 0 and 1, as judges(sample, text) says."""
+    return [[int(judges(sample, text)) for text in group] for sample, group in zip(samples, texts)]
 
 
 def teacher_scores(samples, options, note=None):
@@ -399,23 +411,49 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     log = read_log(folder / "log.jsonl")
     training = statistics.training_rows(log, seed)
     differences = [dict(row, seed=seed) for row in statistics.differences(scores, to)]
+    judged = verdicts_of(folder, cfg, contenders, tests, scores, to)
     write_json(folder / "kinds.json", statistics.kind_rows(scores, seed))
     write_json(folder / "training.json", training)
     write_json(folder / "differences.json", differences)
-    write_report(folder, cfg, tests, scores, rewards, log, results)
+    write_json(folder / "verdicts.json", judged)
     texts = special_reports(folder, cfg, contenders, tests, scores, results, trained, probes, shown)
+    guesses = ""
+    for split, asked in tests.items():
+        drawn = asked[0].source.startswith("scenes/")
+        guesses += without_looking(split, asked[:cfg.judge.eval_sampled] if drawn else asked)
+    tables = [verdicts.verdicts_text(judged), statistics.table(results, scores, to),
+              "\n".join(text for text in (statistics.training_table(training), guesses.rstrip("\n")) if text), *texts]
+    tables = "\n\n".join(text for text in tables if text)
+    write_report(folder, cfg, tests, scores, rewards, log, results, tables)
     write_json(folder / "results.json", results)      # last: a run that has it is finished
 
     print("\n" + "\n".join(statistics.result_lines(results, differences, to)))
-    print("\n" + statistics.table(results, scores, to))
-    print("\n" + statistics.training_table(training))
-    for split, samples in tests.items():
-        drawn = samples[0].source.startswith("scenes/")
-        asked = samples[:cfg.judge.eval_sampled] if drawn else samples
-        print(without_looking(split, asked), end="")
-    for text in texts:
-        print("\n" + text)
+    print("\n" + tables)
     return results
+
+
+def verdicts_of(folder, cfg, contenders, tests, scores, to):
+    """The rows of verdicts.json, on `to`, or without it on the last contender that is asked plainly. What
+    interventions.json already holds is not measured again. Arguments as those of `compare`."""
+    path = folder / "interventions.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    plain = [name for name, contender in contenders.items() if not (contender.prompting or contender.search)]
+    main = to or ["", *plain][-1]
+    if main in plain and main not in measured:
+        began = time.perf_counter()
+        vlm, tok, prompting = opened(contenders[main], cfg)
+        home = statistics.main_split(list(tests))
+        measured[main] = intervened(vlm, tok, tests[home], prompting, cfg.judge)
+        write_json(path, measured)
+        print(f"took pictures and thoughts from {main} {time.perf_counter() - began:7.1f} s", flush=True)
+    return verdicts.verdicts(scores, verdicts.start_of(scores, main), main, measured, cfg.run.seed)
+
+
+def intervened(vlm, tok, samples, prompting, options):
+    """What a model answers without its picture and its thought, as interventions.intervene has it; no more prompts than
+    are asked greedily."""
+    asking = measures.Asking(tok, prompting.method, prompting.template, prompting.max_new)
+    return interventions.intervene(Sampler(vlm), asking, samples[:options.eval_greedy])
 
 
 def special_reports(folder, cfg, contenders, tests, scores, results, trained, probes, shown):
@@ -453,6 +491,16 @@ def note_of(cfg):
 
 def scores_of(contender, cfg, tests):
     """{split: raw scores} of a Contender; tests: {split: samples}."""
+    vlm, tok, prompting = opened(contender, cfg)
+    options = contender.judge(cfg.judge)
+    scores = {}
+    for split, samples in contender.tests(tests).items():
+        scores[split] = evaluate(vlm, tok, samples, prompting, options, note_of(cfg))
+    return scores
+
+
+def opened(contender, cfg):
+    """A Contender -> (vlm, tokenizer, Prompting)."""
     place = dict(checkpoint=contender.path)
     if contender.is_folder:
         place = dict(llava=contender.path, clip=cfg.clip.clip)
@@ -460,11 +508,7 @@ def scores_of(contender, cfg, tests):
     stages = METHODS.get(contender.prompting, ())
     prompting = Prompting(contender.method or state["method"], cfg.data.template, cfg.sampling.max_new, stages,
                           contender.search)
-    options = contender.judge(cfg.judge)
-    scores = {}
-    for split, samples in contender.tests(tests).items():
-        scores[split] = evaluate(vlm, tok, samples, prompting, options, note_of(cfg))
-    return scores
+    return vlm, tok, prompting
 
 
 def write_growth(folder, grown):
@@ -478,12 +522,11 @@ def draw_growth(folder, grown):
     write_picture(folder / "growth.png", growth.growth_picture(grown, max(long_walks.TRAINED)))
 
 
-def write_report(folder, cfg, tests, scores, rewards, log, results):
-    """samples.html and curves.png."""
-    decoding = cfg.judge.decoding
-    title = f"Samples of {folder.name}, {statistics.decoding_title(decoding)}"
-    html = page.samples_page(title, tests, scores, rewards, decoding)
-    checkpoint.write_atomically(folder / "samples.html", lambda file: file.write(html))
+def write_report(folder, cfg, tests, scores, rewards, log, results, tables):
+    """report.html and curves.png. results: the rows of results.json; tables: text, as printed."""
+    entries = entries_of(tests, scores, rewards, cfg.judge.decoding)
+    html = page.run_page(folder.name, page.gather(folder, results=results), entries, tables)
+    checkpoint.write_atomically(folder / "report.html", lambda file: file.write(html))
     write_picture(folder / "curves.png", curves.curves(log, results))
 
 
@@ -638,6 +681,7 @@ class EvalOptions:
     max_new: int = number(0, "[0, 131072]")         # token budget; 0: the checkpoint's own
     ask: str = ""                                   # ask this question ...
     image: str = ""                                 # ... about this picture, and stop
+    verdicts: bool = False                          # does it look, does its thought matter? of --checkpoint; stop
     serve: int = number(-1, "[-1, 65535]")          # answer OpenAI's chat completions at this port; 0: a free one
     host: str = "127.0.0.1"                         # ... of this address: 0.0.0.0 is open to the whole network
     device: str = "auto"                            # auto | cpu | cuda
@@ -673,7 +717,9 @@ def check(options, search):
     if options.ask and search.scorer == "oracle":
         raise ValueError("--scorer=oracle needs the gold answer, which --ask has not; expected another scorer")
     serves = options.serve >= 0
-    for name in ("ask", "export", "data", "method", "prompting"):
+    if options.verdicts and (options.prompting or search.search):
+        raise ValueError("--verdicts goes with plain completions: expected it without --prompting and --search")
+    for name in ("ask", "export", "data", "method", "prompting", "verdicts"):
         value = getattr(options, name)
         if serves and value:
             raise ValueError(f"--serve={options.serve} and --{name}={value} do not go together: a client brings its "
@@ -713,6 +759,8 @@ def main(argv):
         ask(vlm, tok, sample, prompting, cfg.judge)
     elif options.serve >= 0:
         server(vlm, tok, prompting, options).run()
+    elif options.verdicts:
+        print_verdicts(vlm, tok, state.get("label", state["stage"]), test_samples(cfg, trained), prompting, cfg.judge)
     else:
         label = state.get("label", state["stage"])      # checkpoints of other versions have none
         if options.prompting:
@@ -755,6 +803,16 @@ def print_tables(vlm, tok, label, tests, prompting, options, trained):
     if prompting.search:
         for split, raw in scores[label].items():
             print(spent_text(split, raw[options.decoding]))
+
+
+def print_verdicts(vlm, tok, label, tests, prompting, options):
+    """Prints what verdicts say of one model without its start, on every split."""
+    for split, samples in tests.items():
+        found = intervened(vlm, tok, samples, prompting, options)
+        answers = complete(vlm, tok, samples[:options.eval_sampled], prompting, options.eval_batch,
+                           options.eval_samples, options.eval_temperature, options.eval_top_k, options.eval_top_p, 1)
+        scores = {label: {split: {options.decoding: raw_scores(samples[:options.eval_sampled], answers)}}}
+        print(verdicts.verdicts_text(verdicts.verdicts(scores, "", label, {label: found})))
 
 
 def spent_text(split, raw):

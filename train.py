@@ -12,6 +12,7 @@
     python train.py --preset=generalisation            # post-training on some kinds of question, tested on the others
     python train.py --stage=teach --teacher=http://HOST/v1 --teacher-model=NAME --records=FILE --data=jsonl:FILE
                                                        # a teacher's chains of thought, checked, into --records
+    python train.py --grid="norm=token,sequence;kl_coef=0,0.04" --seeds=3      # an ablation: every combination
     python train.py --resume                           # go on with the last interrupted run
     python train.py --preset=bench                     # where the time of an RL step goes; bench-7b: larger
 
@@ -62,17 +63,22 @@ from model.lora import LoraOptions
 from model.optim import (OptimOptions, diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained,
                          stepper)
 from model.runs import checkpoint
-from model.runs.config import adopt, change, check_fields, choice, describe, flat, from_command_line, need, number
+from model.runs.config import (adopt, change, check_fields, choice, describe, first_line, flat, from_command_line, need,
+                               number)
 from model.runs.device import MachineOptions, pick_device, pick_dtype
+from model.runs.environment import add, environment
 from model.runs.folder import RunFolder, choose, resumed, write_json
+from model.runs.grid import group_of, name_of, planned, read_cells
 from model.runs.presets import PRESETS
-from model.runs.seeds import run_seeds
+from model.runs.seeds import run_all, run_seeds
 from model.vlm import VLM, VlmConfig, VlmOptions
 from rl import algorithms, bench, curriculum, forecast, metrics, peers
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, formless_advice, preflight_text
 from rl.learner import Guard, make_learner
 from rl.report import generalisation, growth, ladder
+from rl.report import grid as grid_report
+from rl.report import page
 from rl.report import seeds as seeds_report
 from rl.report import statistics
 from rl.report.log import read_log
@@ -138,7 +144,8 @@ class RunOptions:
     tune: str = ""                                  # choose these stages' rates from a ladder, NAME,..; then stop
     curve: int = number(0, "[0, 1000]")             # n: evaluate every arm at n points of its training, drawn scenes
     seeds: int = number(0, "[0, 10000]")            # n: run n seeds from --seed on, report mean and spread
-    jobs: int = number(1, "[1, 1024]")              # seeds that run side by side, the threads shared among them
+    grid: str = ""                                  # an ablation, NAME=VALUE,VALUE;NAME=..: every combination
+    jobs: int = number(1, "[1, 1024]")              # runs side by side, of seeds and grids; they share the threads
     explain: int = number(0, "[0, 10000]")          # n: print n prompts' completions, rewards, advantages; stop
     bench: str = choice("", "step", "decode", "prefix")  # time an RL step | a rollout | what sharing prompts saves
     flags: str = ""                                 # names of the flags that were given; filled in by itself
@@ -154,6 +161,8 @@ class RunOptions:
              "be left out beside --seeds, --explain and --bench")
         need(not self.tune or self.seed >= TUNING_SEEDS, "seed", self.seed,
              f"be at least {TUNING_SEEDS} with --tune: the seeds below are for what is reported")
+        need(not self.grid or not (self.tune or self.explain or self.bench), "grid", self.grid,
+             "be left out beside --tune, --explain and --bench")
         need(self.seed + self.seeds <= 2 ** 31, "seed", self.seed,
              f"leave room for --seeds={self.seeds} below 2147483648")
 
@@ -1279,6 +1288,8 @@ def main(argv):
     if cfg.stages() == ["teach"]:
         torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
         return teach(cfg)
+    if cfg.run.grid:
+        return grid(cfg)
     if cfg.run.seeds:
         return many_seeds(cfg)
     torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
@@ -1511,16 +1522,27 @@ def train_and_compare(run, notes):
     cfg = run.cfg
     print(describe(cfg))
     show_notes(notes)
+    add(run.folder, environment(cfg, run.device, notes))
     print(f"run folder {run.folder}, device {run.device}, {torch.get_num_threads()} CPU threads")
-    for name in cfg.stages():
-        train_stage(run, name, name, config_of(cfg, name))
-    compare_methods(run)
+    try:
+        for name in cfg.stages():
+            train_stage(run, name, name, config_of(cfg, name))
+        compare_methods(run)
+    except (ValueError, RuntimeError) as error:         # as of training that diverged, which one wants to look at
+        show_page(run, first_line(error))
+        raise
     if cfg.run.export and not (cfg.run.resume and export_folder(cfg.run.export).exists()):
         vlm, tok, _ = evaluation.load_vlm(run.path(cfg.stages()[-1]))
         evaluation.export(vlm, tok, cfg.run.export, cfg.data.template)
-    names = ("results.json", "samples.html", "curves.png", "log.jsonl")
+    names = ("report.html", "results.json", "curves.png", "log.jsonl")
     files = ", ".join(name for name in names if (run.folder / name).exists())
     print(f"\n{run.folder}: {files} and checkpoints; {time.perf_counter() - began:.0f} s in all")
+
+
+def show_page(run, stopped=""):
+    """report.html of a run that is not evaluated: what its log tells. stopped: what ended it, "" if nothing did."""
+    html = page.run_page(run.folder.name, page.gather(run.folder, stopped=stopped))
+    write_bytes(run.folder / "report.html", html)
 
 
 def train_stage(run, stage, name, cfg):
@@ -1534,6 +1556,7 @@ def train_stage(run, stage, name, cfg):
     flops = run.spent([name])
     cost = f", {flops / 1e12:8.2f} TFLOP" if flops else ""
     print(f"{name:<15} {seconds:7.1f} s{cost}")
+    show_page(run)
 
 
 def tune(run, notes):
@@ -1807,24 +1830,84 @@ def explain(cfg, plan, notes):
 def many_seeds(cfg):
     """--seeds: a run for each, in processes of their own, then mean, spread and 95 % t-intervals over them. Raises
     ValueError about what no seed could start with before the folder is made."""
+    with RunFolder(choose(cfg.run.out, cfg.run.preset, cfg.run.resume)) as run:
+        open_many(cfg, run)
+        seeds = range(cfg.run.seed, cfg.run.seed + cfg.run.seeds)
+        run_seeds(__file__, cfg, seeds, run.folder)
+        print(seeds_report.report_seeds(run.folder, seeds, write_bytes))
+        show_joint(run.folder)
+
+
+def open_many(cfg, run):
+    """Makes the folder of several runs, or reopens it. Raises ValueError about what none of them could start with
+    before it is made."""
     samples = Supply(cfg.data, cfg.teacher, cfg.run.seed).own()
     if cfg.run.init:
         checkpoint.load(cfg.run.init)
+    if cfg.run.resume:
+        # Without --threads the number of jobs decides the threads of each, and with them the rounding.
+        free = ("resume", "out", "jobs") if cfg.machine.threads else ("resume", "out")
+        run.reopen(flat(cfg), flat(Config()), free, (), samples)
+    else:
+        run.create(flat(cfg), samples)
+    add(run.folder, environment(cfg, cfg.machine.device))
+
+
+def write_bytes(path, data):
+    checkpoint.write_atomically(path, lambda file: file.write(data))
+
+
+def grid(cfg):
+    """--grid: a run for every cell and seed, in processes of their own, then cells compared seed by seed. Without
+    --compare and --stage a cell has no other arm than the one that is ablated."""
+    cells = read_cells(cfg, cfg.run.grid)
     with RunFolder(choose(cfg.run.out, cfg.run.preset, cfg.run.resume)) as run:
-        if cfg.run.resume:
-            # Without --threads the number of jobs decides the threads of each, and with them the rounding.
-            free = ("resume", "out", "jobs") if cfg.machine.threads else ("resume", "out")
-            run.reopen(flat(cfg), flat(Config()), free, (), samples)
-        else:
-            run.create(flat(cfg), samples)
-        seeds = range(cfg.run.seed, cfg.run.seed + cfg.run.seeds)
-        run_seeds(__file__, cfg, seeds, run.folder)
+        alone = cfg if {"compare", "stage"} & {*cfg.run.flags.split()} else change(cfg, compare="none")
+        seeds = range(cfg.run.seed, cfg.run.seed + max(1, cfg.run.seeds))
+        stages = alone.stages()
+        plan = planned(alone, cells, seeds, stages, partial(first_touched, stages), algorithms.of_flags, run.folder)
+        runs = {}                       # sub-folder -> (name of its cell, seed, label of the row that counts)
+        for name, variant in plan.cells.items():
+            variant.check()
+            number, seed = plan.at[name]
+            runs[name] = (name_of(cells[number]), seed, counted(variant))
+        open_many(cfg, run)
+        for configs in (plan.shared, plan.cells):
+            run_all(__file__, unfinished(configs, run.folder), cfg.run.jobs, run.folder)
+        names = [name_of(cell) for cell in cells]
+        rows = grid_report.collect(run.folder, runs)
+        entries = json.loads((run.folder / "environment.json").read_text())
+        write_bytes(run.folder / "report.html",
+                    grid_report.grid_page(run.folder.name, run.folder, rows, cells, names, entries))
+        write_json(run.folder / "results.json", rows)
+        print("\n" + grid_report.grid_text(rows, cells, names))
+        print(f"\n{run.folder}: report.html, results.json and a folder for every cell and seed")
 
-        def write(path, data):
-            checkpoint.write_atomically(path, lambda file: file.write(data))
 
-        print(seeds_report.report_seeds(run.folder, seeds, write))
-        show_joint(run.folder)
+def unfinished(configs, folder):
+    """Those of {sub-folder: config} that have no results yet."""
+    return {name: cfg for name, cfg in configs.items() if not (folder / name / "results.json").exists()}
+
+
+# Options that nothing before reinforcement learning reads, beside those of the groups rl, algorithm and reward.
+OF_RL_ALONE = ("group", "temperature", "top_k", "top_p", "min_new", "rollout_rows", "rl_prompts")
+
+
+def first_touched(stages, option):
+    """The first of these stages that reads an option; the first of all where that is not known to be a later one."""
+    learners = [stage for stage in stages if stage in algorithms.STAGES]
+    if group_of(Config, option) in ("rl", "algorithm", "reward") or option in OF_RL_ALONE:
+        need(learners, "grid", option, "come with a stage of reinforcement learning, which alone reads it")
+        return learners[0]
+    stage = option.removesuffix("_lr").removesuffix("_steps")
+    return stage if stage in stages else stages[0]
+
+
+def counted(cfg):
+    """The label of the row that a cell is judged by: its first reinforcement learning, else its last stage."""
+    stages = cfg.stages()
+    learners = [stage for stage in stages if stage in algorithms.STAGES]
+    return algorithms.label(cfg, (learners or stages[-1:])[0])
 
 
 def show_joint(folder):

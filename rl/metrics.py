@@ -150,11 +150,21 @@ def of_rollout(rollout):
 
     words = []                                          # of each completion
     for group in rollout.texts:
-        words += [set(re.findall(r"[a-z]+", text.lower())) for text in group]
+        words += [words_of(text) for text in group]
     for word in REFLECTION:
         count = sum(word in words_of_text for words_of_text in words)
         line[f"words_{word}"] = count / max(1, len(words))
     return line
+
+
+def words_of(text):
+    """The set of a text's words, in lower case."""
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def reflects(text):
+    """Whether a text holds a word of REFLECTION."""
+    return not words_of(text).isdisjoint(REFLECTION)
 
 
 def of_advantages(advantage, mask):

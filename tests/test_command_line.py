@@ -506,6 +506,20 @@ def test_stages_start_from_the_init_of_another_run_and_take_its_shape(finished, 
     assert json.loads((tmp_path / "new/config.json").read_text())["ff"] == 64
 
 
+def test_verdicts_on_demand_are_those_of_the_run(finished, capsys):
+    found = json.loads((finished / "verdicts.json").read_text())
+    assert {row["question"] for row in found if row["split"] == "id"} == {"looking", "thinking", "reflection"}
+    assert {*json.loads((finished / "interventions.json").read_text())} == {"cot"}
+    evaluation.main([f"--checkpoint={finished / 'cot.pt'}", "--verdicts", "--splits=id", *(
+        flag for flag in SMALL if flag.startswith("--eval-"))])
+    said = capsys.readouterr().out
+    for row in found:
+        if row["split"] == "id":
+            assert f"  {row['question']}: {row['finding']}. {row['sentence']}\n" in said
+    said = complaint(f"--checkpoint={finished / 'cot.pt'}", "--verdicts", "--prompting=ccot", main=evaluation.main)
+    assert said == "--verdicts goes with plain completions: expected it without --prompting and --search"
+
+
 def labels_on_disk(out):
     """What each file of a finished run calls what its RL stages made."""
     others = {"teacher", "before"}
@@ -520,7 +534,7 @@ def labels_on_disk(out):
         "scores": {*rows("scores")} - others, "training": {row["method"] for row in rows("training")},
         "log": {line["method"] for line in log if "reward" in line},
         "checkpoints": {checkpoint.load(path)["label"] for path in out.glob("*.pt")},
-        "page": {*re.findall(r"<tr><th>(\S+)</th><td>\d", (out / "samples.html").read_text())} - others}
+        "page": {*re.findall(r"<tr><th>(\S+)</th><td>\d+ of \d+ right", (out / "report.html").read_text())} - others}
 
 
 @pytest.mark.parametrize("flags, labels", [
@@ -567,6 +581,8 @@ def test_training_that_diverges_stops_before_anything_is_saved(tmp_path, monkeyp
     monkeypatch.setattr(train, "learning_rate", lambda *_: 1e30)
     said = complaint(*SMALL, "--stage=clip", "--clip-steps=9", f"--out={tmp_path / 'run'}")
     assert "training diverged" in said and not (tmp_path / "run/clip.pt").exists()
+    page = (tmp_path / "run/report.html").read_text()       # which one looks at to see why
+    assert "<li>The run stopped: " in page and "training diverged" in page and "<b>clip: grad_norm</b>" in page
 
 
 def test_a_teacher_without_a_right_chain_leaves_filtered_as_it_was(finished, tmp_path):

@@ -16,6 +16,7 @@ from data.supply import Supply
 from draw_folder import CLASSES, draw_folder
 from model.runs import checkpoint
 from model.runs.config import change
+from rl import interventions
 from rl.report import curves
 
 ROOT = Path(train.__file__).parent
@@ -30,6 +31,7 @@ class Witness:
     def __init__(self, patch):
         self.now, self.read = "loading", {}
         to_array, compare, start = sample.to_array, evaluation.compare, train.Run.start
+        intervened = evaluation.intervened
         measure, taught = evaluation.measure_baselines, train.taught_tests
 
         def my_to_array(source, *rest):
@@ -39,6 +41,12 @@ class Witness:
         def my_compare(*args, **options):
             self.now = "evaluation"
             return compare(*args, **options)
+
+        def my_intervened(*args):
+            self.now = "interventions"      # which show pictures that are no files
+            found = intervened(*args)
+            self.now = "evaluation"
+            return found
 
         def my_measure(*args):
             self.now = "baselines"
@@ -54,10 +62,11 @@ class Witness:
             self.now = stage
             return start(run, stage)
 
-        for module in (sample, augment, baselines):
+        for module in (sample, augment, baselines, interventions):
             patch.setattr(module, "to_array", my_to_array)
         patch.setattr(evaluation, "measure_baselines", my_measure)
         patch.setattr(evaluation, "compare", my_compare)
+        patch.setattr(evaluation, "intervened", my_intervened)
         patch.setattr(train, "taught_tests", my_taught)
         patch.setattr(train.Run, "start", my_start)
         patch.setattr(curves, "curves", lambda *_: b"none")        # takes longer than a short run
@@ -245,6 +254,7 @@ with pytest.MonkeyPatch.context() as patch:
     read = json.loads((tmp_path / "read.json").read_text())
     assert set(read) >= {"clip", "align", "sft", "cot", "rl", "cot_continued", "filtered", "evaluation"}
     assert {*read.pop("baselines")} == paths(splits["train"] + splits["val"])
+    assert {*read.pop("interventions")} <= paths(splits["val"]) | {"not a file"}
     for stage, found in read.items():
         assert set(found) <= paths(splits["val" if stage in ("evaluation", "teacher") else "train"]), stage
     assert set(read["clip"]) == paths(splits["train"]) and set(read["evaluation"]) == paths(splits["val"])

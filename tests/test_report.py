@@ -13,7 +13,8 @@ from PIL import Image
 from data.sample import Sample
 from rl.report.curves import curves, draw
 from rl.report.log import mean_log, read_log
-from rl.report.page import samples, samples_page
+from rl.report.samples import OPEN, STYLE, entries_of, section
+from rl.report.web import document
 
 
 def supervised(stage, steps=3):
@@ -124,7 +125,7 @@ def completion(text, correct=1.0, method="grpo", why="'two': right; well-formed"
 def page(*completions, **fields):
     """The HTML of one entry."""
     entry = dict(images=(np.zeros((4, 4, 3), np.uint8),), prompt="how many ?", answer="two", kind="scenes/count")
-    return samples([{**entry, **fields, "completions": completions}], "A title").decode()
+    return document("A title", section([{**entry, **fields, "completions": completions}]), STYLE).decode()
 
 
 class Reader(HTMLParser):
@@ -207,18 +208,20 @@ def test_the_page_of_a_run_shows_the_first_completion_of_each_method_and_what_it
     two = Sample(question="and without a picture ?", answer="three", source="scenes/at")
     scores = {"teacher": {"far": {"t0.7": {"text": ["two"]}}},
               "ppo": {"far": {"t0.7": {"text": ["one", "three"]}, "greedy": {"text": ["never shown"]}}}}
-    html = samples_page("A title", {"far": [one, two, one]}, scores, Rewards(), "t0.7").decode()
+    html = section(entries_of({"far": [one, two, one]}, scores, Rewards(), "t0.7"))
     seen = Reader(html).seen
     assert html.count("<img") == 1 and "2 prompts." in seen and "never shown" not in seen
     assert seen.count("Gold answer: two") == seen.count("Gold answer: three") == 1
     assert "mine 3, correctness 1 · two for two" in seen and "mine 5, correctness 1 · three for three" in seen
     assert "teacher1 of 1 right" in seen and "ppo1 of 2 right" in seen and "far, scenes/count" in seen
-    few = samples_page("A title", {"far": [one, two]}, scores, Rewards(), "t0.7", each=1).decode()
+    few = section(entries_of({"far": [one, two]}, scores, Rewards(), "t0.7", each=1))
     assert "1 prompts." in few and "without a picture" not in few
 
 
-def test_a_page_without_entries_is_a_page():
-    assert b"&lt;b&gt;" in samples([], "<b>")
+def test_more_than_a_few_prompts_are_folded():
+    entry = dict(images=(), prompt="how many ?", answer="two", kind="id", completions=[])
+    assert "<details>" not in section([entry] * OPEN)
+    assert "<details><summary>2 more prompts</summary>" in section([entry] * (OPEN + 2))
 
 
 def test_read_log_skips_a_last_line_cut_off(tmp_path):

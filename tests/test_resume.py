@@ -13,6 +13,7 @@ import train
 from model.runs import checkpoint
 from rl import rewards
 from rl.report import curves
+from tiny import samples_shown
 
 ROOT = Path(train.__file__).parent
 STAGES = ("clip", "align", "sft", "cot", "rl", "cot_continued", "filtered")
@@ -149,7 +150,7 @@ def moments(log, seed=0):
 
 @pytest.mark.slow
 def test_a_run_killed_at_seeded_moments_and_resumed_equals_one_that_was_not(tmp_path):
-    whole, broken = tmp_path / "whole/run", tmp_path / "broken/run"         # samples.html names the folder
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     command_line(*TINY, f"--out={whole}")
     log = log_of(whole)
     assert [line["stage"] for line in log] == sorted((line["stage"] for line in log), key=STAGES.index)
@@ -170,8 +171,9 @@ def test_a_run_killed_at_seeded_moments_and_resumed_equals_one_that_was_not(tmp_
     for stage in STAGES:
         assert differences(checkpoint.load(whole / f"{stage}.pt"), checkpoint.load(broken / f"{stage}.pt")) == []
     assert log_of(broken) == log
-    for name in ("results.json", "scores.json", "differences.json", "samples.html", "tokenizer.model", "probe.json"):
+    for name in ("results.json", "scores.json", "differences.json", "verdicts.json", "tokenizer.model", "probe.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    assert samples_shown(whole) == samples_shown(broken)
     assert sorted(path.name for path in broken.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert not (broken / "progress.pt").exists()
 

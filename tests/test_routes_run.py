@@ -22,7 +22,7 @@ from model.hub.export import export_hf
 from model.runs import checkpoint
 from rl.report import ladder
 from rl.search import SEARCHES
-from tiny import make_vlm
+from tiny import make_vlm, samples_shown
 
 ROOT = Path(train.__file__).parent
 ROUTES = ["--preset=tiny", "--compare=routes", "--cot-format=llava_cot", "--skills=true", "--max-new=32", "--threads=1"]
@@ -92,7 +92,7 @@ def lines_of(path):
 @pytest.fixture(scope="module")
 def routes(tmp_path_factory):
     """The folder of a run that was not interrupted, and what it printed."""
-    out = tmp_path_factory.mktemp("whole") / "run"          # samples.html names the folder
+    out = tmp_path_factory.mktemp("whole") / "run"
     return out, command("train.py", *ROUTES, f"--out={out}")
 
 
@@ -146,8 +146,9 @@ def test_a_comparison_killed_during_its_evaluation_and_resumed_has_the_same_resu
     assert len(read(broken / "scores.json")) == 9 and not (broken / "results.json").exists()     # 8 and the teacher
     said = command("train.py", f"--out={broken}", "--resume")
     assert "rl_from_o1: done before" in said and "evaluated base+think " not in said
-    for name in ("results.json", "scores.json", "routes.json", "differences.json", "kinds.json", "samples.html"):
+    for name in ("results.json", "scores.json", "routes.json", "differences.json", "kinds.json", "verdicts.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    assert samples_shown(broken) == samples_shown(whole)
 
 
 # ---------------------------------------------------------------- the ladder

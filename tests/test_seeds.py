@@ -45,7 +45,7 @@ def report(folder, seeds=(3, 4)):
 def test_the_rows_of_all_seeds_are_joined_and_results_written_after_the_other_rows(runs):
     _, written = report(runs)
     names = ["training.json", "kinds.json", "differences.json", "results.json"]
-    assert [name for name in written if name != "curves.png"] == names
+    assert [name for name in written if name not in ("curves.png", "report.html")] == names
     for name in names:
         of_each = [json.loads((runs / f"seed-{seed}" / name).read_text()) for seed in (3, 4)]
         assert json.loads(written[name]) == of_each[0] + of_each[1]
@@ -90,6 +90,7 @@ def test_seeds_that_evaluated_nothing_have_rows_but_no_report(runs):
         leave(runs / f"seed-{seed}", "results.json", [])
     text, written = report(runs)
     assert text == "" and json.loads(written["results.json"]) == [] and "curves.png" not in written
+    assert "report.html" not in written
 
 
 def test_curves_without_a_point_are_no_picture(runs):
@@ -114,3 +115,14 @@ def test_baselines_have_a_table_of_their_own_over_the_seeds(runs):
     assert len(json.loads(written["baselines.json"])) == 2
     [table] = [part for part in text.split("\n\n") if part.startswith("baseline, greedy: mean over 2 seeds")]
     assert table.splitlines()[2].split()[:3] == ["linear", "probe", "0.300"]
+
+
+def test_verdicts_are_counted_over_the_seeds(runs):
+    for seed, finding in ((3, "sharpening"), (4, "not shown")):
+        leave(runs / f"seed-{seed}", "verdicts.json",
+              [dict(question="sharpening", split="id", finding=finding, sentence="", seed=seed)])
+    text, written = report(runs)
+    assert len(json.loads(written["verdicts.json"])) == 2
+    page = written["report.html"].decode()
+    assert "interval over 2 seeds]: grpo is right on 0.500" in page and "sharpening 1, not shown 1" in page
+    assert "\n  sharpening, id: sharpening 1, not shown 1\n" in text

@@ -128,3 +128,9 @@ def stream(vlm, rows, p, tokens):
     batch = to_batch(rows[p:p + 1], home(vlm))
     x = torch.cat([vlm.embed(batch), vlm.llm.embed_tokens(tokens[None])], dim=1)
     return vlm.llm(x, torch.tensor([x.shape[1]], device=x.device))[0][0]
+
+
+def samples_shown(folder):
+    """The samples of a run's report.html, of which the rest tells times."""
+    html = (folder / "report.html").read_text()
+    return html[html.index('<section id="samples">'):].partition("</section>")[0]

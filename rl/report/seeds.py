@@ -8,19 +8,21 @@ from pathlib import Path
 from rl.report.curves import curves
 from rl.report.log import mean_log, read_log
 from rl.report.matched import frontier, matched_text
+from rl.report.page import gather, run_page
 from rl.report.statistics import main_decoding, over_seeds, result_lines, seeds_table
+from rl.report.verdicts import over_seeds_text
 
 FILES = ("results", "differences", "kinds", "training", "baselines", "misread", "routes", "generalisation", "growth",
-         "curve")
-# Files with tables of their own: rl/report/matched.py, generalisation.py, growth.py.
-NOT_TABLES = ("curve", "generalisation", "growth")
+         "curve", "verdicts")
+# Files with tables of their own: rl/report/matched.py, generalisation.py, growth.py, verdicts.py.
+NOT_TABLES = ("curve", "generalisation", "growth", "verdicts")
 
 
 def report_seeds(folder, seeds, write):
     """Joins what each seed left in `folder`/seed-N; -> text: three lines of result, probes, tables.
 
-    Writes those of FILES that the runs left, each with the rows of all seeds, curves.png and, where arms were followed,
-    frontier.png, by `write(path, bytes)`. Where nothing was evaluated the text is "".
+    Writes those of FILES that the runs left, each with the rows of all seeds, curves.png, report.html and, where arms
+    were followed, frontier.png, by `write(path, bytes)`. Where nothing was evaluated the text is "".
     """
     folder = Path(folder)
     runs = [folder / f"seed-{seed}" for seed in seeds]
@@ -45,14 +47,21 @@ def report_seeds(folder, seeds, write):
                 shown.append(row)
     lines = result_lines(over_seeds(joint["results"]), over_seeds(joint.get("differences", [])),
                          _compared_to(joint.get("differences", [])), over="seeds")
-    text = "\n".join([*lines, *_probes(runs), "", seeds_table(shown)])
-    if not joint.get("curve"):
-        return text
+    parts = ["\n".join([*lines, *_probes(runs)]), over_seeds_text(joint.get("verdicts", [])), seeds_table(shown)]
+    text = "\n\n".join(part for part in parts if part)
+    if joint.get("curve"):
+        text += "\n\n" + _along(folder, joint, write)
+    write(folder / "report.html", run_page(folder.name, gather(folder, **joint), tables=text))
+    return text
+
+
+def _along(folder, joint, write):
+    """frontier.png, and the arms at equal accuracy as text."""
     decoding = main_decoding(joint["results"])
     picture = frontier(joint["curve"], decoding)
     if picture:
         write(folder / "frontier.png", picture)
-    return f"{text}\n\n{matched_text(joint['curve'], decoding)}"
+    return matched_text(joint["curve"], decoding)
 
 
 def _rows_of_all(runs, name):

@@ -75,6 +75,11 @@ def main_decoding(rows):
     return (sampled or names or ["t1"])[0]
 
 
+def main_decoding_of(decodings):
+    """{split: {decoding: raw scores}} of a method -> the first sampled decoding, else greedy."""
+    return main_decoding([dict(decoding=name) for of_split in decodings.values() for name in of_split])
+
+
 def main_split(splits):
     """The split that is like training: "id" of drawn scenes, "val" of real data, else the first."""
     for name in ("id", "val"):
