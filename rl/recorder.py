@@ -8,7 +8,7 @@
 A line is a group, as JSON; of a step that is recorded there is one for each of these roles:
 
     best, worst     of the groups in the update the one with the highest mean reward, and with the lowest
-    flat            one whose rewards are all equal, and which therefore taught nothing; all wrong rather than all right
+    flat            another one whose rewards are all equal; of the lowest rather than of the highest reward
     followed        always the same prompts, answered by the policy before the step from the same noise each time: what
                     differs between steps is the model; they teach nothing
 
@@ -104,7 +104,7 @@ class Recorder:
             lines.append(self._line("followed", self.followed, place, {}))
         self.watched = []
         self.followed = None
-        self._append([json.dumps(line).encode() + b"\n" for line in lines])
+        self._append(lines)
 
     # ------------------------------------------------------------ what the losses used
 
@@ -133,7 +133,7 @@ class Recorder:
         for g in range(len(rollout.texts[place])):
             completions.append(self._completion(rollout, place, g, values))
         return dict(
-            stage=self.stage, method=self.label, step=self.step, every=self.every, role=role,
+            stage=self.stage, method=self.label, step=self.step, role=role,
             prompt=prompt_key(sample, pictures), id=sample.id, question=sample.question, gold=sample.answer,
             turns=list(sample.turns), source=sample.source, pictures=pictures, paths=paths,
             flat=bool(is_flat(rollout.reward[place:place + 1])), updated=bool(values), completions=completions)
@@ -187,41 +187,46 @@ class Recorder:
 
     def _append(self, lines):
         """Writes a step's lines, having made room for them."""
-        room = self.limit - sum(map(len, lines))
-        while self._size() > room and self._thin():
-            pass
-        if self._size() > room:
-            if not self.told:
-                print(f"  {self.stage}: a step of {FILE} takes more than --inspect-mb has room for; it is left out",
-                      flush=True)
-            self.told = True
-            return
+        text = as_text(lines, self.every)
+        while self._size() + len(text) > self.limit:
+            if not self._thin():
+                self._tell_once()
+                return
+            text = as_text(lines, self.every)
         if self.step % self.every:      # the file was thinned out just now, and this step with it
             return
         try:
             with open(self.path, "ab") as file:
-                file.write(b"".join(lines))
+                file.write(text)
         except OSError as error:
             raise OSError(f"cannot write {str(self.path)!r}: {error.strerror}; what was saved before is intact; "
                           "--resume goes on from there") from None
+
+    def _tell_once(self):
+        if not self.told:
+            print(f"  {self.stage}: a step of {FILE} takes more than --inspect-mb has room for; it is left out",
+                  flush=True)
+        self.told = True
 
     def _size(self):
         return self.path.stat().st_size if self.path.exists() else 0
 
     def _thin(self):
-        """Drops every second recorded step of each stage -> whether any was there to drop."""
+        """Drops every second recorded step of each stage -> whether there was one to drop."""
         if not self.path.exists():
             return False
-        before = self._size()
+        lines = [json.loads(text) for text in self.path.read_bytes().splitlines()]
+        kept = [line for line in lines if line["step"] % (2 * self.every) == 0]
+        if len(kept) == len(lines):
+            return False
         self.every *= 2
-        kept = []
-        with open(self.path, "rb") as file:
-            for text in file:
-                line = json.loads(text)
-                if line["step"] % self.every == 0:
-                    kept.append(json.dumps(dict(line, every=self.every)).encode() + b"\n")
-        self.write_atomically(self.path, lambda file: file.write(b"".join(kept)))
-        return self._size() < before
+        self.write_atomically(self.path, lambda file: file.write(as_text(kept, self.every)))
+        return True
+
+
+def as_text(lines, every):
+    """Groups -> lines of the file, bytes. every: steps from a recorded one to the next."""
+    return b"".join(json.dumps(dict(line, every=every)).encode() + b"\n" for line in lines)
 
 
 def whole_line(text):

@@ -287,7 +287,7 @@ function makeText(completion, most) {
     if (completion.tokens) span.at = at;
     if (scale && completion.tokens) paint(span, completion, scale, at);
     if (token === "" && at === tokens.length - 1 && completion.ended) {
-      span.textContent = "⏹";
+      span.textContent = "∎";
       span.classList.add("end");
     }
     box.append(span);
@@ -433,6 +433,7 @@ function step(card, by) {
 
 function makeLook(card) {
   const button = make("button", "", "where it looked");
+  button.title = "attention of the stage's finished model, mean over blocks and heads, as it predicts the answer's tokens";
   button.setAttribute("aria-pressed", "false");
   button.onclick = () => {
     const on = button.getAttribute("aria-pressed") === "false";
