@@ -144,7 +144,7 @@ function makeRow(place) {
 function marks(group) {
   const element = make("span", "marks");
   for (const completion of group.completions) {
-    element.append(make("span", completion.right ? "right" : "wrong", completion.right ? "✓" : "✗"));
+    element.append(make("span", completion.right ? "good" : "bad", completion.right ? "✓" : "✗"));
   }
   return element;
 }
@@ -256,7 +256,7 @@ function makeCard(group, completion, place) {
   card.group = group;
   card.at = -1;                     // the token whose values are shown
   const head = make("div");
-  head.append(make("span", completion.right ? "right" : "wrong", completion.right ? "✓ right" : "✗ wrong"));
+  head.append(make("span", completion.right ? "good" : "bad", completion.right ? "✓ right" : "✗ wrong"));
   const label = completion.label === undefined ? `${place + 1}` : completion.label;
   const words = [label];
   if (completion.reward !== undefined) words.push(`reward ${number(completion.reward)}`);
@@ -502,10 +502,6 @@ function signed(value) {
   return value > 0 ? `+${number(value)}` : number(value);
 }
 
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-}
-
 function option(select, value, text) {
   const element = make("option", "", text);
   element.value = value;
@@ -538,7 +534,6 @@ const KEYS = {
   "[": () => document.activeElement.completion && step(document.activeElement, -1),
   "]": () => document.activeElement.completion && step(document.activeElement, 1),
   "/": () => byId("search").focus(),
-  t: () => byId("theme").click(),
   "?": () => byId("keys").showModal(),
   Escape: () => { hideValues(); overlay(null); },
 };
@@ -568,7 +563,6 @@ byId("space").addEventListener("click", (event) => {
 });
 byId("list").addEventListener("scroll", () => requestAnimationFrame(drawList));
 addEventListener("resize", drawList);
-byId("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
 byId("help").onclick = () => byId("keys").showModal();
 byId("colour").onchange = () => { drawLegend(); drawDetail(); };
 for (const id of [...Object.keys(FILTERS), "run", "method", "role"]) byId(id).onchange = filter;
@@ -576,11 +570,9 @@ for (const id of ["word", "search"]) byId(id).oninput = filter;
 
 // ---------------------------------------------------------------- the beginning
 
-const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-setTheme(prefersDark.matches ? "dark" : "light");
-prefersDark.onchange = () => setTheme(prefersDark.matches ? "dark" : "light");
 option(byId("run"), "", "all runs");
 data.runs.forEach((name, place) => option(byId("run"), String(place), name));
+byId("run").hidden = data.runs.length < 2;
 option(byId("method"), "", "all stages");
 for (const name of new Set(data.groups.map((group) => group.method))) option(byId("method"), name, name);
 option(byId("role"), "", "all roles");

@@ -3,21 +3,18 @@
     runs = [InspectedRun("embedded-1", lines, asked, scores)]
     inspector_page("Rollouts of embedded-1", runs)              # a page's bytes
 
-The page needs no network and no other file. Its script (inspector.js) is the only one that the browser is told to run:
-texts are data, in a block of JSON in which no "<" stands, and are shown as text.
+The page needs no network and no other file. What it holds stands in inspector.html, how it looks in inspector.css, what
+it does in inspector.js; the frame around them, which keeps texts from being anything but text, in web.py.
 """
 import base64
-import hashlib
-import json
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from string import Template
 
 from data.chat import FORMS, parse
 from data.sample import Sample
 from rl.recorder import FILE, agrees, prompt_key, thumbnail
 from rl.report.log import read_log
+from rl.report.web import data_block, document
 from rl.rewards import RewardOptions, Rewards
 
 HERE = Path(__file__).parent
@@ -116,17 +113,12 @@ def inspector_page(title, runs):
             groups.append(recorded(line, number, prompts))
         groups += tested(run, number, prompts)
     data = dict(runs=[run.name for run in runs], quantities=QUANTITIES, prompts=prompts, groups=groups)
-    script = (HERE / "inspector.js").read_text(encoding="utf-8")
-    style = (HERE / "style.css").read_text(encoding="utf-8") + (HERE / "inspector.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = Template((HERE / "inspector.html").read_text(encoding="utf-8"))
-    html = page.substitute(title=escape(title), style=style, script=script, digest=digest, data=as_json_block(data))
-    return html.encode(errors="replace")
+    body, style, script = (read_text(f"inspector.{kind}") for kind in ("html", "css", "js"))
+    return document(title, body + data_block("data", data), style, script)
 
 
-def as_json_block(value):
-    """JSON that ends no <script> block and opens no comment in one, whatever the texts in it say."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
+def read_text(name):
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- groups
