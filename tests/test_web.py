@@ -9,8 +9,8 @@ import pytest
 
 from rl.report.web import data_block, document, finite
 
-HOSTILE = ["</script><script>alert(1)</script>", "<!--<script>", "\u2028\u2029", "\u202eright to left", "\ud800", "😀&amp;",
-           "]]>", "x" * 100000, "\0"]
+HOSTILE = ["</script><script>alert(1)</script>", "<!--<script>", "\u2028\u2029", "\u202eright to left", "\ud800",
+           "😀&amp;", "]]>", "x" * 100000, "\0"]
 
 
 class Blocks(HTMLParser):

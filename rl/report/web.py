@@ -1,7 +1,7 @@
 """What the pages of a report share: one frame and style sheet, light and dark, and data that no text can break out of.
 
-    document("Run 3", body, script=SCRIPT)              # a page's bytes: one file, no network
-    data_block("rows", rows)                            # read by JSON.parse(document.getElementById("rows").textContent)
+    document("Run 3", body, script=SCRIPT)      # a page's bytes: one file, no network
+    data_block("rows", rows)            # read by JSON.parse(document.getElementById("rows").textContent)
 
 Every text that a model, a data set or a folder's name brings goes through `escape` or `data_block`.
 """
@@ -53,7 +53,8 @@ img.small { image-rendering: pixelated }
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{may}">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'{may}">
 <style>{style}</style></head><body>
 <h1>{title}</h1>
 {body}
