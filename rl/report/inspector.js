@@ -49,7 +49,8 @@ function haystack(group) {          // what search looks through; made when it i
   if (group.haystack === undefined) {
     const prompt = data.prompts[group.prompt];
     const texts = group.completions.map(textOf);
-    group.haystack = [prompt.question, prompt.gold, prompt.id, prompt.source, ...texts].join("\n").toLowerCase();
+    const about = [nameOf(group), prompt.question, prompt.gold, prompt.id, prompt.source];
+    group.haystack = [...about, ...texts].join("\n").toLowerCase();
   }
   return group.haystack;
 }
@@ -80,13 +81,14 @@ function wordPattern(text) {
 let shown = [];                     // the groups that the filters leave
 let chosen = null;                  // the group in the detail
 let pattern = null;                 // of the word that is asked for
+let search = "";                    // the text that is searched for, in small letters
 
 function filter() {
   const checked = Object.keys(FILTERS).filter((name) => byId(name).checked);
   const run = byId("run").value;
   const method = byId("method").value;
   const role = byId("role").value;
-  const search = byId("search").value.toLowerCase();
+  search = byId("search").value.toLowerCase();
   pattern = wordPattern(byId("word").value);
   shown = data.groups.filter((group) =>
     (run === "" || group.run === Number(run))
@@ -102,6 +104,12 @@ function filter() {
   drawList();
   if (shown.length && !shown.includes(chosen)) choose(shown[0]);
   else drawDetail();
+}
+
+// Whether a text is one of those that a word or a search asked for.
+function isHit(text) {
+  if (pattern !== null) return pattern.test(text);
+  return search !== "" && text.toLowerCase().includes(search);
 }
 
 // ---------------------------------------------------------------- the list, of which only the visible rows are there
@@ -268,7 +276,7 @@ function makeCard(group, completion, place) {
   if (completion.agrees === false) words.push("thought and answer disagree");
   head.append(make("span", "quiet", `  ${words.join(" · ")}`));
   card.append(head, makeText(completion, MOST_TOKENS));
-  if (pattern !== null && pattern.test(textOf(completion))) card.classList.add("hit");
+  card.classList.toggle("hit", isHit(textOf(completion)));
   const wanted = byId("colour").value;
   if (wanted && !has(completion, wanted)) {
     card.append(make("div", "quiet", `${QUANTITIES.get(wanted).label}: not computed here`));
