@@ -240,6 +240,8 @@ def test_tokens_are_coloured_by_each_quantity_that_is_there_and_by_no_other(page
     assert colours["advantage"].startswith("rgba(var(--minus)") and colours["entropy"] and colours["sampled"]
     page.run("byId('colour').value = 'ratio'; byId('colour').onchange()")
     assert page.run("document.querySelectorAll('.text span.high').length") == 8       # a sign, not colour alone
+    below_one = page.run("document.querySelectorAll('.card .text span')[1].style.background")
+    assert below_one.startswith("rgba(var(--minus)")
 
 
 # ---------------------------------------------------------------- hostile texts

@@ -278,7 +278,7 @@ function makeCard(group, completion, place) {
   card.append(head, makeText(completion, MOST_TOKENS));
   card.classList.toggle("hit", isHit(textOf(completion)));
   const wanted = byId("colour").value;
-  if (wanted && !has(completion, wanted)) {
+  if (wanted && completion.tokens && !has(completion, wanted)) {
     card.append(make("div", "quiet", `${QUANTITIES.get(wanted).label}: not computed here`));
   }
   if (completion.look && Object.keys(completion.look).length) card.append(makeLook(card));
