@@ -1,6 +1,7 @@
 """rollouts.jsonl: the numbers that the losses used, nothing more, whatever interrupts a run."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -339,9 +340,10 @@ def rl(start, out, *flags):
     train.main([*SHORT, f"--out={out}", "--stage=rl", f"--init={start}", *flags])
 
 
-def test_recording_changes_no_bit_of_a_run_and_none_of_its_counted_costs(start, tmp_path, monkeypatch):
+def test_recording_changes_no_bit_of_a_run_and_none_of_its_counted_costs(start, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "compare_methods", lambda run: None)
     states = []
+    capsys.readouterr()
     for every in (0, 1):
         rl(start, tmp_path / str(every), f"--inspect-every={every}", "--mini-batches=2")
         states.append(checkpoint.load(tmp_path / str(every) / "rl.pt"))
@@ -349,6 +351,8 @@ def test_recording_changes_no_bit_of_a_run_and_none_of_its_counted_costs(start, 
     assert (tmp_path / "1" / FILE).exists() and not (tmp_path / "0" / FILE).exists()
     assert without["flops"] == recorded["flops"]
     assert all(torch.equal(value, recorded["vlm"][name]) for name, value in without["vlm"].items())
+    said = re.findall(r"^  rl (\d): reward .* \(length .*, format .*\), flat .* tokens/s", capsys.readouterr().out, re.M)
+    assert said == ["0", "1", "2", "3"] * 2             # a line a step, recorded or not
     start_weights = checkpoint.load(start)["vlm"]
     assert any(not torch.equal(value, start_weights[name]) for name, value in without["vlm"].items())
 
