@@ -259,7 +259,7 @@ def chosen(rollout, used):
 
 def mark(ids, mask, logp):
     """What tells a group apart from others: its tokens and their log-probs at sampling, bitwise. All (G, C)."""
-    return tuple(mask.sum(-1).tolist()), tuple(ids[mask].tolist()), tuple(logp[mask].tolist())
+    return tuple(values.cpu().numpy().tobytes() for values in (mask.sum(-1), ids[mask], logp[mask]))
 
 
 # ---------------------------------------------------------------- values of tokens

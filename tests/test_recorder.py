@@ -1,5 +1,6 @@
 """rollouts.jsonl: the numbers that the losses used, nothing more, whatever interrupts a run."""
 import json
+import math
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -219,6 +221,21 @@ def test_the_groups_that_are_recorded_by_hand(rewards, used, roles):
     assert chosen(rollout_of(torch.tensor(rewards).tolist()), used) == roles
 
 
+def test_a_model_that_gives_no_numbers_is_recorded_too(tmp_path):
+    step = Step(tmp_path)
+    with torch.no_grad():
+        step.vlm.llm.norm.weight[0] = math.nan
+    step.recorder.begin(0)
+    rollout = step.roll_out(SAMPLES, 0)[1]
+    micro = SimpleNamespace(ids=rollout.ids, mask=rollout.mask, sampled_logp=rollout.logp, trained=rollout.mask,
+                            advantage=rollout.logp, old_logp=torch.zeros(0), ref_logp=torch.zeros(0))
+    step.recorder.see(micro, logp=rollout.logp, ratio=rollout.logp)
+    step.recorder.write(rollout)
+    best, *_ = lines_of(tmp_path)
+    assert best["updated"] and rollout.logp[rollout.mask].isnan().all()
+    assert {*expanded(best["completions"][0]["logp"], 6)} == {None}
+
+
 # ---------------------------------------------------------------- texts of tokens, numbers
 
 @settings(max_examples=60, deadline=None)
@@ -351,7 +368,8 @@ def test_recording_changes_no_bit_of_a_run_and_none_of_its_counted_costs(start, 
     assert (tmp_path / "1" / FILE).exists() and not (tmp_path / "0" / FILE).exists()
     assert without["flops"] == recorded["flops"]
     assert all(torch.equal(value, recorded["vlm"][name]) for name, value in without["vlm"].items())
-    said = re.findall(r"^  rl (\d): reward .* \(length .*, format .*\), flat .* tokens/s", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    said = re.findall(r"^  rl (\d): reward .* \(length .*, format .*\), flat .* tokens/s", out, re.M)
     assert said == ["0", "1", "2", "3"] * 2             # a line a step, recorded or not
     start_weights = checkpoint.load(start)["vlm"]
     assert any(not torch.equal(value, start_weights[name]) for name, value in without["vlm"].items())
