@@ -8,8 +8,10 @@
     python eval.py --checkpoint=out/embedded-1/rl.pt --search=best_of_n --search-n=4 --scorer=oracle
     python eval.py --checkpoint=out/llava-1.5-7b-1/sft.pt --export=hf:DIR
     python eval.py --checkpoint=out/llava-1.5-7b-1/sft.pt --serve=8000       # OpenAI's chat completions
+    python eval.py --inspect=out/embedded-1 [out/embedded-2 ..]              # rollouts, token by token: inspect.html
 """
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -36,15 +38,16 @@ from model.clip import Clip
 from model.generate import Sampler, generate
 from model.hub import pretrained
 from model.hub.export import export_folder, export_hf
+from model.look import looked_at
 from model.mixed import mix
 from model.runs import checkpoint
 from model.runs.config import check_fields, choice, from_command_line, number
 from model.runs.device import pick_device, pick_dtype
-from model.runs.folder import write_json
+from model.runs.folder import read_config, write_json
 from model.vlm import VLM
 from rl import interventions, measures
 from rl.metrics import reflects
-from rl.report import curves, generalisation, growth, misread, page, routes, statistics, verdicts
+from rl.report import curves, generalisation, growth, inspector, misread, page, routes, statistics, verdicts
 from rl.report.baselines import baseline_rows, baselines_text
 from rl.report.log import read_log
 from rl.report.samples import entries_of
@@ -663,6 +666,101 @@ def generalisation_rows(folder, cfg, contenders, tests, scores, probes):
     return generalisation.rows(scores, measured, decoys, guesses, probes.start, transfer.PARTS, cfg.run.seed)
 
 
+# ---------------------------------------------------------------- looking into rollouts
+
+TESTS_SHOWN = 24            # prompts of each split
+MOST_LOOKS = 2000           # completions, newest first, whose attention is computed
+
+
+def inspect(cfg):
+    """--inspect: inspect.html of run folders, in the first of them; a folder of seeds stands for its seeds' runs."""
+    folders = run_folders(cfg.what.inspect)
+    runs = []
+    for folder in folders:
+        lines = inspector.read_rollouts(folder)
+        config = read_config(folder)
+        if cfg.what.attention:
+            add_attention(folder, config, lines, cfg.what)
+        scores, asked = tests_of(folder, config, cfg)
+        runs.append(inspector.InspectedRun(folder.name, lines, asked, scores))
+    html = inspector.inspector_page(f"Rollouts of {', '.join(folder.name for folder in folders)}", runs)
+    path = Path(cfg.what.inspect.split(",")[0]) / "inspect.html"
+    checkpoint.write_atomically(path, lambda file: file.write(html))
+    groups = sum(len(run.lines) for run in runs)
+    print(f"wrote {path}: {groups} groups of {len(runs)} runs, {len(html) / 1e6:.1f} MB")
+
+
+def run_folders(names):
+    """RUN,RUN2,.. -> run folders."""
+    folders = []
+    for name in names.split(","):
+        seeds = sorted(Path(name).glob(f"seed-*/{inspector.FILE}"), key=lambda path: path.stat().st_mtime)
+        folders += [path.parent for path in seeds] or [Path(name)]
+    return folders
+
+
+def tests_of(folder, config, cfg):
+    """A run folder and its saved config -> (method -> split -> raw scores of the sampled decoding, split -> the first
+    samples); ({}, {}) before a run is evaluated, and where its data are not there any more."""
+    path = folder / "scores.json"
+    if not path.exists():
+        return {}, {}
+    judge = JudgeOptions(**{name: config[name] for name in vars(cfg.judge) if name in config})
+    what = replace(cfg.what, set=config["eval_set"])
+    try:
+        tests = test_samples(replace(cfg, what=what, judge=judge), config)
+    except (ValueError, OSError) as error:
+        print(f"no tests of {folder} on the page: {error}")
+        return {}, {}
+    scores = {}
+    for method, splits in json.loads(path.read_text()).items():
+        scores[method] = {split: raw.get(judge.decoding, {}) for split, raw in splits.items()}
+    return scores, {split: samples[:TESTS_SHOWN] for split, samples in tests.items()}
+
+
+def add_attention(folder, config, lines, options):
+    """Adds to lines of a run's rollouts where the finished model of their stage looks as it reads what was answered:
+    "look" of a group, how its picture was fitted; of a completion {number of an answer's token: attention to each
+    patch, in thousandths}."""
+    device = pick_device(options.device)
+    counted = 0
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        path = folder / f"{stage}.pt"
+        if not path.exists():
+            print(f"no attention of {stage}: it is not finished")
+            continue
+        vlm, tok, state = load_vlm(path, device)
+        side = math.isqrt(vlm.config.image_tokens)
+        if vlm.config.projector == "resampler":
+            print(f"no attention of {stage}: the tokens of its resampler are no patches")
+            continue
+        for line in reversed([line for line in lines if line["stage"] == stage and line["pictures"]]):
+            if counted >= MOST_LOOKS:
+                break
+            line["look"] = dict(side=side, fit=vlm.config.image_fit)
+            batch = prompts(vlm, tok, [inspector.sample_of(line)], state["method"], config["template"])
+            for completion in line["completions"]:
+                looks = looked_at(vlm, batch, torch.tensor(completion["ids"], device=device))
+                completion["look"] = {}
+                for at in inspector.answer_tokens(completion["tokens"]):
+                    completion["look"][at] = (1000 * looks[at]).round().int().tolist()
+                counted += 1
+
+
+def with_runs_joined(argv):
+    """--inspect=RUN RUN2 .. -> --inspect=RUN,RUN2,..: no other option takes several words."""
+    joined = []
+    for word in argv:
+        follows = joined and joined[-1].startswith("--inspect=") and not word.startswith("--")
+        if follows:
+            joined[-1] += f",{word}"
+        elif joined and joined[-1] == "--inspect":
+            joined[-1] = f"--inspect={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 # ---------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
@@ -679,6 +777,8 @@ class EvalOptions:
     prompting: str = choice("", *METHODS)           # ask in stages instead, untrained; empty: by --method
     template: str = choice("", *chat.TEMPLATES)     # chat template; empty: the checkpoint's own
     max_new: int = number(0, "[0, 131072]")         # token budget; 0: the checkpoint's own
+    inspect: str = ""                               # run folders, RUN [RUN2 ..]: write inspect.html into the first
+    attention: bool = False                         # with --inspect: where each stage's model looks as it answers
     ask: str = ""                                   # ask this question ...
     image: str = ""                                 # ... about this picture, and stop
     verdicts: bool = False                          # does it look, does its thought matter? of --checkpoint; stop
@@ -702,6 +802,12 @@ class Config:
 
 def check(options, search):
     """EvalOptions, SearchOptions: raises ValueError in one sentence about options that do not go together."""
+    if options.inspect:
+        if options.checkpoint or options.llava:
+            raise ValueError(f"--inspect={options.inspect} reads run folders and takes no --checkpoint= or --llava=")
+        return
+    if options.attention:
+        raise ValueError("--attention has no effect without --inspect=, the page that shows it")
     if bool(options.checkpoint) == bool(options.llava):
         raise ValueError("either --checkpoint= must name a stage's .pt file or --llava= a LLaVA folder")
     if options.export:
@@ -734,10 +840,12 @@ def check(options, search):
 
 
 def main(argv):
-    cfg = from_command_line(Config, {}, argv, __doc__)
+    cfg = from_command_line(Config, {}, with_runs_joined(argv), __doc__)
     options = cfg.what
     check(options, cfg.search)
     torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.inspect:
+        return inspect(cfg)
     vlm, tok, state = load_any(options)
     trained = state["config"]
     if options.data.startswith("llava:"):

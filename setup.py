@@ -12,6 +12,7 @@ setup(
     description="A from-scratch reference implementation of vision-reasoning models in plain PyTorch",
     python_requires=">=3.10",
     packages=["model", "model.hub", "model.runs", "rl", "rl.report", "data", "kernels"],
+    package_data={"rl.report": ["inspector.*"]},
     py_modules=["train", "eval"],
     install_requires=[
         "torch>=2.11", "torchvision", "open_clip_torch", "sentencepiece", "numpy", "einops",

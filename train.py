@@ -76,6 +76,8 @@ from rl import algorithms, bench, curriculum, forecast, metrics, peers
 from rl.algorithms import Algorithm, RlOptions
 from rl.explain import explanation, formless_advice, preflight_text
 from rl.learner import Guard, make_learner
+from rl.live import Live
+from rl.recorder import FOLLOWED, InspectOptions, Recorder
 from rl.report import generalisation, growth, ladder
 from rl.report import grid as grid_report
 from rl.report import page
@@ -206,6 +208,7 @@ class Config:
     sampling: SamplingOptions = SamplingOptions()
     algorithm: Algorithm = Algorithm()
     reward: RewardOptions = RewardOptions()
+    inspect: InspectOptions = InspectOptions()
     judge: JudgeOptions = JudgeOptions()
 
     @property
@@ -698,10 +701,14 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
     sampler = Sampler(vlm, meter)
     attempts = 1 + switches.refill
     snapshot = partial(run.snapshot, name, cfg, method, meter, vlm)
+    follow = partial(followed, run, name, cfg, vlm, samples[:FOLLOWED], method, rewards)
+    recorder = Recorder(run.folder, name, label, cfg, run.tokenizer, rewards, follow, checkpoint.write_atomically)
+    live = Live(name, rewards, quiet=bool(cfg.run.bench))
     if cfg.rl.curriculum:
         samples = curriculum.by_difficulty(samples, scenes.difficulty)
 
     for step, lr in run.steps(name, schedule, learner, optimizer, meter, generator, snapshot):
+        recorder.begin(step)
         clock = metrics.Clock(run.device)
         failed_before = rewards.failures
         open_to_it = len(samples)
@@ -738,21 +745,34 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
 
             # 4. epochs x mini_batches optimizer steps; backward() is in here.
             take_step = stepper(optimizer, lr, cfg.optim.grad_clip, projector=vlm.projector, llm=vlm.llm)
-            found, passed = update(learner, experience, cfg, take_step, meter, guard)
+            found, passed = update(learner, experience, cfg, take_step, meter, guard, recorder.see)
             line |= found
         learner.after(step, line, switches)
         clock.lap("update")
 
+        # 5. What people look at: log.jsonl, rollouts.jsonl, the terminal.
+        costs = metrics.costs(clock.laps, rollout, passed)
         run.log(stage=name, method=label, step=step, lr=lr, **learner.rates(lr, switches), flops=meter.total,
-                samples=int(learner.samples), seconds=run.seconds(), **metrics.costs(clock.laps, rollout, passed),
-                **line)
-        shown = ["reward", *(f"reward/{reward}" for reward in rewards.weights), "flat", "length"]
-        run.bar.set_postfix({metric: f"{line[metric]:.2f}" for metric in shown}, refresh=False)
+                samples=int(learner.samples), seconds=run.seconds(), **costs, **line)
+        recorder.write(rollout)
+        live.show(run.bar, step, schedule.share(step + 1, meter.total), costs | line)
+        if recorder.recording:
+            live.say(run.bar, rollout.samples[0], rollout.texts[0][0])
 
+    live.close()
     lines = [line for line in read_log(run.log_path) if line["stage"] == name]
     if not any(line.get("updates") for line in lines):
         print(f"  note: no group of {name} could move the model: in each all rewards were equal, or all completions "
               "were left out")
+
+
+def followed(run, name, cfg, vlm, samples, method, rewards):
+    """The Rollout of the prompts that rollouts.jsonl follows: the same noise at every step, and no part of what the
+    stage costs."""
+    generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "followed"))
+    _, rollout = roll_out(Sampler(vlm), run.tokenizer, samples, method, cfg, rewards, generator,
+                          metrics.Clock(run.device))
+    return rollout
 
 
 def preflight(run, name, cfg, vlm, samples, method, rewards, teacher=None):
@@ -1928,7 +1948,7 @@ BENCH_ROOM = 0.8            # share of the free memory that a step of the bench 
 
 def run_bench(cfg):
     """--bench: what BENCHES has, --rl-steps turns of it, on random weights and pictures and prompts of 12 words."""
-    cfg = change(cfg, rewards="bench:1", gated=False, min_new=cfg.sampling.max_new)
+    cfg = change(cfg, rewards="bench:1", gated=False, min_new=cfg.sampling.max_new, inspect_every=0)
     with tempfile.TemporaryDirectory() as folder, Run(cfg, folder) as run:
         pieces = [*chat.TAGS, *(f"▁{word}" for word in bench.WORDS)]
         run.tokenizer = tokenizer.train([" ".join(bench.WORDS)] * 2, pieces, cfg.llm.vocab)

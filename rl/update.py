@@ -200,6 +200,10 @@ def token_weights(experience, switches):
     return weight
 
 
+def unwatched(micro, **values):
+    """What the losses of micro-batches are shown to where nobody looks; else rl/recorder.py."""
+
+
 def has_kl_in_loss(learner, switches):
     return learner.reference is not None and switches.kl_in == "loss"
 
@@ -213,11 +217,11 @@ def known_gradient(learner, micro, token_weight, denominator, switches):
     return losses.sent_at_ratio_one(micro.advantage, token_weight, micro.trained, denominator, switches.entropy_coef)
 
 
-def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
+def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter, watch=unwatched):
     """Forward of one micro-batch -> (loss, statistics as sums over its trained tokens).
 
     micro: Experience of P prompts; token_weight (P, G, C); denominator (): that of the whole optimizer step; tokens ():
-    trained tokens of the whole step.
+    trained tokens of the whole step; watch(micro, **values) is shown what it computed for each token, (P, G, C).
     """
     switches = cfg.algorithm
     temperature = cfg.sampling.temperature
@@ -237,6 +241,7 @@ def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
     # The KL penalty: an estimate from ref_logp inside the policy loss, or exact and added here.
     kl_in_loss = has_kl_in_loss(learner, switches)
     kl_coef = learner.kl_coef.item() if kl_in_loss else 0.0
+    kl = micro.kl
     penalty = {}
     if kl_in_loss and switches.kl != "exact":
         penalty = dict(kl=switches.kl, kl_coef=kl_coef)
@@ -251,6 +256,7 @@ def loss_of(learner, micro, token_weight, denominator, tokens, cfg, meter):
         policy_stats["kl_ref"] = kl.detach().sum()
 
     ratio = (out.logp.detach() - old_logp).masked_fill(~micro.trained, 0.0).exp()
+    watch(micro, logp=out.logp, entropy=out.entropy, ratio=ratio, kl=kl, weight=token_weight)
     stats |= policy_stats
     stats["entropy"] = (out.entropy.detach() * micro.trained).sum()
     stats["loss"] = loss.detach() * tokens              # as a sum: what is logged is divided by tokens again
@@ -303,13 +309,13 @@ def make_mini_batches(experience, cfg):
     return minis
 
 
-def update(learner, experience, cfg, take_step, meter, guard):
+def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):
     """epochs x mini_batches optimizer steps on the scored experience -> (metrics, completion tokens that passed).
 
     take_step() -> {name: gradient norm}, having stepped unless a norm is not finite; take_step(drop=True) only clears
     the gradient. What is not finite is shown to the guard and left out. The update ends early when the KL of a
     mini-batch from the old policy exceeds --kl-stop. Every epoch takes the same mini-batches in the same order, where
-    PPO's code and TRL shuffle.
+    PPO's code and TRL shuffle. watch: see `loss_of`.
     """
     for estimate in (experience.advantage, experience.returns):
         if len(estimate) and not torch.isfinite(estimate[experience.mask]).all():
@@ -329,7 +335,7 @@ def update(learner, experience, cfg, take_step, meter, guard):
             continue
         stats = {}
         for micro, token_weight in mini.micros:
-            loss, micro_stats = loss_of(learner, micro, token_weight, mini.denominator, mini.tokens, cfg, meter)
+            loss, micro_stats = loss_of(learner, micro, token_weight, mini.denominator, mini.tokens, cfg, meter, watch)
             loss.backward()
             metrics.add(stats, micro_stats)
             passed += int(micro.mask.sum())

@@ -19,7 +19,7 @@ ROOT = Path(train.__file__).parent
 STAGES = ("clip", "align", "sft", "cot", "rl", "cot_continued", "filtered")
 # The tiny preset with enough chains of thought that completions differ, so that RL has something to learn from.
 TINY = ["--preset=tiny", "--compare=basic", "--cot-steps=100", "--cot-lr=1e-2", "--forget-close=0.5", "--gated=False",
-        "--max-new=24", "--threads=1"]
+        "--max-new=24", "--threads=1", "--inspect-every=2"]
 
 # train.py with a bomb: [kind, what, n] dies of SIGKILL
 #   step    after the n-th optimizer step of the stage `what`, before it is logged
@@ -171,7 +171,8 @@ def test_a_run_killed_at_seeded_moments_and_resumed_equals_one_that_was_not(tmp_
     for stage in STAGES:
         assert differences(checkpoint.load(whole / f"{stage}.pt"), checkpoint.load(broken / f"{stage}.pt")) == []
     assert log_of(broken) == log
-    for name in ("results.json", "scores.json", "differences.json", "verdicts.json", "tokenizer.model", "probe.json"):
+    for name in ("results.json", "scores.json", "differences.json", "verdicts.json", "tokenizer.model", "probe.json",
+                 "rollouts.jsonl"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert samples_shown(whole) == samples_shown(broken)
     assert sorted(path.name for path in broken.iterdir()) == sorted(path.name for path in whole.iterdir())
