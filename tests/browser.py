@@ -11,9 +11,11 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PATH = next(filter(None, map(shutil.which, NAMES)), None)
@@ -26,6 +28,16 @@ PATIENCE = 120              # seconds that an answer is waited for
 
 class Browser:
     def __enter__(self):
+        for attempt in range(3):        # on a machine under load one in many never begins to answer
+            self.start()
+            try:
+                self.send("Browser.getVersion", patience=40)
+                return self
+            except TimeoutError:
+                self.kill()
+        raise TimeoutError("three browsers said nothing for 40 s each")
+
+    def start(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs_in, self.to = os.pipe()
         self.back, theirs_out = os.pipe()
@@ -44,20 +56,23 @@ class Browser:
         self.buffer = b""
         self.number = 0
         self.events = []
-        return self
 
     def __exit__(self, *_):
-        try:
-            self.send("Browser.close")
+        with suppress(OSError, TimeoutError, subprocess.TimeoutExpired):
+            self.send("Browser.close", patience=20)
             self.process.wait(20)
-        except (OSError, TimeoutError, subprocess.TimeoutExpired):
-            self.process.kill()
-            self.process.wait()
+        self.kill()
+
+    def kill(self):
+        """Ends the browser, if it has not ended, and all processes that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         for end in (self.to, self.back):
             os.close(end)
         self.folder.cleanup()
 
-    def send(self, method, session=None, **params):
+    def send(self, method, session=None, patience=PATIENCE, **params):
         """-> the result of a command; events that come before it are kept."""
         self.number += 1
         message = dict(id=self.number, method=method, params=params)
@@ -67,18 +82,18 @@ class Browser:
         while text:
             text = text[os.write(self.to, text):]
         while True:
-            answer = self.receive()
+            answer = self.receive(patience)
             if answer.get("id") == self.number:
                 assert "error" not in answer, (method, answer)
                 return answer["result"]
             self.events.append(answer)
 
-    def receive(self):
-        until = time.monotonic() + PATIENCE
+    def receive(self, patience):
+        until = time.monotonic() + patience
         while b"\0" not in self.buffer:
             ready, _, _ = select.select([self.back], [], [], max(0.0, until - time.monotonic()))
             if not ready:
-                raise TimeoutError(f"the browser said nothing for {PATIENCE} s")
+                raise TimeoutError(f"the browser said nothing for {patience} s")
             more = os.read(self.back, 2 ** 20)
             if not more:
                 raise OSError("the browser is gone")
