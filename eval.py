@@ -33,9 +33,9 @@ from data.supply import real_data, scene_teacher
 from data.teachers import TeacherOptions
 from data.worlds import DRAWN, world_of
 from data.zero_shot import ZeroShot, as_captions
-from model import memory
+from model import memory, parallel
 from model.clip import Clip
-from model.generate import Sampler, generate
+from model.generate import Sampler, draw_noise, generate
 from model.hub import pretrained
 from model.hub.export import export_folder, export_hf
 from model.look import looked_at
@@ -179,13 +179,26 @@ def complete(vlm, tok, samples, prompting, rows=512, group=1, temperature=0.0, t
 
 
 def _at_once(vlm, tok, samples, prompting, group, sampling):
-    """n samples -> Answers."""
-    batch = prompts(vlm, tok, samples, prompting.method, prompting.template)
-    completions, _ = generate(vlm, batch, group, prompting.max_new, tok.eos_id, pad_id=tok.pad_id,
-                              banned=tok.banned(vlm.config.llm.vocab), **sampling)
-    ended = ((completions.ids == tok.eos_id) & completions.mask).any(-1)
-    lengths = completions.mask.sum(-1)
-    return Answers(read(completions, tok), lengths.cpu().numpy(), ~ended.cpu().numpy())
+    """n samples -> Answers. Each of several ranks answers a part of them, and all have all answers."""
+    own = parallel.own_rows(len(samples))
+    noise = None
+    if parallel.world() > 1 and sampling["temperature"]:        # what they would draw in one process
+        noise = draw_noise((len(samples), group), prompting.max_new, sampling["generator"], vlm.llm.head.device)[own]
+    answers = ([], [], [])
+    if samples[own]:
+        batch = prompts(vlm, tok, samples[own], prompting.method, prompting.template)
+        completions, _ = generate(vlm, batch, group, prompting.max_new, tok.eos_id, pad_id=tok.pad_id, noise=noise,
+                                  banned=tok.banned(vlm.config.llm.vocab), **sampling)
+        ended = ((completions.ids == tok.eos_id) & completions.mask).any(-1)
+        answers = read(completions, tok), completions.mask.sum(-1).tolist(), (~ended).tolist()
+    texts = []
+    lengths = []
+    cut = []
+    for of_rank in parallel.gather(answers):
+        texts += of_rank[0]
+        lengths += of_rank[1]
+        cut += of_rank[2]
+    return Answers(texts, np.array(lengths), np.array(cut))
 
 
 def _in_stages(vlm, tok, samples, prompting, group, sampling):
@@ -396,6 +409,7 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     seed = cfg.run.seed
     saved = folder / "scores.json"
     scores = json.loads(saved.read_text()) if saved.exists() else {}
+    parallel.barrier()          # all have read it before the first writes
     if has_teacher and "teacher" not in scores:
         note = note_of(cfg)
         scores["teacher"] = {split: teacher_scores(samples, cfg.judge, note) for split, samples in tests.items()}

@@ -52,7 +52,7 @@ from data.teaching import RecordOptions, kind_of
 from data.worlds import DRAWN
 from eval import Contender, JudgeOptions
 from kernels.bench import ceilings
-from model import machine, memory, prepare
+from model import machine, memory, parallel, prepare, watchdog
 from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
 from model.flops import Meter
 from model.generate import Sampler
@@ -62,6 +62,7 @@ from model.llama import LlmOptions
 from model.lora import LoraOptions
 from model.optim import (OptimOptions, diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained,
                          stepper)
+from model.parallel import ParallelOptions
 from model.runs import checkpoint
 from model.runs.config import (adopt, change, check_fields, choice, describe, first_line, flat, from_command_line, need,
                                number)
@@ -195,6 +196,7 @@ class Config:
     """All options of a run, in groups that stand beside the code that reads them."""
     run: RunOptions = RunOptions()
     machine: MachineOptions = MachineOptions()
+    parallel: ParallelOptions = ParallelOptions()
     data: DataOptions = DataOptions()
     teacher: TeacherOptions = TeacherOptions()
     records: RecordOptions = RecordOptions()
@@ -541,6 +543,22 @@ class Run(RunFolder):
         return make_optimizer(module, optim.beta2, optim.weight_decay, critic, critic_lr, module_lr, optim.moments,
                               optim.master)
 
+    def usable(self, stage, records, indices, use):
+        """What use(i, records[i]) makes of this rank's part of the indices, a list; records that cannot be used, of any
+        rank, are logged once and left out."""
+        faults = []
+
+        def note(**line):
+            faults.append(line)
+
+        own = indices[parallel.own_rows(len(indices))]
+        found = list(self.supply.usable(records, own, use, note))
+        noted = {line["number"]: line for of_rank in parallel.gather(faults) for line in of_rank}
+        for line in noted.values():
+            self.supply.bad.note(line)
+            self.log(stage=stage, **line)
+        return found
+
     def preview(self, image_tokens):
         """A look at one's own records, for pictures of so many tokens."""
         return preview.Preview(self.supply, self.tokenizer, image_tokens, self.cfg.data, self.cfg.teacher)
@@ -562,8 +580,9 @@ class Run(RunFolder):
         step = self.take_progress(stage, module, optimizer, meter, generator)
         share = schedule.share(step, meter.total)
         total = None if schedule.budget else schedule.steps
-        self.bar = tqdm(desc=stage, initial=step, total=total, disable=None, leave=False)
+        self.bar = tqdm(desc=stage, initial=step, total=total, disable=None if self.is_writer else True, leave=False)
         while share < 1:
+            watchdog.at(f"{stage}, step {step}")
             yield step, schedule.rate(step, meter.total, cfg.optim.warmup, cfg.optim.final_lr)
             step += 1
             self.bar.update()
@@ -583,7 +602,8 @@ class Run(RunFolder):
     def snapshot(self, stage, cfg, method, meter, vlm, point):
         """A point of a stage's curve, for `compare_methods`; nothing is resumed from it."""
         path = self.point(stage, point)
-        path.parent.mkdir(exist_ok=True)
+        if self.is_writer:
+            path.parent.mkdir(exist_ok=True)
         checkpoint.save(path, dict(stage=stage, vlm=vlm.state_dict(), vlm_config=vlm.config_dict(), method=method,
                                    config=flat(cfg), flops=meter.total, tokenizer=self.tokenizer.saved))
 
@@ -655,15 +675,17 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
 
     snapshot = partial(run.snapshot, name, cfg, method, meter, vlm)
     for step, lr in run.steps(name, schedule, vlm, optimizer, meter, snapshot=snapshot):
-        # 1. Records -> a batch, sorted by length, so that micro-batches hold little padding.
+        # 1. This rank's records -> a batch, sorted by length, so that micro-batches hold little padding.
         indices = batch_indices(len(records), schedule.batch, step, run.seed_of(name, "order"), lengths)
-        rows = run.supply.usable(records, indices, encode, partial(run.log, stage=name))
+        rows = run.usable(name, records, indices, encode)
         rows = sorted(rows, key=lambda row: len(row[0]))
         micros = []
+        denominator = torch.zeros((), dtype=torch.long, device=run.device)
         if rows:
             batch = collate(rows, tok.pad_id, **vlm.config.pixels).to(run.device)
             denominator = batch.target[:, 1:].sum()
             micros = batch.micro_batches(cfg.optim.micro_batch)
+        denominator = parallel.total(denominator)
 
         # 2. Forward and backward, a micro-batch at a time, each over the denominator of the whole step.
         losses = []
@@ -677,11 +699,13 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
                 loss.backward()
             losses.append(loss.item())
 
-        # 3. The optimizer step.
+        # 3. The optimizer step, on the gradient of all ranks.
+        parallel.total_gradients(optimizer)
         norm = optimizer_step(optimizer, lr, cfg.optim.grad_clip)[0]
         if not math.isfinite(norm):
             raise ValueError(diverged(norm, lr))
-        loss = sum(losses) if losses else None      # of a step without usable records
+        loss = parallel.total(sum(losses)) if denominator else None      # of a step without usable records
+        meter.agree()
         run.log(stage=name, step=step, loss=loss, lr=lr, grad_norm=norm, flops=meter.total, seconds=run.seconds())
         run.bar.set_postfix(loss=loss, refresh=False)
 
@@ -732,7 +756,7 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
         line = metrics.of_rollout(rollout)
         line["groups"] = int(experience.active.sum())
         line["rollouts"] = len(rollouts)
-        line["reward_failures"] = rewards.failures - failed_before
+        line["reward_failures"] = parallel.total(rewards.failures - failed_before)
         passed = 0
 
         if line["groups"]:
@@ -748,6 +772,7 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
             found, passed = update(learner, experience, cfg, take_step, meter, guard, recorder.see)
             line |= found
         learner.after(step, line, switches)
+        meter.agree()
         clock.lap("update")
 
         # 5. What people look at: log.jsonl, rollouts.jsonl, the terminal.
@@ -822,20 +847,22 @@ def clip(run, name, cfg, origin):
         return run.supply.pictured(number, sample, pixels)
 
     for step, lr in run.steps(name, schedule, model, optimizer, meter):
-        # 1. Pairs of pictures and captions.
+        # 1. This rank's pairs of pictures and captions.
         indices = batch_indices(len(samples), schedule.batch, step, run.seed_of(name, "order"))
-        pairs = list(run.supply.usable(samples, indices, decoded, partial(run.log, stage=name)))
+        pairs = run.usable(name, samples, indices, decoded)
         if changes:
-            pairs = augment.augmented(pairs, config.image_size, changes, run.seed_of(name, "augment", step))
+            pairs = augment.augmented(pairs, config.image_size, changes, run.seed_of(name, "augment", step),
+                                      parallel.before(len(pairs)))
 
-        # 2. The contrastive loss over all of them at once, and its gradient.
-        loss = None
-        if len(pairs) > 1:          # else there is nothing to contrast
-            loss = contrast(model, tok, pairs, run.device, run.dtype)
-            loss.backward()
+        # 2. The contrastive loss over those of all ranks at once, and its gradient.
+        loss = contrast(model, tok, pairs, run.device, run.dtype)
+        if loss is not None:
+            if loss.requires_grad:          # a rank without pairs has nothing that trains in it
+                loss.backward()
             loss = loss.item()
 
-        # 3. The optimizer step.
+        # 3. The optimizer step, on the gradient of all ranks.
+        parallel.total_gradients(optimizer)
         norm = optimizer_step(optimizer, lr, cfg.optim.grad_clip)[0]
         if not math.isfinite(norm):
             raise ValueError(diverged(norm, lr))
@@ -856,19 +883,32 @@ def clip(run, name, cfg, origin):
 
 
 def contrast(model, tok, pairs, device, dtype):
-    """The contrastive loss of samples with one picture and a caption each. Equal captions are no negatives of each
-    other."""
+    """The contrastive loss of samples with one picture and a caption each, beside those of the other ranks. Equal
+    captions are no negatives of each other. None where there are fewer than two pairs, and nothing to contrast."""
+    captions = parallel.gather([sample.caption for sample in pairs])
+    captions = [caption for of_rank in captions for caption in of_rank]
+    if len(captions) < 2:
+        return None
+    numbers = {}
+    caption = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions])
+    same = (caption[:, None] == caption).to(device)
+    image, text = parallel.joined(*embedded(model, tok, pairs, device, dtype))
+    return contrastive_loss(image, text, parallel.once(model.logit_scale), same)
+
+
+def embedded(model, tok, pairs, device, dtype):
+    """Pictures and captions of n pairs -> (n, E) each."""
     config = model.config
+    if not pairs:           # of a rank
+        nothing = torch.zeros(0, config.embed, device=device, dtype=dtype)
+        return nothing, nothing
     rows = []
     for sample in pairs:
         ids = tok.encode(" " + sample.caption)[:config.text_length - 1] + [tok.eos_id]
         rows.append((ids, [0] * len(ids), sample.images))
     batch = collate(rows, tok.pad_id, config.image_size).to(device)
-    numbers = {}
-    caption = torch.tensor([numbers.setdefault(sample.caption, len(numbers)) for sample in pairs])
-    same = (caption[:, None] == caption).to(device)
     image = model.encode_image(batch.pixels.to(dtype))
-    return contrastive_loss(image, model.encode_text(batch.ids, batch.length), model.logit_scale, same)
+    return image, model.encode_text(batch.ids, batch.length)
 
 
 def align(run, name, cfg, origin):
@@ -1302,9 +1342,11 @@ def main(argv):
     bare = machine.resident()
     cfg = from_command_line(Config, PRESETS, argv, __doc__, resumed,
                             lambda given: algorithms.of_flags(given) | prepare.implied(given))
+    parallel.start(cfg.parallel)
     cfg, plan, notes = loaded_shape(cfg)
     machine.give_holes_back()
     notes += cfg.check()
+    check_ranks(cfg)
     if cfg.stages() == ["teach"]:
         torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
         return teach(cfg)
@@ -1321,16 +1363,30 @@ def main(argv):
         for name in cfg.stages():
             prepare.on_meta(plan, config_of(cfg, name), name)       # raises where options do not fit the model
         pretrained.check_weights(cfg)
-    with Run(cfg, choose(cfg.run.out, cfg.run.preset, cfg.run.resume), plan, bare) as run:
+    folder = ""
+    if parallel.is_first():
+        folder = str(choose(cfg.run.out, cfg.run.preset, cfg.run.resume))
+    with Run(cfg, parallel.of_first(folder), plan, bare) as run:
         notes += open_run(run)
         crowded = set()
         if run.supply.source not in DRAWN:
             crowded = show_plan(run)
         if cfg.run.tune:
             return tune(run, notes)
-        if run.supply.source not in DRAWN and not cfg.run.resume:
+        if run.supply.source not in DRAWN and not cfg.run.resume and parallel.world() == 1:
             forecast.show(stages_ahead(run), shape_of(run), run.tokenizer, run.device, crowded)
         train_and_compare(run, notes)
+    parallel.barrier()
+    parallel.stop()
+
+
+def check_ranks(cfg):
+    """Raises ValueError where several ranks are asked for what one process does."""
+    if parallel.world() == 1:
+        return
+    teaches = cfg.run.stage if cfg.run.stage == "teach" else ""
+    for name, value in dict(seeds=cfg.run.seeds, tune=cfg.run.tune, bench=cfg.run.bench, stage=teaches).items():
+        need(not value, name, value, "come without torchrun: it runs as one process")
 
 
 def loaded_shape(cfg):
@@ -1368,7 +1424,7 @@ def open_run(run):
     if cfg.run.resume:
         rungs = sorted(run.folder.glob("*@*.pt"), key=lambda path: path.stat().st_mtime)
         names = [*stages, *(path.stem for path in rungs)]
-        run.reopen(flat(cfg), flat(Config()), ("resume", "out", "jobs"), names, own)
+        run.reopen(flat(cfg), flat(Config()), ("resume", "out", "jobs", *vars(cfg.parallel)), names, own)
     rewards = run.rewards(cfg)
     rewards.start()
     if "iou" in rewards.weights and not any(sample.boxes for sample in own):
@@ -1399,7 +1455,7 @@ def open_run(run):
         notes = chat.too_long(own, run.tokenizer, cfg.sampling.max_new, read)
     if not cfg.run.resume:
         run.create(flat(run.cfg), own)
-    if cfg.run.tensorboard:
+    if cfg.run.tensorboard and run.is_writer:
         run.open_board()
     if isinstance(run.tokenizer.saved, bytes):
         checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
@@ -1551,7 +1607,8 @@ def train_and_compare(run, notes):
     except (ValueError, RuntimeError) as error:         # as of training that diverged, which one wants to look at
         show_page(run, first_line(error))
         raise
-    if cfg.run.export and not (cfg.run.resume and export_folder(cfg.run.export).exists()):
+    exports = cfg.run.export and run.is_writer
+    if exports and not (cfg.run.resume and export_folder(cfg.run.export).exists()):
         vlm, tok, _ = evaluation.load_vlm(run.path(cfg.stages()[-1]))
         evaluation.export(vlm, tok, cfg.run.export, cfg.data.template)
     names = ("report.html", "results.json", "curves.png", "log.jsonl")
@@ -2075,10 +2132,10 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {parallel.name()}{error}")
     except (MemoryError, RuntimeError) as error:
-        sys.exit("train.py: " + memory.shortage(error, "a smaller model, --micro-batch, --max-new or batch of the "
-                                                "stage needs less, in a new run; --init= starts that from this one's "
-                                                "last stage"))
+        found = memory.shortage(error, "a smaller model, --micro-batch, --max-new or batch of the stage needs less, in "
+                                       "a new run; --init= starts that from this one's last stage")
+        sys.exit(f"train.py: {parallel.name()}{found}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; --resume goes on from the last checkpoint")

@@ -26,13 +26,17 @@ def names_in(text):
     return names
 
 
-def augmented(samples, size, names, seed):
+def augmented(samples, size, names, seed, first=0):
     """Samples of one picture each -> the same with (size, size, 3) uint8 arrays, each changed at random in the ways of
-    `names`. A function of its arguments: the same seed makes the same changes."""
+    `names`. A function of its arguments: the same seed makes the same changes. first: how many pictures come before
+    these, whose changes are drawn and not made."""
     change = _changes(size, names)
     changed = []
+    blank = torch.zeros(3, size, size, dtype=torch.uint8)
     with torch.random.fork_rng(devices=[]):         # torchvision draws from torch's own stream
         torch.manual_seed(seed)
+        for _ in range(first):
+            change(blank)
         for sample in samples:
             pixels = torch.from_numpy(np.array(to_array(sample.images[0], size))).permute(2, 0, 1)
             array = change(pixels).permute(1, 2, 0).contiguous().numpy()

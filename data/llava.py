@@ -63,6 +63,10 @@ class Bad:
         self.seen.setdefault(error.number, (error.kind, error.name))
         return new
 
+    def note(self, line):
+        """Takes down a record that a log's line, or another rank, says is bad."""
+        self.seen[line["number"]] = line["kind"], line["name"]
+
     def report(self):
         """One line, the commonest kind first, at most five names of each; "" when none was seen.
 

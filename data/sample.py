@@ -90,6 +90,7 @@ class Batch:
     def join(batches):
         """Batches one after the other, as one. Filled up with id 0: padding changes nothing."""
         longest = max(batch.ids.shape[1] for batch in batches)
+        encoded = [batch.features for batch in batches if len(batch.features)]
         ids, target, image_row = [], [], []
         rows = 0
         for batch in batches:
@@ -103,7 +104,7 @@ class Batch:
                      target=torch.cat(target),
                      pixels=torch.cat([batch.pixels for batch in batches]),
                      image_row=torch.cat(image_row),
-                     features=torch.cat([batch.features for batch in batches]))
+                     features=torch.cat(encoded) if encoded else batches[0].features)
 
     def micro_batches(self, size):
         """Consecutive sub-batches of `size` prompts (0: all at once)."""

@@ -218,7 +218,7 @@ class Supply:
         self.bad = llava.Bad(self.options.bad_records)
         for line in lines:
             if line["stage"] == stage and "bad_record" in line:
-                self.bad.seen[line["number"]] = line["kind"], line["name"]
+                self.bad.note(line)
 
     def usable(self, records, indices, use, log):
         """use(i, records[i]) of those records that can be used; log(bad_record=why, ..) of the others, once, or under

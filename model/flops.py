@@ -29,7 +29,7 @@ import weakref
 
 from torch import nn
 
-from model import clip, llama
+from model import clip, llama, parallel
 from model.lora import LoraLinear, off
 from model.mixed import MixedLinear
 
@@ -502,6 +502,12 @@ class Meter:
 
     def __init__(self, total=0):
         self.total = total
+        self.agreed = total             # of all ranks, when they last agreed
+
+    def agree(self):
+        """Adds what the other ranks have counted since they last agreed."""
+        self.total = self.agreed + parallel.total(self.total - self.agreed)
+        self.agreed = self.total
 
     def encode(self, vlm, pictures):
         self.total += encode(vlm, pictures)

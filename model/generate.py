@@ -235,18 +235,21 @@ class Sampler:
         return torch.cat([slots[prompts, :T], written], dim=1)
 
     def complete(self, batch, group, max_new, eos_id, generator=None, rows=0, lap=lambda name: None,
-                 **options):
+                 place=None, **options):
         """prefill + decode, with decode's options -> Completions. Some prompts at a time where that
         asks for less memory: apart from rounding the tokens are the same.
 
         rows: completions at a time; 0: all, or as many as the memory that is free has room for.
-        lap(name) is called after each "prefill" and "decode".
+        lap(name) is called after each "prefill" and "decode". place: (first, count) where these are
+        the prompts from `first` on of so many, the others being sampled elsewhere: they draw what
+        they would draw beside them.
         """
         P = len(batch.ids)
+        first, count = place or (0, P)
         device = batch.ids.device
         noise = None
         if options.get("temperature", 1.0):
-            noise = draw_noise((P, group), max_new, generator, device)
+            noise = draw_noise((count, group), max_new, generator, device)[first:first + P]
         at_a_time = prompts_at_a_time(self.llm, batch, group, max_new, rows)
         parts = []
         for index in torch.arange(P, device=device).split(at_a_time):

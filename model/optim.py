@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch.optim.adamw import adamw
 
+from model import parallel
 from model.runs.config import check_fields, choice, number
 
 
@@ -296,10 +297,11 @@ def optimizer_step(optimizer, lr, grad_clip, drop=False):
 
 
 def stepper(optimizer, lr, grad_clip, **parts):
-    """-> take_step(drop=False): optimizer_step. It returns the L2 norms of the gradient before
-    clipping: "grad_norm"; of a critic with a group of its own "grad_norm_critic"; and
-    "grad_norm_NAME" of each module in `parts`."""
+    """-> take_step(drop=False): optimizer_step, on gradients summed over ranks. It returns the L2
+    norms of the gradient before clipping: "grad_norm"; of a critic with a group of its own
+    "grad_norm_critic"; and "grad_norm_NAME" of each module in `parts`."""
     def take_step(drop=False):
+        parallel.total_gradients(optimizer)
         norms = {f"grad_norm_{name}": gradient_norm(module) for name, module in parts.items()}
         clipped = optimizer_step(optimizer, lr, grad_clip, drop)
         return dict(zip(("grad_norm", "grad_norm_critic"), clipped)) | norms

@@ -8,6 +8,7 @@ import time
 import torch
 
 from kernels import is_flat
+from model import parallel
 
 # name -> (what, unit, estimator). rl/README.md shows the same as a table.
 DEFINITIONS = {
@@ -198,6 +199,17 @@ def add(sums, statistics):
             sums[name] = torch.minimum(sums[name], value)
         else:
             sums[name] = sums[name] + value
+
+
+def of_all_ranks(statistics):
+    """The statistics of this rank's micro-batches -> of all ranks', by the rules of `add`; of one process as they are.
+    A rank without a micro-batch has none."""
+    if parallel.world() == 1:
+        return statistics
+    sums = {}
+    for of_rank in parallel.gather({name: value.item() for name, value in statistics.items()}):
+        add(sums, {name: torch.tensor(value, dtype=torch.float64) for name, value in of_rank.items()})
+    return sums
 
 
 def means(sums, tokens):

@@ -4,8 +4,11 @@
 """
 from dataclasses import dataclass
 
+import torch
+
 from data.chat import encode
-from data.sample import collate
+from data.sample import Batch, collate
+from model import parallel
 from model.runs.config import check_fields, need, number
 from rl.types import Rollout
 
@@ -44,11 +47,15 @@ def roll_out(sampler, tokenizer, samples, method, cfg, rewards, generator, clock
     """Samples cfg.sampling.group completions of each sample and rewards them -> (Batch, Rollout).
 
     The batch keeps its encoded pictures, so that the update need not encode them again, unless the image tower trains.
-    clock: a metrics.Clock, which gets the laps encode, prefill, decode, score.
+    clock: a metrics.Clock, which gets the laps encode, prefill, decode, score. Of several ranks each samples and
+    rewards its own part of the samples, the same tokens as one process would, and all return the whole.
     """
     vlm = sampler.vlm
     sampling = cfg.sampling
-    batch = prompts(vlm, tokenizer, samples, method, cfg.data.template)
+    own = parallel.own_rows(len(samples))
+    # With fewer samples than ranks some have none: they sample one whose row is another rank's.
+    asked = samples[own] or samples[:1]
+    batch = prompts(vlm, tokenizer, asked, method, cfg.data.template)
     vlm.encode(batch)
     if len(batch.features):
         sampler.meter.encode(vlm, len(batch.pixels))
@@ -56,10 +63,33 @@ def roll_out(sampler, tokenizer, samples, method, cfg, rewards, generator, clock
     completions = sampler.complete(
         batch, sampling.group, sampling.max_new, tokenizer.eos_id, generator, sampling.rollout_rows, clock.lap,
         temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
-        banned=tokenizer.banned(vlm.config.llm.vocab), min_new=sampling.min_new, pad_id=tokenizer.pad_id)
-    rollout = read_and_reward(completions, samples, tokenizer, rewards)
+        banned=tokenizer.banned(vlm.config.llm.vocab), min_new=sampling.min_new, pad_id=tokenizer.pad_id,
+        place=(min(own.start, len(samples) - 1), len(samples)))
+    rollout = read_and_reward(completions, asked, tokenizer, rewards)
+    if parallel.world() > 1:
+        batch, rollout = gathered(batch, rollout, samples, own.stop - own.start)
     clock.lap("score")
     return batch, rollout
+
+
+def gathered(batch, rollout, samples, count):
+    """This rank's Batch and Rollout, of which the first `count` prompts count -> those of all ranks, on each of them;
+    samples: of all ranks."""
+    batch = batch.rows(torch.arange(count, device=batch.ids.device))
+    texts = parallel.gather(rollout.texts[:count])
+    parts = {f"part {name}": part for name, part in rollout.parts.items()}
+    tensors = {}
+    for name, tensor in ({name: getattr(rollout, name) for name in Rollout.TENSORS} | parts).items():
+        tensors[name] = tensor[:count]
+    batches = [Batch(**found) for found in parallel.exchange(vars(batch))]
+    rollouts = []
+    for found in parallel.exchange(tensors):
+        of_rank = {name: found[name] for name in Rollout.TENSORS}
+        rollouts.append(Rollout(**of_rank, parts={name: found[f"part {name}"] for name in rollout.parts}))
+    whole = Rollout.join([found for found in rollouts if len(found.ids)])
+    whole.samples = list(samples)
+    whole.texts = [group for of_rank in texts for group in of_rank]
+    return Batch.join([found for found in batches if len(found.ids)]), whole
 
 
 def read_and_reward(completions, samples, tokenizer, rewards):

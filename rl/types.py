@@ -71,13 +71,15 @@ class Rollout:
     rewards: torch.Tensor = empty()
     reward: torch.Tensor = empty()
 
+    TENSORS = ("ids", "mask", "logp", "ended", "rewards", "reward")
+
     @staticmethod
     def join(rollouts):
         """Rollouts one after the other, as one."""
         if len(rollouts) == 1:
             return rollouts[0]
         tensors = {}
-        for name in ("ids", "mask", "logp", "ended", "rewards", "reward"):
+        for name in Rollout.TENSORS:
             tensors[name] = stack([getattr(rollout, name) for rollout in rollouts])
         samples = []
         texts = []
@@ -150,15 +152,17 @@ class Experience:
             return self
         return self.rows(torch.arange(count, device=self.ids.device))
 
-    def split(self, mini_batches, micro_batch):
+    def split(self, mini_batches, micro_batch, ranks=1):
         """[(rows, micro-batches)] of each of at most `mini_batches` optimizer steps: the indices of its prompts, and
-        those of the active ones, at most `micro_batch` (0: all) at a time."""
+        those of the active ones, at most `micro_batch` (0: all) at a time, and so many that each of the `ranks` gets
+        one."""
         P = len(self.ids)
         prompts_a_step = max(1, math.ceil(P / mini_batches))
         steps = []
         for rows in torch.arange(P, device=self.ids.device).split(prompts_a_step):
             active = rows[self.active[rows]]
-            micros = active.split(micro_batch or len(active)) if len(active) else ()
+            share = math.ceil(len(active) / ranks)
+            micros = active.split(min(micro_batch or share, share)) if len(active) else ()
             steps.append((rows, micros))
         return steps
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import is_flat
+from model import parallel
 from rl import losses, metrics
 from rl.advantages import advantages, is_full, pass_at_k, sampled_kl
 from rl.rewards import Rewards
@@ -78,7 +79,8 @@ def score(learner, experience, cfg, meter):
         critic      where there is one
 
     So `grpo_token` with one update a rollout needs no pass at all: its old log-probs are the update's own, detached. In
-    the update's own micro-batches, so that the first ratio is exactly 1.
+    the update's own micro-batches, so that the first ratio is exactly 1. Each of several ranks scores those that it
+    will update on.
     """
     switches = cfg.algorithm
     has_reference = learner.reference is not None
@@ -104,10 +106,10 @@ def score(learner, experience, cfg, meter):
         filled["values"] = experience.sampled_logp.new_zeros(P, G, C + 1)
     experience = replace(experience, **filled)
 
-    for _, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch):
-        for index in indices:
+    for _, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch, parallel.world()):
+        for index in parallel.dealt(indices):
             score_micro_batch(learner, experience, index, filled, cfg, meter)
-    return experience
+    return replace(experience, **{name: parallel.total(scores) for name, scores in filled.items()})
 
 
 def score_micro_batch(learner, experience, index, filled, cfg, meter):
@@ -285,27 +287,30 @@ def critic_loss(critic, micro, hidden, tokens, switches, meter):
 
 @dataclass
 class MiniBatch:
-    """What one optimizer step trains on: micro-batches, each with its token weights (P, G, C), the denominator () of
-    their loss, and their number of trained tokens ()."""
-    micros: list
+    """What one optimizer step trains on: the prompts (P,) that have a forward, the denominator () of their loss, and
+    their number of trained tokens (); of those prompts this rank's micro-batches, each with its token weights
+    (P, G, C)."""
+    active: torch.Tensor
     denominator: torch.Tensor
     tokens: torch.Tensor
+    micros: list
 
 
 def make_mini_batches(experience, cfg):
-    """Experience -> list of MiniBatch; one without active groups has no micro-batches."""
+    """Experience -> list of MiniBatch, of those with active groups."""
     token_weight = token_weights(experience, cfg.algorithm)
     minis = []
-    for rows, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch):
+    for rows, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch, parallel.world()):
+        if not indices:
+            continue
+        active = torch.cat(indices)
         micros = []
-        tokens = torch.zeros((), dtype=torch.long, device=rows.device)
-        for index in indices:
+        for index in parallel.dealt(indices):
             micro = experience.rows(index).trim()
             micros.append((micro, token_weight[index, :, :micro.mask.shape[-1]]))
-            tokens = tokens + micro.trained.sum()
         # Over all rows, those that are only counted too.
         denominator = losses.denominator(experience.trained[rows], cfg.algorithm.norm, cfg.sampling.max_new)
-        minis.append(MiniBatch(micros, denominator, tokens))
+        minis.append(MiniBatch(active, denominator, experience.trained[active].sum(), micros))
     return minis
 
 
@@ -331,14 +336,13 @@ def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):
     stopped = False
     passed = 0              # completion tokens that went through the update
     for mini in make_mini_batches(experience, cfg) * cfg.rl.epochs:
-        if not mini.micros:
-            continue
         stats = {}
         for micro, token_weight in mini.micros:
             loss, micro_stats = loss_of(learner, micro, token_weight, mini.denominator, mini.tokens, cfg, meter, watch)
             loss.backward()
             metrics.add(stats, micro_stats)
             passed += int(micro.mask.sum())
+        stats = metrics.of_all_ranks(stats)
         first_stats = first_stats or stats
         if cfg.algorithm.kl_stop and (stats["kl"] / mini.tokens).item() > cfg.algorithm.kl_stop:
             stopped = True
@@ -347,8 +351,7 @@ def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):
         finite = math.isfinite(stats["loss"].item())
         norm = take_step(drop=not finite)
         if not finite or not all(map(math.isfinite, norm.values())):
-            whole = Experience.join([micro for micro, _ in mini.micros])
-            guard.bad(whole, stats["loss"].item() / mini.tokens.item(), norm)
+            guard.bad(experience.rows(mini.active).trim(), stats["loss"].item() / mini.tokens.item(), norm)
             continue
         guard.good()
         metrics.add(sums, stats)
@@ -364,4 +367,4 @@ def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):
         found["drift_max"] = drift(experience.old_logp, experience).item()
     elif "drift_max" in first_stats:
         found["drift_max"] = first_stats["drift_max"].item()
-    return found | {"updates": len(norms), "stopped": float(stopped)}, passed
+    return found | {"updates": len(norms), "stopped": float(stopped)}, parallel.total(passed)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from model import parallel
 from model.runs.config import first_line
 
 LARGE = 2 ** 26             # bytes of a checkpoint that must not lie about unused
@@ -16,9 +17,11 @@ LARGE = 2 ** 26             # bytes of a checkpoint that must not lie about unus
 def write_atomically(path, write):
     """Calls write(file) on a temporary neighbour, flushes it to the disk, then renames it over `path`.
 
-    Whoever reads `path` finds the old file or the new one, whole. Raises OSError with one sentence when the disk is
-    full or the folder cannot be written; the old file is then untouched.
+    Whoever reads `path` finds the old file or the new one, whole. Of several ranks only the first writes. Raises
+    OSError with one sentence when the disk is full or the folder cannot be written; the old file is then untouched.
     """
+    if not parallel.is_first():
+        return
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model import parallel
 from model.runs.config import check_fields, choice, first_line, number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "mixed": torch.float32}
@@ -23,13 +24,16 @@ class MachineOptions:
 
 
 def pick_device(name="auto"):
-    """'auto' takes CUDA when present, else the CPU; raises ValueError on a device this machine does not have.
+    """'auto' takes CUDA when present, of several ranks each its own, else the CPU; raises ValueError on a device this
+    machine does not have.
 
     Turns cuDNN's attention off: it plans anew for every shape, and in decoding each token is a new one. PyTorch's flash
     and memory-efficient kernels plan nothing.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
+        if torch.cuda.is_available() and parallel.world() > 1:
+            return parallel.own_device()
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -5,7 +5,8 @@
     lock           locked by the process that works here, which its text names
 
 Whatever moment a run is killed at, `reopen` finds the last whole state: finished stages are not repeated, the stage
-under way goes on at its last checkpoint, and log lines written after it are cut off, to be written again.
+under way goes on at its last checkpoint, and log lines written after it are cut off, to be written again. Of several
+ranks (model/parallel.py) the first writes and holds the lock; all read.
 """
 import hashlib
 import json
@@ -14,6 +15,7 @@ import socket
 import time
 from pathlib import Path
 
+from model import parallel
 from model.runs import checkpoint
 from model.runs.config import flag
 
@@ -38,7 +40,10 @@ def read_config(folder):
 
 
 def resumed(given):
-    """Flags given -> with --resume the config of the run that it means, else None."""
+    """Flags given -> with --resume the config of the run that it means, else None. Ranks that torchrun has started
+    again resume what is in --out."""
+    if parallel.is_restart() and given.get("out") and (Path(given["out"]) / "config.json").exists():
+        given["resume"] = True
     if not given.get("resume"):
         return None
     folder = choose(given.get("out", ""), "", resume=True)
@@ -95,6 +100,7 @@ class RunFolder:
     def __init__(self, folder, device="cpu"):
         self.folder = Path(folder)
         self.device = device
+        self.is_writer = parallel.is_first()
         self.progress = None        # state of the stage under way, in a resumed run
         self.board = None           # TensorBoard's writer
         self.lock = None            # the open lock file
@@ -136,6 +142,8 @@ class RunFolder:
 
     def create(self, config, samples=()):
         """config: dict of all fields; samples: those of one's own pictures or records."""
+        if not self.is_writer:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -153,7 +161,8 @@ class RunFolder:
         the config or the samples are others, when another process works on the run, or when its log has lost lines that
         its checkpoints count on.
         """
-        self.hold()
+        if self.is_writer:
+            self.hold()
         before = defaults | read_config(self.folder)
         for name, value in config.items():
             if name not in free and before[name] != value:
@@ -179,7 +188,8 @@ class RunFolder:
         if self.log_bytes() < log_bytes:
             raise ValueError(f"{str(self.log_path)!r} has {self.log_bytes()} bytes and must have at least {log_bytes}, "
                              "as when the run's last checkpoint was written; put it back, or start a new run")
-        if self.log_path.exists():
+        parallel.barrier()          # all have read how long it is
+        if self.is_writer and self.log_path.exists():
             os.truncate(self.log_path, log_bytes)
 
     def check_origins(self, stages, origins, budgets, init):
@@ -216,6 +226,8 @@ class RunFolder:
 
     def log(self, **line):
         """A line of log.jsonl; its numbers go to the board as well, if there is one."""
+        if not self.is_writer:
+            return
         if self.board and "step" in line:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
@@ -236,9 +248,12 @@ class RunFolder:
         self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def finish(self, stage, **state):
-        """Writes the stage's checkpoint; from now on a resumed run goes on after it."""
+        """Writes the stage's checkpoint; from now on a resumed run goes on after it. All ranks return once it is
+        there."""
         checkpoint.save(self.path(stage), dict(state, stage=stage, log_bytes=self.log_bytes()))
-        (self.folder / "progress.pt").unlink(missing_ok=True)
+        if self.is_writer:
+            (self.folder / "progress.pt").unlink(missing_ok=True)
+        parallel.barrier()
 
     def save_progress(self, stage, step, module, optimizer, meter, generator):
         """Writes the stage under way, of which `step` steps are done; what is frozen is left out."""
@@ -266,6 +281,7 @@ class RunFolder:
         if generator:
             generator.set_state(state["generator"].cpu())
         meter.total = state["flops"]
+        meter.agreed = meter.total
         return state["step"]
 
 

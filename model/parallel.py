@@ -1,0 +1,249 @@
+"""One run on several ranks: processes that torchrun starts, each with a device of its own, which train one model.
+
+    torchrun --nproc-per-node=8 train.py ...                # every rank runs the same program on the same data
+
+Whatever is decided from data is decided by all ranks alike: each builds the whole list of work, does its part, and what
+comes of it is summed or gathered, so that denominators, groups, early stops and skips are those of one process. Without
+torchrun nothing here does anything: one process is rank 0 of 1, and no function touches what it is given.
+"""
+import json
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from model import watchdog
+from model.runs.config import check_fields, choice, number
+
+BUCKET = 2 ** 25            # numbers of a sum of gradients: few messages, and little memory beside the gradients
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """several ranks, under torchrun"""
+    shard: str = choice("none", "full", "hybrid")   # weights: whole on each rank | in shards | shards in a node
+    patience: int = number(600, "[1, 1000000]")     # seconds in which no rank gets on, after which the run ends
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+# ---------------------------------------------------------------- who is there
+
+def world():
+    """How many ranks there are; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first():
+    """Whether this is the rank that prints and writes."""
+    return rank() == 0
+
+
+def is_restart():
+    """Whether torchrun has started this run again, after a rank died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def name():
+    """How an error calls this rank, with a blank behind it; "" of the first, or without torchrun."""
+    number = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    return "" if number == "0" else f"rank {number}: "
+
+
+def start(options):
+    """Joins the other ranks, where torchrun has started some; from then on only the first prints.
+
+    Tensors of a CPU travel by gloo, those of a GPU, this rank's own of the node, by NCCL. Raises ValueError where
+    options of several ranks are given without torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if options.shard != "none":
+            raise ValueError(f"--shard={options.shard} must come with torchrun, whose ranks hold the shards")
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The watchdog, which knows more to say, comes before this timeout.
+    dist.init_process_group(backend, timeout=timedelta(seconds=2 * options.patience + 60))
+    watchdog.start(rank(), world(), options.patience)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def stop():
+    """Leaves the other ranks at the end of a run."""
+    watchdog.stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own_device():
+    """The GPU of this rank."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world() > 1 else 0)
+
+
+# ---------------------------------------------------------------- dealing out
+
+def own_rows(count):
+    """The part of `count` rows that is this rank's, a slice; parts follow each other in the order of the ranks."""
+    return slice(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def before(count):
+    """How many rows the ranks before this one have, each so many as it says."""
+    return sum(gather(count)[:rank()])
+
+
+def dealt(items):
+    """Those of a list of work that are this rank's: item i belongs to rank i modulo the number of ranks."""
+    return items[rank()::world()]
+
+
+# ---------------------------------------------------------------- sums and gathering
+
+@contextmanager
+def _meeting(what):
+    """Around a wait for the other ranks, so that the watchdog can say where one hangs."""
+    watchdog.waits_for(what)
+    yield
+    watchdog.waits_for("")
+
+
+def barrier():
+    """Waits for all ranks."""
+    if world() > 1:
+        with _meeting("the other ranks"):
+            dist.barrier()
+
+
+def gather(value):
+    """A value that JSON can hold -> the list of all ranks' values, in their order. Floats arrive as they are."""
+    if world() == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    with _meeting("what the other ranks say"):
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
+        dist.all_gather(sizes, torch.tensor([len(text)]))
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[:len(text)] = text
+        texts = [torch.empty_like(padded) for _ in range(world())]
+        dist.all_gather(texts, padded)
+    return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes)]
+
+
+def of_first(value):
+    """The first rank's value."""
+    return gather(value)[0]
+
+
+def exchange(tensors):
+    """{name: tensor} -> the same of every rank, in their order. Shapes may differ over ranks, devices may not."""
+    if world() == 1:
+        return [tensors]
+    forms = gather({name: _form(tensor) for name, tensor in tensors.items()})
+    mine = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()])
+    sizes = [[size for _, _, size in of_rank.values()] for of_rank in forms]
+    padded = mine.new_zeros(max(map(sum, sizes)))
+    padded[:len(mine)] = mine
+    received = [torch.empty_like(padded) for _ in range(world())]
+    with _meeting("the other ranks' tensors"):
+        dist.all_gather(received, padded)
+    return [_tensors(buffer, of_rank) for buffer, of_rank in zip(received, forms)]
+
+
+def _form(tensor):
+    """What tells how to read the bytes of a tensor, for `gather`."""
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape), tensor.numel() * tensor.element_size()
+
+
+def _tensors(buffer, forms):
+    """Bytes and {name: _form} -> {name: tensor}."""
+    found = {}
+    start = 0
+    for name, (dtype, shape, size) in forms.items():
+        piece = buffer[start:start + size].clone()              # a view of another dtype must begin at its own memory
+        found[name] = piece.view(getattr(torch, dtype)).view(shape)
+        start += size
+    return found
+
+
+def total(value):
+    """The sum of a number, or of a tensor, over ranks; of one process the value itself."""
+    if world() == 1:
+        return value
+    if not torch.is_tensor(value):
+        return sum(gather(value))
+    value = value.clone()
+    with _meeting("a sum"):
+        dist.all_reduce(value)
+    return value
+
+
+def joined(*rows):
+    """Tensors (n, ..) of this rank, with gradient -> of all ranks, (N, ..) each. The gradient reaches this rank's rows
+    alone: where each rank computes the same loss of all rows, the sum over ranks is that of one process."""
+    if world() == 1:
+        return rows
+    found = exchange({str(place): tensor for place, tensor in enumerate(rows)})
+    whole = []
+    for place, mine in enumerate(rows):
+        of_ranks = [tensors[str(place)] for tensors in found]
+        of_ranks[rank()] = mine
+        whole.append(torch.cat(of_ranks))
+    return whole
+
+
+def once(weight):
+    """A weight that every rank uses for the same loss: only the first has its gradient, since ranks are summed."""
+    return weight if is_first() else weight.detach()
+
+
+def total_gradients(optimizer):
+    """Sums the gradients of what an optimizer steps over ranks, in place. A loss is divided by the denominator of all
+    ranks already. Weights in shards have theirs summed by the backward."""
+    if world() == 1:
+        return
+    params = []
+    for group in optimizer.param_groups:
+        params += [p for p in group["params"] if not isinstance(p, DTensor)]
+    # A weight that no rank has used keeps no gradient: with one of zeros the optimizer would decay it.
+    used = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
+    with _meeting("the gradients"):
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        gradients = [_gradient(p) for p, is_used in zip(params, used.tolist()) if is_used]
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.view(-1) for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
+                gradient.copy_(summed.view_as(gradient))
+
+
+def _gradient(p):
+    """The gradient of a weight, which is made of zeros where this rank did not use it."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype)
+    return p.grad
+
+
+def _buckets(gradients):
+    """Lists of gradients of one dtype, each of at most BUCKET numbers, or of one gradient."""
+    buckets = []
+    room = 0
+    for gradient in gradients:
+        if not buckets or buckets[-1][0].dtype != gradient.dtype or room < gradient.numel():
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(gradient)
+        room -= gradient.numel()
+    return buckets

@@ -1,0 +1,135 @@
+"""Ends a run of several ranks that cannot go on, with a sentence that says who and where.
+
+A thread of every rank tells torchrun's store, every BEAT seconds, that it lives and what its rank is at, and reads what
+the others tell. A rank that has been silent for SILENCE seconds has died or lost its network. Where no rank has got on
+for `patience` seconds, they wait for each other: one has not come to where the others meet.
+"""
+import os
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+BEAT = 1.0                  # seconds
+SILENCE = 30.0              # seconds
+
+_dog = None                 # of this process; None in a run of one
+
+
+class Watchdog(threading.Thread):
+    """store: of torch.distributed; at, waiting_for: what this rank is at, and waits for."""
+
+    def __init__(self, store, rank, world, patience):
+        super().__init__(daemon=True)
+        self.store = store
+        self.rank = rank
+        self.world = world
+        self.patience = patience
+        self.at = "the start"
+        self.waiting_for = ""
+        self.marks = 0
+        self.beats = 0
+        self.is_over = threading.Event()
+        now = time.monotonic()
+        self.told = {other: ("", "", "") for other in range(world)}     # beats, marks, place
+        self.heard = dict.fromkeys(range(world), now)                   # when a rank's beats last changed
+        self.moved = now                                                # when any rank's marks last changed
+
+    def run(self):
+        while not self.is_over.wait(BEAT):
+            try:
+                self.tell()
+                self.listen()
+            except (RuntimeError, OSError):         # the store is on the node that torchrun's agents meet on
+                self.end(f"rank {self.rank}: the store of torchrun is gone, and with it the node that held the run "
+                         f"together, while this rank was at {self.place()}")
+            fault = self.fault(time.monotonic())
+            if fault:
+                self.end(fault)
+
+    def place(self):
+        waits = f", waiting for {self.waiting_for}" if self.waiting_for else ""
+        return self.at + waits
+
+    def tell(self):
+        self.beats += 1
+        self.store.set(f"rank{self.rank}", f"{self.beats}|{self.marks}|{self.place()}")
+
+    def listen(self):
+        """Takes down what the ranks have told."""
+        now = time.monotonic()
+        for other in range(self.world):
+            if not self.store.check([f"rank{other}"]):
+                continue
+            told = tuple(self.store.get(f"rank{other}").decode().split("|", 2))
+            if told[0] != self.told[other][0]:
+                self.heard[other] = now
+            if told[1] != self.told[other][1]:
+                self.moved = now
+            self.told[other] = told
+
+    def fault(self, now):
+        """Why the run cannot go on at the time `now`, as a sentence; "" where nothing is wrong."""
+        for other in range(self.world):
+            beats, _, place = self.told[other]
+            if beats != "done" and now - self.heard[other] > SILENCE:
+                return (f"rank {other} has been silent for {SILENCE:.0f} s; it was at {place or 'the start'}. The run "
+                        "ends; --resume goes on from the last checkpoint")
+        if now - self.moved > self.patience:
+            return (f"no rank has got on for {self.patience} s: {self.places()}. The run ends; --resume goes on from "
+                    "the last checkpoint, --patience waits longer")
+        return ""
+
+    def places(self):
+        """What each rank is at, those at the same place together."""
+        at = {}
+        for other in range(self.world):
+            at.setdefault(self.told[other][2] or "the start", []).append(str(other))
+        words = []
+        for place, ranks in at.items():
+            words.append(f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(ranks)} at {place}")
+        return "; ".join(words)
+
+    def end(self, fault):
+        """Ends this process; the main thread may hang in a wait that nothing but the process's end ends."""
+        if not self.is_over.is_set():
+            os.write(2, f"train.py: {fault}\n".encode())
+            os._exit(1)
+
+
+def start(rank, world, patience):
+    """Sets the dog on; -> it. A connection of its own to torchrun's store, so that no wait of the main thread blocks
+    it."""
+    global _dog
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENCE))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _dog = Watchdog(dist.PrefixStore(f"watchdog/{attempt}", store), rank, world, patience)
+    _dog.start()
+    return _dog
+
+
+def stop():
+    """Calls the dog off: this rank has come to its end."""
+    if _dog:
+        _dog.is_over.set()
+        _dog.join()
+        with suppress(RuntimeError, OSError):       # the others may have gone with the store already
+            _dog.store.set(f"rank{_dog.rank}", f"done|{_dog.marks}|its end")
+
+
+def at(place):
+    """What this rank is at from now on, as in "rl, step 3"."""
+    if _dog:
+        _dog.at = place
+        _dog.marks += 1
+
+
+def waits_for(what):
+    """What this rank waits for, "" for nothing."""
+    if _dog:
+        _dog.waiting_for = what
+        _dog.marks += bool(what)
