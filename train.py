@@ -559,6 +559,13 @@ class Run(RunFolder):
             self.log(stage=stage, **line)
         return found
 
+    def surplus(self, vlm, micros):
+        """How many micro-batches others have more than this rank: where weights lie in shards all gather them together,
+        and a rank that has no more goes on with nothing."""
+        if not parallel.is_sharded(vlm):
+            return 0
+        return max(parallel.gather(len(micros))) - len(micros)
+
     def preview(self, image_tokens):
         """A look at one's own records, for pictures of so many tokens."""
         return preview.Preview(self.supply, self.tokenizer, image_tokens, self.cfg.data, self.cfg.teacher)
@@ -604,7 +611,8 @@ class Run(RunFolder):
         path = self.point(stage, point)
         if self.is_writer:
             path.parent.mkdir(exist_ok=True)
-        checkpoint.save(path, dict(stage=stage, vlm=vlm.state_dict(), vlm_config=vlm.config_dict(), method=method,
+        state = parallel.full_state(vlm, self.dtype)
+        checkpoint.save(path, dict(stage=stage, vlm=state, vlm_config=vlm.config_dict(), method=method,
                                    config=flat(cfg), flops=meter.total, tokenizer=self.tokenizer.saved))
 
     def allowed(self, stage):
@@ -623,7 +631,7 @@ class Run(RunFolder):
         """The stage's checkpoint, with the towers it started from carried along."""
         weights = {}
         if vlm is not None:
-            weights = dict(vlm=vlm.state_dict(), vlm_config=vlm.config_dict())
+            weights = dict(vlm=parallel.full_state(vlm, self.dtype), vlm_config=vlm.config_dict())
         self.finish(stage, **towers, **weights, method=method, config=flat(cfg), flops=meter.total,
                     tokenizer=self.tokenizer.saved, label=algorithms.label(self.cfg, stage))
 
@@ -660,6 +668,7 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
     image_tokens = vlm.config.image_tokens
     if run.supply.source in DRAWN:      # what data of one's own will take was told at the start
         run.announce(name, vlm, cfg, longest_of(run, cfg, records, method, image_tokens), samples=False)
+    parallel.shard(vlm, cfg.parallel)
     optimizer = run.optimizer(vlm, cfg.optim.module_lr)
     lengths = None
     if cfg.data.group_lengths and run.records and name == "sft":
@@ -698,6 +707,9 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
             if loss.requires_grad:      # text has nothing to say where only the projector trains
                 loss.backward()
             losses.append(loss.item())
+        for _ in range(run.surplus(vlm, micros)):
+            nothing = collate([([tok.eos_id] * 2, [0, 1], ())], tok.pad_id, **vlm.config.pixels).to(run.device)
+            (0.0 * vlm(nothing).logp.sum()).backward()
 
         # 3. The optimizer step, on the gradient of all ranks.
         parallel.total_gradients(optimizer)
@@ -719,6 +731,7 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
     switches = cfg.algorithm
     label = algorithms.label(run.cfg, name)
     learner = make_learner(vlm, vlm.config.llm.width, switches, teacher)
+    learner.shard(cfg.parallel)
     optimizer = run.optimizer(learner, cfg.optim.module_lr, learner.critic, switches.value_lr)
     generator = torch.Generator(run.device).manual_seed(run.seed_of(name, "sampling"))
     guard = Guard(run.folder, name, cfg.rl.bad_steps, checkpoint.save, learner.bad_steps)
@@ -978,7 +991,7 @@ def rl(run, name, cfg, origin, part="train", teacher=None):
         others = sum(p.nbytes for p in teacher.parameters()) if teacher else 0
         run.announce(name, origin.vlm, cfg, preview.longest(preview.encoded(samples, ask)), others, samples=True)
     rewards = run.rewards(cfg)
-    if not run.progress:
+    if not run.progress and cfg.parallel.shard == "none":       # else it would hold gradients of whole weights
         preflight(run, name, cfg, origin.vlm, samples, method, rewards, teacher)
     if cfg.run.explain:
         return

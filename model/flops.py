@@ -96,7 +96,7 @@ def _unknown(module, path, place):
         children = [(name, child, CHAIN) for name, child in _parts(module)]
     elif place in (LINEAR, CHAIN) and (_is(module, nn.Linear) or type(module) in (LoraLinear, MixedLinear)):
         children = []
-    elif type(module) is place:
+    elif parallel.class_of(module) is place:
         children = []
         if place in PARTS:
             children = [(name, part, PARTS[place].get(name)) for name, part in _parts(module)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from model import parallel
@@ -158,7 +159,9 @@ def parameter_groups(module, rates, other, other_lr):
             settings = dict(scale=other_lr, clip="critic")
         else:
             settings = dict(scale=rates.get(name.removeprefix("policy."), 1.0), clip="policy")
-        group = groups.setdefault(tuple(settings.values()), dict(params=[], **settings))
+        # torch's fused kernel takes no list of both kinds.
+        key = (*settings.values(), isinstance(p, DTensor))
+        group = groups.setdefault(key, dict(params=[], **settings))
         group["params"].append(p)
     groups = list(groups.values())
     if not any(group["clip"] == "policy" for group in groups):
@@ -287,13 +290,38 @@ def optimizer_step(optimizer, lr, grad_clip, drop=False):
     clips = {}
     for group in optimizer.param_groups:
         clips.setdefault(group["clip"], []).extend(group["params"])
-    norms = [torch.nn.utils.clip_grad_norm_(params, grad_clip).item() for params in clips.values()]
+    norms = [clip_gradients(params, grad_clip) for params in clips.values()]
     if not drop and all(map(math.isfinite, norms)):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norms
+
+
+def clip_gradients(params, most):
+    """Scales the gradients of some parameters so that their norm is at most `most` -> their norm
+    before."""
+    norm = total_norm([p.grad for p in params if p.grad is not None])
+    whole = [p for p in params if not isinstance(p, DTensor)]
+    torch.nn.utils.clip_grads_with_norm_(whole, most, norm)
+    factor = torch.clamp(most / (norm + 1e-6), max=1.0)         # as torch's
+    for p in params:
+        if isinstance(p, DTensor) and p.grad is not None:
+            p.grad.to_local().mul_(factor.to(p.grad.device))
+    return norm.item()
+
+
+def total_norm(gradients):
+    """L2 norm () of tensors, some of which may lie in shards over ranks."""
+    norms = []
+    for kind in (False, True):
+        some = [gradient for gradient in gradients if isinstance(gradient, DTensor) == kind]
+        if some:
+            norms.append(parallel.whole_tensor(torch.nn.utils.get_total_norm(some)))
+    if not norms:
+        return torch.tensor(0.0)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def stepper(optimizer, lr, grad_clip, **parts):
@@ -314,7 +342,7 @@ def gradient_norm(module):
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     if not gradients:
         return 0.0
-    return torch.nn.utils.get_total_norm(gradients).item()
+    return total_norm(gradients).item()
 
 
 def diverged(norm, lr):

@@ -8,12 +8,14 @@ tokens, D decoder width, Dv vision width, V vocabulary.
 """
 import copy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from kernels import linear_kl, linear_logp
+from model import parallel
 from model.clip import ClipConfig, ImageTower
 from model.flops import trains
 from model.llama import Llama, LlamaConfig
@@ -212,10 +214,22 @@ class VLM(nn.Module):
         if slots != tokens:
             raise ValueError(f"the prompts hold {slots} image tokens but their pictures give "
                              f"{tokens}")
+        is_trained_in_shards = parallel.is_sharded(self) and torch.is_grad_enabled()
         if slots:
             image = self.image_embeddings(batch)
             x = x.masked_scatter(is_image[..., None], image.to(x.dtype))
+        elif is_trained_in_shards:      # ranks sum all gradients, also where only some had a picture
+            x = x + 0.0 * sum(weight.sum() for weight in self.picture_weights())
+        if is_trained_in_shards:
+            self.saw_pictures = self.saw_pictures or slots > 0
         return x
+
+    def picture_weights(self):
+        """What trains of that which makes features into tokens, a list."""
+        weights = [*self.projector.parameters()]
+        if self.config.image_positions:
+            weights.append(self.image_position)
+        return [weight for weight in weights if weight.requires_grad]
 
     # ------------------------------------------------------------ forward
 
@@ -263,6 +277,11 @@ class VLM(nn.Module):
         y = self.llm.embed_tokens(completions)              # (P, G, C, D)
         _, hidden = self.llm(x, batch.length, y)
         return hidden
+
+    def inside(self, call):
+        """call(), by what shares this model's decoder: its weights are at hand as in a forward, where
+        they lie in shards as well."""
+        return call()
 
     def kl(self, hidden, ref_hidden, reference, mask, temperature=1.0):
         """Exact KL(self || reference) (P, G, C) before each completion token of the mask (P, G, C),
@@ -329,6 +348,7 @@ class Base(VLM):
     def __init__(self, vlm):
         nn.Module.__init__(self)        # a VLM's would make a second decoder
         self.config = vlm.config
+        vars(self)["policy"] = vlm
         vars(self)["llm"] = vlm.llm     # past nn.Module, which would put it into the state dict
         if trains(vlm.visual):
             self.visual = copy.deepcopy(vlm.visual).requires_grad_(False)
@@ -341,12 +361,13 @@ class Base(VLM):
     @torch.no_grad()
     def forward(self, batch, completions=None, temperature=1.0, mask=None):
         with off(self.llm):
-            return super().forward(batch, completions, temperature, mask)
+            call = partial(super().forward, batch, completions, temperature, mask)
+            return self.policy.inside(call)
 
     @torch.no_grad()
     def states(self, batch, completions):
         with off(self.llm):
-            return super().states(batch, completions)
+            return self.policy.inside(partial(super().states, batch, completions))
 
     @torch.no_grad()
     def logits(self, pixels, ids):

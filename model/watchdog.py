@@ -113,12 +113,18 @@ def start(rank, world, patience):
 
 
 def stop():
-    """Calls the dog off: this rank has come to its end."""
-    if _dog:
-        _dog.is_over.set()
-        _dog.join()
-        with suppress(RuntimeError, OSError):       # the others may have gone with the store already
-            _dog.store.set(f"rank{_dog.rank}", f"done|{_dog.marks}|its end")
+    """Calls the dog off: this rank has come to its end. Waits for the others to come to theirs: one that leaves while
+    another still receives what it has sent would break that off."""
+    global _dog
+    if not _dog:
+        return
+    _dog.is_over.set()
+    _dog.join()
+    with suppress(RuntimeError, OSError):           # the others may have gone with the store already
+        _dog.store.set(f"rank{_dog.rank}", f"done|{_dog.marks}|its end")
+        _dog.store.set(f"end{_dog.rank}", "")
+        _dog.store.wait([f"end{other}" for other in range(_dog.world)], timedelta(seconds=SILENCE))
+    _dog = None
 
 
 def at(place):

@@ -60,11 +60,12 @@ def roll_out(sampler, tokenizer, samples, method, cfg, rewards, generator, clock
     if len(batch.features):
         sampler.meter.encode(vlm, len(batch.pixels))
     clock.lap("encode")
-    completions = sampler.complete(
-        batch, sampling.group, sampling.max_new, tokenizer.eos_id, generator, sampling.rollout_rows, clock.lap,
-        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
-        banned=tokenizer.banned(vlm.config.llm.vocab), min_new=sampling.min_new, pad_id=tokenizer.pad_id,
-        place=(min(own.start, len(samples) - 1), len(samples)))
+    with parallel.whole(vlm):
+        completions = sampler.complete(
+            batch, sampling.group, sampling.max_new, tokenizer.eos_id, generator, sampling.rollout_rows, clock.lap,
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+            banned=tokenizer.banned(vlm.config.llm.vocab), min_new=sampling.min_new, pad_id=tokenizer.pad_id,
+            place=(min(own.start, len(samples) - 1), len(samples)))
     rollout = read_and_reward(completions, asked, tokenizer, rewards)
     if parallel.world() > 1:
         batch, rollout = gathered(batch, rollout, samples, own.stop - own.start)

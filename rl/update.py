@@ -9,6 +9,7 @@
 each, C completion tokens.
 """
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,6 +110,9 @@ def score(learner, experience, cfg, meter):
     for _, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch, parallel.world()):
         for index in parallel.dealt(indices):
             score_micro_batch(learner, experience, index, filled, cfg, meter)
+        if parallel.is_sharded(learner.policy) and parallel.fewer(indices):
+            unread = replace(experience, **{name: torch.zeros_like(scores) for name, scores in filled.items()})
+            score_micro_batch(learner, unread, indices[0], filled, cfg, copy(meter))
     return replace(experience, **{name: parallel.total(scores) for name, scores in filled.items()})
 
 
@@ -289,11 +293,12 @@ def critic_loss(critic, micro, hidden, tokens, switches, meter):
 class MiniBatch:
     """What one optimizer step trains on: the prompts (P,) that have a forward, the denominator () of their loss, and
     their number of trained tokens (); of those prompts this rank's micro-batches, each with its token weights
-    (P, G, C)."""
+    (P, G, C); fewer: how many of them this rank has fewer than others."""
     active: torch.Tensor
     denominator: torch.Tensor
     tokens: torch.Tensor
     micros: list
+    fewer: int = 0
 
 
 def make_mini_batches(experience, cfg):
@@ -310,8 +315,18 @@ def make_mini_batches(experience, cfg):
             micros.append((micro, token_weight[index, :, :micro.mask.shape[-1]]))
         # Over all rows, those that are only counted too.
         denominator = losses.denominator(experience.trained[rows], cfg.algorithm.norm, cfg.sampling.max_new)
-        minis.append(MiniBatch(active, denominator, experience.trained[active].sum(), micros))
+        tokens = experience.trained[active].sum()
+        minis.append(MiniBatch(active, denominator, tokens, micros, parallel.fewer(indices)))
     return minis
+
+
+def keep_pace(learner, experience, mini, cfg, meter):
+    """Forward and backward of one prompt, which count for nothing: weights in shards are gathered, and their gradients
+    summed, by all ranks together, those that have no micro-batch left as well."""
+    micro = experience.rows(mini.active[:1]).trim()
+    loss, _ = loss_of(learner, micro, torch.ones_like(micro.sampled_logp), mini.denominator, mini.tokens, cfg,
+                      copy(meter))
+    (0.0 * loss).backward()
 
 
 def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):
@@ -342,6 +357,8 @@ def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):
             loss.backward()
             metrics.add(stats, micro_stats)
             passed += int(micro.mask.sum())
+        if mini.fewer and parallel.is_sharded(learner.policy):
+            keep_pace(learner, experience, mini, cfg, meter)
         stats = metrics.of_all_ranks(stats)
         first_stats = first_stats or stats
         if cfg.algorithm.kl_stop and (stats["kl"] / mini.tokens).item() > cfg.algorithm.kl_stop:

@@ -1,0 +1,215 @@
+"""What tests/test_parallel.py runs on several ranks, and in one process to compare with.
+
+    torchrun --nproc-per-node=2 tests/ranks.py OUT.pt --shard=none,full         # the cases, on ranks
+    torchrun --nproc-per-node=2 tests/ranks.py OUT.pt --mistake=NAME            # one of them, with a mistake planted
+
+A case is a step or two of training in fp64 by the project's own functions; what it leaves is completions, weights and
+what is logged of it.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch                                        # noqa: E402
+
+import train                                        # noqa: E402,F401
+from model import lora, parallel                    # noqa: E402
+from model.flops import Meter                       # noqa: E402
+from model.generate import Sampler                  # noqa: E402
+from model.optim import make_optimizer, stepper     # noqa: E402
+from model.runs.config import change                # noqa: E402
+from rl import advantages, metrics                  # noqa: E402
+from rl import update as updates                    # noqa: E402
+from rl.algorithms import ALGORITHMS                # noqa: E402
+from rl.learner import Guard, make_learner          # noqa: E402
+from rl.rewards import RewardOptions, Rewards       # noqa: E402
+from rl.rollout import roll_out                     # noqa: E402
+from rl.update import estimate_advantages, score, select_groups, update         # noqa: E402
+from test_algorithms import config                  # noqa: E402
+from test_search import SAMPLES, TOY, model         # noqa: E402
+
+# name -> (switches, options of `step`)
+CASES = {name: (dict(algorithm=name), {}) for name in ALGORITHMS}
+CASES |= {
+    "several updates": (dict(algorithm="grpo", epochs=2, mini_batches=2, micro_batch=1), {}),
+    "checkpointing": (dict(algorithm="grpo_token", micro_batch=1), dict(checkpointing=True)),
+    "adapters": (dict(algorithm="grpo"), dict(rank=2)),
+    "adapters, exact KL": (dict(kl="exact", kl_coef=0.1), dict(rank=2)),
+    "exact KL": (dict(kl="exact", kl_coef=0.1, kl_in="reward", epochs=2), {}),
+    "adaptive KL": (dict(algorithm="grpo", kl_target=0.01, ref_sync=1), dict(steps=2)),
+    "critic, detached": (dict(algorithm="ppo", critic="detached", return_norm=True), {}),
+    "critic, separate": (dict(algorithm="ppo", critic="separate", epochs=2), dict(steps=2)),
+    "top entropy": (dict(top_entropy=0.3), {}),
+    "batch": (dict(baseline="batch", std="batch"), {}),
+    "each reward": (dict(combine="each", rewards="letters:1,vowels:0.5"), {}),
+    "stopped": (dict(algorithm="grpo", epochs=4, kl_stop=1e-6, lr=1e-2), {}),
+    # what differs between ranks
+    "one prompt": ({}, dict(samples=SAMPLES[:1])),
+    "three prompts": (dict(micro_batch=1), dict(samples=SAMPLES[:3])),
+    "text beside pictures": (dict(micro_batch=1), dict(samples=[SAMPLES[1], SAMPLES[0], SAMPLES[1], SAMPLES[2]])),
+    "text alone": ({}, dict(samples=[SAMPLES[1]] * 2)),
+    "flat on one rank": (dict(rewards="of_b:1"), {}),
+    "flat everywhere": (dict(rewards="nothing:1"), {}),
+    "sampled in parts": (dict(rollout_rows=4), dict(often=0.5)),
+    "ends early": ({}, dict(often=20.0)),
+    "not finite": (dict(rewards="sometimes_nan:1"), {}),
+    "loss not finite": ({}, dict(breaks=True)),
+}
+REWARDS = {"letters": lambda sample, text: float(len(set(text)) % 7),
+           "vowels": lambda sample, text: float(sum(map(text.count, "aeiou")) % 3),
+           "of_b": lambda sample, text: float(len(text) % 5) if sample.id == "b" else 1.0,
+           "nothing": lambda sample, text: 1.0,
+           "sometimes_nan": lambda sample, text: float("nan") if sample.id == "d" else float(len(text) % 5)}
+
+
+def step(switches, shard="none", samples=SAMPLES, steps=1, rank=0, often=0.0, checkpointing=False, breaks=False,
+         folder=None):
+    """Steps of reinforcement learning as train.py's `reinforce` takes them -> {name: tensor} of completions, weights
+    and numbers. breaks: the log-prob of one token of the last prompt is not a number."""
+    switches = dict(switches)
+    lr = switches.pop("lr", 1e-3)
+    cfg = config(switches.pop("algorithm", ""), **{**dict(max_new=6, group=4, rewards="letters:1", gated=False),
+                                                   **switches})
+    vlm = model(often=often)
+    if rank:
+        generator = torch.Generator().manual_seed(0)
+        lora.attach(vlm.llm, "all", rank, 1.0, generator)
+    vlm.llm.checkpointing = checkpointing
+    learner = make_learner(vlm, vlm.config.llm.width, cfg.algorithm)
+    learner.shard(parallel.ParallelOptions(shard=shard))
+    meter = Meter()
+    optimizer = make_optimizer(learner, 0.95, 0.1, learner.critic, cfg.algorithm.value_lr)
+    take_step = stepper(optimizer, lr, 1.0, projector=vlm.projector, llm=vlm.llm)
+    rewards = Rewards(cfg.reward, functions=REWARDS)
+    guard = Guard(folder, "rl", 99, lambda path, state: None)
+    found = {}
+    for number in range(steps):
+        generator = torch.Generator().manual_seed(seed_of(number))
+        clock = metrics.Clock(torch.device("cpu"))
+        batch, rollout = roll_out(Sampler(vlm, meter), TOY, samples, "direct", cfg, rewards, generator, clock)
+        experience = select_groups(batch, rollout, cfg)
+        line = metrics.of_rollout(rollout)
+        if experience.active.any():
+            experience = score(learner, experience, cfg, meter)
+            experience, more = estimate_advantages(learner, experience, rewards, cfg)
+            if breaks:
+                experience.sampled_logp[-1, 0, 0] = float("nan")
+                experience.old_logp = experience.sampled_logp
+            line |= more
+            more, line["passed"] = update(learner, experience, cfg, take_step, meter, guard)
+            line |= more
+        learner.after(number, line, cfg.algorithm)
+        meter.agree()
+        found[f"ids {number}"] = rollout.ids
+        found |= {f"{name} {number}": torch.tensor(float(value)).double() for name, value in line.items()}
+    found["skipped"] = guard.count.clone()
+    found["kl_coef"] = learner.kl_coef.clone()
+    parallel.rest(learner)
+    for name, value in learner.state_dict().items():
+        found[f"weight {name}"] = parallel.whole_tensor(value).clone()
+    return found
+
+
+# ---------------------------------------------------------------- planted mistakes
+
+def divides_by_the_world(loss_of):
+    """As data parallelism that averages gradients."""
+    def broken(*args):
+        loss, stats = loss_of(*args)
+        return loss / parallel.world(), stats
+    return broken
+
+
+def counts_its_own_tokens(make_mini_batches):
+    """The denominator of a rank's own micro-batches."""
+    def broken(experience, cfg):
+        minis = make_mini_batches(experience, cfg)
+        for mini in minis:
+            mini.denominator = sum(micro.trained.sum() for micro, _ in mini.micros)
+        return minis
+    return broken
+
+
+def whitens_its_own(whiten):
+    """Mean and deviation of a rank's own rows."""
+    def broken(x, mask, scale=True, eps=1e-6):
+        own = torch.zeros_like(mask)
+        own[parallel.own_rows(len(mask))] = True
+        return whiten(x, mask & own, scale, eps) + whiten(x, mask & ~own, scale, eps)
+    return broken
+
+
+def skips_alone(stepper):
+    """A rank whose own loss is not finite goes on without a word to the others."""
+    def broken(optimizer, *args, **parts):
+        take_step = stepper(optimizer, *args, **parts)
+
+        def take_or_skip(drop=False):
+            if not drop:
+                return take_step()
+            optimizer.zero_grad()
+            return dict(grad_norm=float("nan"))
+        return take_or_skip
+    return broken
+
+
+def plant(mistake):
+    """Breaks this process's code."""
+    global seed_of, stepper
+    if mistake == "divided by the world":
+        updates.loss_of = divides_by_the_world(updates.loss_of)
+    elif mistake == "own denominator":
+        updates.make_mini_batches = counts_its_own_tokens(updates.make_mini_batches)
+    elif mistake == "own whitening":
+        advantages.whiten = whitens_its_own(advantages.whiten)
+    elif mistake == "seed by rank":
+        seed_of = seed_by_rank
+    elif mistake == "skips alone":
+        metrics.of_all_ranks = dict
+        stepper = skips_alone(stepper)
+    elif mistake == "no dummy":
+        parallel.fewer = lambda items: 0
+
+
+def seed_of(number):
+    """The seed of a step's sampling."""
+    return number
+
+
+def seed_by_rank(number):
+    return number + parallel.rank()
+
+
+# name -> the case that shows it
+MISTAKES = {"divided by the world": "grpo_token", "own denominator": "grpo_token", "own whitening": "batch",
+            "seed by rank": "grpo_token", "skips alone": "loss not finite", "no dummy": "three prompts"}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("--shard", default="none")
+    parser.add_argument("--mistake", default="")
+    parser.add_argument("--patience", type=int, default=60)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    parallel.start(parallel.ParallelOptions(patience=options.patience))
+    cases = CASES
+    if options.mistake:
+        plant(options.mistake)
+        cases = {name: CASES[name] for name in [MISTAKES[options.mistake]]}
+    found = {}
+    for shard in options.shard.split(","):
+        for name, (switches, how) in cases.items():
+            parallel.watchdog.at(f"{name}, {shard}")
+            found[f"{shard}: {name}"] = step(switches, shard, folder=Path(options.out).parent, **how)
+    if parallel.is_first():
+        torch.save(found, options.out)
+    parallel.barrier()
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()
