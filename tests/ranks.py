@@ -53,7 +53,7 @@ CASES |= {
     "flat on one rank": (dict(rewards="of_b:1"), {}),
     "flat everywhere": (dict(rewards="nothing:1"), {}),
     "sampled in parts": (dict(rollout_rows=4), dict(often=0.5)),
-    "ends early": ({}, dict(often=20.0)),
+    "ends early": (dict(max_new=24, group=3), dict(often=8.0, samples=[SAMPLES[3], SAMPLES[2]])),
     "not finite": (dict(rewards="sometimes_nan:1"), {}),
     "loss not finite": ({}, dict(breaks=True)),
 }

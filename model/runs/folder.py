@@ -1,7 +1,8 @@
 """What a run leaves on disk: config.json, log.jsonl, tokenizer.model, a checkpoint a stage, results.
 
     NAME.pt        a finished stage: weights, tokenizer, config, FLOPs, how long the log was
-    progress.pt    the stage under way: weights, optimizer, random state, step, how long the log was
+    progress.pt    the stage under way: weights, optimizer, random state, step, how long the log was; of weights in
+                   shards it names the folder beside it that holds weights and optimizer (model/runs/shards.py)
     lock           locked by the process that works here, which its text names
 
 Whatever moment a run is killed at, `reopen` finds the last whole state: finished stages are not repeated, the stage
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 from model import parallel
-from model.runs import checkpoint
+from model.runs import checkpoint, shards
 from model.runs.config import flag
 
 try:
@@ -253,15 +254,20 @@ class RunFolder:
         checkpoint.save(self.path(stage), dict(state, stage=stage, log_bytes=self.log_bytes()))
         if self.is_writer:
             (self.folder / "progress.pt").unlink(missing_ok=True)
+        shards.remove(self.folder)
         parallel.barrier()
 
     def save_progress(self, stage, step, module, optimizer, meter, generator):
         """Writes the stage under way, of which `step` steps are done; what is frozen is left out."""
         frozen = self._frozen(module)
         weights = {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+        saved = dict(module=weights, optimizer=optimizer.state_dict())
+        if shards.are_in(weights):
+            saved = shards.save(self.folder, step, weights, saved["optimizer"])
         checkpoint.save(self.folder / "progress.pt", dict(
-            stage=stage, step=step, module=weights, optimizer=optimizer.state_dict(), flops=meter.total,
+            saved, stage=stage, step=step, flops=meter.total,
             generator=generator.get_state() if generator else None, log_bytes=self.log_bytes()))
+        shards.remove(self.folder, saved.get("shards"))
 
     @staticmethod
     def _frozen(module):
@@ -274,6 +280,16 @@ class RunFolder:
         self.progress = None
         if not state or state["stage"] != stage:
             return 0
+        weights = module.state_dict()
+        in_shards = shards.are_in(weights)
+        if "shards" in state:
+            state["module"], of_optimizer = shards.load(self.folder, state, weights, optimizer)
+        elif in_shards:
+            state["module"], of_optimizer = shards.spread((state["module"], state["optimizer"]["state"]), weights,
+                                                          optimizer)
+        if in_shards or "shards" in state:      # the groups of this number of ranks: the settings are the same
+            state["optimizer"] = optimizer.state_dict() | dict(state=of_optimizer)
+        shards.check(self.folder / "progress.pt", state["optimizer"]["state"], optimizer)
         missing, odd = module.load_state_dict(state["module"], strict=False)
         if odd or {*missing} - self._frozen(module):
             raise ValueError(f"{self.folder / 'progress.pt'} is of another model; remove it to begin {stage} anew")
