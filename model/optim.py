@@ -159,14 +159,24 @@ def parameter_groups(module, rates, other, other_lr):
             settings = dict(scale=other_lr, clip="critic")
         else:
             settings = dict(scale=rates.get(name.removeprefix("policy."), 1.0), clip="policy")
-        # torch's fused kernel takes no list of both kinds.
-        key = (*settings.values(), isinstance(p, DTensor))
-        group = groups.setdefault(key, dict(params=[], **settings))
+        group = groups.setdefault(tuple(settings.values()), dict(params=[], **settings))
         group["params"].append(p)
-    groups = list(groups.values())
+    groups = _whole_and_sharded(groups.values())
     if not any(group["clip"] == "policy" for group in groups):
         groups.insert(0, dict(params=[], scale=1.0, clip="policy"))
     return groups
+
+
+def _whole_and_sharded(groups):
+    """Groups of parameters, those that hold whole weights and weights in shards as two, in the order
+    in which they hold them: torch's fused kernel takes no list of both."""
+    found = []
+    for group in groups:
+        kinds = {}
+        for p in group["params"]:
+            kinds.setdefault(isinstance(p, DTensor), []).append(p)
+        found += [group | dict(params=some) for some in kinds.values()]
+    return found
 
 
 class AdamW(torch.optim.Optimizer):

@@ -32,8 +32,8 @@ def tensors_of(weights, optimizer):
 
 
 def save(folder, step, weights, optimizer):
-    """Writes progress-STEP under `folder` -> what progress.pt is to say of it. Whatever moment the run is killed at, the
-    folder that progress.pt names is whole."""
+    """Writes progress-STEP under `folder` -> what progress.pt is to say of it. Whatever moment the run is killed at,
+    the folder that progress.pt names is whole."""
     tensors, others = tensors_of(weights, optimizer)
     name = f"progress-{step}"
     partial = folder / f".{name}.partial"
