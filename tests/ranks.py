@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 tests/ranks.py OUT.pt --shard=none,full         # the cases, on ranks
     torchrun --nproc-per-node=2 tests/ranks.py OUT.pt --mistake=NAME            # one of them, with a mistake planted
 
-A case is a step or two of training in fp64 by the project's own functions; what it leaves is completions, weights and
-what is logged of it.
+A case is a step or two of training by the project's own functions; what it leaves is completions, weights and what is
+logged of it.
 """
 import argparse
 import sys
@@ -56,6 +56,8 @@ CASES |= {
     "ends early": (dict(max_new=24, group=3), dict(often=8.0, samples=[SAMPLES[3], SAMPLES[2]])),
     "not finite": (dict(rewards="sometimes_nan:1"), {}),
     "loss not finite": ({}, dict(breaks=True)),
+    # all else in fp64
+    "single precision": (dict(algorithm="grpo", micro_batch=1), dict(dtype=torch.float32)),
 }
 REWARDS = {"letters": lambda sample, text: float(len(set(text)) % 7),
            "vowels": lambda sample, text: float(sum(map(text.count, "aeiou")) % 3),
@@ -65,14 +67,14 @@ REWARDS = {"letters": lambda sample, text: float(len(set(text)) % 7),
 
 
 def step(switches, shard="none", samples=SAMPLES, steps=1, rank=0, often=0.0, checkpointing=False, breaks=False,
-         folder=None):
+         folder=None, dtype=torch.float64):
     """Steps of reinforcement learning as train.py's `reinforce` takes them -> {name: tensor} of completions, weights
     and numbers. breaks: the log-prob of one token of the last prompt is not a number."""
     switches = dict(switches)
     lr = switches.pop("lr", 1e-3)
     cfg = config(switches.pop("algorithm", ""), **{**dict(max_new=6, group=4, rewards="letters:1", gated=False),
                                                    **switches})
-    vlm = model(often=often)
+    vlm = model(dtype, often)
     if rank:
         generator = torch.Generator().manual_seed(0)
         lora.attach(vlm.llm, "all", rank, 1.0, generator)
@@ -81,6 +83,9 @@ def step(switches, shard="none", samples=SAMPLES, steps=1, rank=0, often=0.0, ch
     learner.shard(parallel.ParallelOptions(shard=shard))
     meter = Meter()
     optimizer = make_optimizer(learner, 0.95, 0.1, learner.critic, cfg.algorithm.value_lr)
+    gradients = {}
+    if dtype == torch.float32:
+        optimizer.register_step_pre_hook(lambda *_: gradients.update(gradients_of(learner)))
     take_step = stepper(optimizer, lr, 1.0, projector=vlm.projector, llm=vlm.llm)
     rewards = Rewards(cfg.reward, functions=REWARDS)
     guard = Guard(folder, "rl", 99, lambda path, state: None)
@@ -104,12 +109,20 @@ def step(switches, shard="none", samples=SAMPLES, steps=1, rank=0, often=0.0, ch
         meter.agree()
         found[f"ids {number}"] = rollout.ids
         found |= {f"{name} {number}": torch.tensor(float(value)).double() for name, value in line.items()}
+    if gradients:       # which Adam turns into steps of equal size, however small they are
+        return gradients
     found["skipped"] = guard.count.clone()
     found["kl_coef"] = learner.kl_coef.clone()
     parallel.rest(learner)
     for name, value in learner.state_dict().items():
         found[f"weight {name}"] = parallel.whole_tensor(value).clone()
     return found
+
+
+def gradients_of(module):
+    """{"gradient NAME": tensor} of what has one, whole."""
+    return {f"gradient {name}": parallel.whole_tensor(p.grad).clone() for name, p in module.named_parameters()
+            if p.grad is not None}
 
 
 # ---------------------------------------------------------------- planted mistakes
