@@ -583,14 +583,16 @@ class Run(RunFolder):
         """
         cfg = self.cfg
         points = 0 if cfg.run.tune else cfg.run.curve       # --tune follows no arm
+        checks = cfg.parallel.check_ranks
         self.began = time.perf_counter()
         step = self.take_progress(stage, module, optimizer, meter, generator)
         share = schedule.share(step, meter.total)
         total = None if schedule.budget else schedule.steps
         self.bar = tqdm(desc=stage, initial=step, total=total, disable=None if self.is_writer else True, leave=False)
         while share < 1:
-            watchdog.at(f"{stage}, step {step}")
+            parallel.begin_step(f"{stage}, step {step}", checks and step % checks == 0)
             yield step, schedule.rate(step, meter.total, cfg.optim.warmup, cfg.optim.final_lr)
+            parallel.check_weights(module)
             step += 1
             self.bar.update()
             before = points_behind(points, share)
@@ -2147,6 +2149,8 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {parallel.name()}{error}")
     except (MemoryError, RuntimeError) as error:
+        if parallel.lost(error):
+            watchdog.end(parallel.lost(error))
         found = memory.shortage(error, "a smaller model, --micro-batch, --max-new or batch of the stage needs less, in "
                                        "a new run; --init= starts that from this one's last stage")
         sys.exit(f"train.py: {parallel.name()}{found}")

@@ -8,6 +8,7 @@ torchrun nothing here does anything: one process is rank 0 of 1, and no function
 """
 import json
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import watchdog
-from model.runs.config import check_fields, choice, number
+from model.runs.config import check_fields, choice, first_line, need, number
 
+_checks = False             # whether the ranks' gradients and weights are compared in this step
 BUCKET = 2 ** 25            # numbers of a sum of gradients: few messages, and little memory beside the gradients
 
 
@@ -32,10 +34,12 @@ class ParallelOptions:
     """several ranks, under torchrun"""
     shard: str = choice("none", "full", "hybrid")   # weights: whole on each rank | in shards | shards in a node
     offload: bool = False                           # shards rest in the memory of the CPU between uses
+    check_ranks: int = number(0, "[0, 1000000000]")  # steps from one comparison of the ranks' weights to the next; 0: none
     patience: int = number(600, "[1, 1000000]")     # seconds in which no rank gets on, after which the run ends
 
     def __post_init__(self):
         check_fields(self)
+        need(self.shard != "none" or not self.offload, "offload", self.offload, "come with --shard=full or hybrid")
 
 
 # ---------------------------------------------------------------- who is there
@@ -82,8 +86,23 @@ def start(options):
     # The watchdog, which knows more to say, comes before this timeout.
     dist.init_process_group(backend, timeout=timedelta(seconds=2 * options.patience + 60))
     watchdog.start(rank(), world(), options.patience)
+    signal.signal(signal.SIGTERM, _ended)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
+
+
+def _ended(*_):
+    """torchrun ends the other ranks of a node when one has died."""
+    watchdog.end(f"ended at {watchdog.place()}, since another rank has died; --resume goes on from the last checkpoint",
+                 143)
+
+
+def lost(error):
+    """What to say where an exception means that another rank is gone; "" where it means something else."""
+    if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return ""
+    return (f"at {watchdog.place()} another rank was gone ({first_line(error)}); --resume goes on from the last "
+            "checkpoint")
 
 
 def stop():
@@ -214,6 +233,41 @@ def once(weight):
     return weight if is_first() else weight.detach()
 
 
+def begin_step(place, checks):
+    """Tells the watchdog what this rank is at, as in "rl, step 3". checks: the ranks' gradients and weights are
+    compared in this step."""
+    global _checks
+    watchdog.at(place)
+    _checks = checks and world() > 1
+
+
+def check_weights(module):
+    """Compares the weights of a step that checks, at its end."""
+    if _checks:
+        rest(module)
+        check("weights", dict(module.named_parameters()))
+
+
+def check(what, tensors):
+    """Raises ValueError unless all ranks that hold the same tensors, or the same shards of them, hold the same bits."""
+    mine = {}
+    for name, tensor in tensors.items():
+        holder, tensor = "", tensor.detach()
+        if isinstance(tensor, DTensor):         # hybrid: the same shard lies in every node
+            holder = str(tensor.device_mesh.get_coordinate()[-1])
+            tensor = tensor.to_local()
+        integers = torch.int32 if tensor.element_size() >= 4 else torch.int16
+        mine[name] = [holder, int(tensor.contiguous().view(-1).view(integers).sum(dtype=torch.long))]
+    first_of = {}
+    for number, of_rank in enumerate(gather(mine)):
+        for name, (holder, bits) in of_rank.items():
+            first, its_bits = first_of.setdefault((name, holder), (number, bits))
+            if bits != its_bits:
+                raise ValueError(f"--check-ranks: the {what} of ranks {first} and {number} differ at {watchdog.place()}, "
+                                 f"first in {name}: a device or a wire is faulty; --resume goes on from the last "
+                                 "checkpoint")
+
+
 def total_gradients(optimizer):
     """Sums the gradients of what an optimizer steps over ranks, in place. A loss is divided by the denominator of all
     ranks already. Weights in shards have theirs summed by the backward."""
@@ -234,6 +288,8 @@ def total_gradients(optimizer):
             dist.all_reduce(flat)
             for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
                 gradient.copy_(summed.view_as(gradient))
+    if _checks:
+        check("gradients", {str(place): p.grad for place, p in enumerate(params) if p.grad is not None})
 
 
 def _forget_unused(params):

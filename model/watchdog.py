@@ -43,11 +43,12 @@ class Watchdog(threading.Thread):
                 self.tell()
                 self.listen()
             except (RuntimeError, OSError):         # the store is on the node that torchrun's agents meet on
-                self.end(f"rank {self.rank}: the store of torchrun is gone, and with it the node that held the run "
-                         f"together, while this rank was at {self.place()}")
+                if not self.is_over.is_set():
+                    end("the store of torchrun is gone, and with it the node that held the run together; this rank was "
+                        f"at {self.place()}")
             fault = self.fault(time.monotonic())
-            if fault:
-                self.end(fault)
+            if fault and not self.is_over.is_set():
+                end(fault)
 
     def place(self):
         waits = f", waiting for {self.waiting_for}" if self.waiting_for else ""
@@ -92,11 +93,12 @@ class Watchdog(threading.Thread):
             words.append(f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(ranks)} at {place}")
         return "; ".join(words)
 
-    def end(self, fault):
-        """Ends this process; the main thread may hang in a wait that nothing but the process's end ends."""
-        if not self.is_over.is_set():
-            os.write(2, f"train.py: {fault}\n".encode())
-            os._exit(1)
+    def is_first_to_say(self):
+        """Whether no other rank has said yet why the run ends. True where nobody can be asked."""
+        try:
+            return self.store.add("said", 1) == 1
+        except (RuntimeError, OSError):
+            return True
 
 
 def start(rank, world, patience):
@@ -125,6 +127,19 @@ def stop():
         _dog.store.set(f"end{_dog.rank}", "")
         _dog.store.wait([f"end{other}" for other in range(_dog.world)], timedelta(seconds=SILENCE))
     _dog = None
+
+
+def end(fault, status=1):
+    """Ends this process, from whatever thread: the main one may hang in a wait that nothing but the process's end ends.
+    Of all ranks one says why."""
+    if _dog is None or _dog.is_first_to_say():
+        os.write(2, f"train.py: {f'rank {_dog.rank}: ' if _dog else ''}{fault}\n".encode())
+    os._exit(status)
+
+
+def place():
+    """What this rank is at, and waits for."""
+    return _dog.place() if _dog else "work"
 
 
 def at(place):

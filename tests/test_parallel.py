@@ -124,3 +124,211 @@ def test_a_planted_mistake_is_seen_or_ended_by_the_watchdog(mistake, tmp_path, a
         return
     assert time.monotonic() - began < 60
     assert f"at {case}, {shard}" in done.stderr
+
+
+# ---------------------------------------------------------------- the watchdog
+
+class Store:
+    """In the place of torchrun's."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def set(self, key, value):
+        self.kept[key] = value.encode()
+
+    def get(self, key):
+        return self.kept[key]
+
+    def check(self, keys):
+        return all(key in self.kept for key in keys)
+
+
+def dogs(count, patience=100):
+    store = Store()
+    return [watchdog.Watchdog(store, rank, count, patience) for rank in range(count)]
+
+
+def beat(some):
+    for dog in some:
+        dog.tell()
+    for dog in some:
+        dog.listen()
+
+
+def test_a_rank_that_falls_silent_is_named_with_its_place():
+    one, two, three = dogs(3)
+    two.at = "rl, step 3"
+    two.waiting_for = "the gradients"
+    beat([one, two, three])
+    now = time.monotonic()
+    assert one.fault(now) == ""
+    one.heard[1] = now - watchdog.SILENCE - 1
+    assert "rank 1 has been silent for 30 s; it was at rl, step 3, waiting for the gradients." in one.fault(now)
+    beat([two])                     # it was only slow
+    one.listen()
+    assert one.fault(time.monotonic()) == ""
+
+
+def test_where_no_rank_gets_on_all_are_named_those_together_that_are_at_one_place():
+    every = dogs(3)
+    for dog, place in zip(every, ("rl, step 3", "rl, step 2", "rl, step 3")):
+        dog.at = place
+        dog.marks = 1
+    beat(every)
+    first = every[0]
+    before = first.moved
+    first.heard = dict.fromkeys(range(3), before + 101)
+    said = first.fault(before + 101)
+    assert "no rank has got on for 100 s: ranks 0, 2 at rl, step 3; rank 1 at rl, step 2." in said
+    assert first.fault(before + 99) == ""
+    every[1].marks = 2              # one rank that gets on is enough
+    beat(every)
+    assert first.moved > before
+
+
+# ---------------------------------------------------------------- runs
+
+# Few steps, but completions that differ, so that reinforcement learning has something to learn from.
+RUN = ["--preset=tiny", "--compare=none", "--clip-steps=4", "--align-steps=4", "--sft-steps=4", "--cot-steps=30",
+       "--cot-lr=1e-2", "--forget-close=0.5", "--gated=False", "--max-new=16", "--rl-steps=6", "--save-every=2",
+       "--eval-greedy=4", "--eval-sampled=2", "--threads=1", "--dtype=float64"]
+
+
+def tensors_of(value, name=""):
+    """Nested dicts of a checkpoint -> {dotted name: tensor}."""
+    if isinstance(value, dict):
+        return {key: leaf for part, inner in value.items() for key, leaf in tensors_of(inner, f"{name}.{part}").items()}
+    return {name: value} if torch.is_tensor(value) else {}
+
+
+def check_same_run(folder, wanted, most=0.0):
+    """Raises AssertionError unless two runs left the same stages, their weights equal to `most` of a tensor's largest
+    entry, and gave the same answers."""
+    names = sorted(path.name for path in wanted.glob("*.pt"))
+    assert sorted(path.name for path in folder.glob("*.pt")) == names
+    for name in names:
+        ours, theirs = (tensors_of(checkpoint.load(place / name)) for place in (folder, wanted))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            # A bias of keys changes no attention: what moves it is rounding, which Adam makes as large as any step.
+            if value.is_floating_point() and not key.endswith("in_proj_bias"):
+                assert difference(ours[key], value) <= most, (name, key)
+    scores = [json.loads((place / "scores.json").read_text()) for place in (folder, wanted)]
+    assert scores[0] == scores[1]
+    assert not [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
+
+
+def finished(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a run in one process and of uninterrupted runs on two ranks."""
+    root = tmp_path_factory.mktemp("runs")
+    done = subprocess.run([sys.executable, "train.py", *RUN, f"--out={root / 'alone'}"], capture_output=True, text=True,
+                          env=QUIET, cwd=ROOT)
+    assert "rank" not in finished(done)
+    for shard in ("none", "full"):
+        out = finished(on_ranks(2, "train.py", *RUN, f"--shard={shard}", "--check-ranks=1", f"--out={root / shard}"))
+        assert out.count("run folder") == 1                 # the first rank alone prints
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_whole_run_on_two_ranks_equals_one_in_one_process(runs, shard):
+    log = [json.loads(line) for line in (runs / shard / "log.jsonl").read_text().splitlines()]
+    assert any(line.get("updates") for line in log)
+    check_same_run(runs / shard, runs / "alone", most=1e-10)
+
+
+def workers_of(process):
+    """Process ids of torchrun's ranks."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def lines_of(folder):
+    log = folder / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def killed_at(line, rank, command, folder):
+    """Starts a run, and kills a rank once its log has so many lines -> what it said. Raises AssertionError unless all
+    its processes are gone within a minute."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET, cwd=ROOT)
+    while lines_of(folder) < line:
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.02)
+    workers = workers_of(process)
+    os.kill(workers[rank], signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_run_whose_ranks_are_killed_and_resumed_ends_with_the_same_bits(runs, shard, tmp_path):
+    # SEETHINK_KILLS=10: at as many moments.
+    out = tmp_path / "killed"
+    moments = torch.linspace(44, 6, int(os.environ.get("SEETHINK_KILLS", 1))).long().flip(0).tolist()
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "train.py", *RUN, f"--shard={shard}", f"--out={out}"]
+    for number, line in enumerate(moments):
+        said = killed_at(line, number % 2, [*command, *["--resume"] * bool(number)], out)
+        assert said.count("another rank") == 1
+        assert "--resume goes on" in said
+    finished(subprocess.run([*command, "--resume"], capture_output=True, text=True, env=QUIET, cwd=ROOT))
+    check_same_run(out, runs / shard)
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_by_itself_from_the_last_checkpoint(runs, tmp_path):
+    out = tmp_path / "restarted"
+    process = subprocess.Popen([*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "train.py", *RUN,
+                                f"--out={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET,
+                               cwd=ROOT)
+    while lines_of(out) < 20:
+        time.sleep(0.02)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    assert said.count("done before") >= 3
+    check_same_run(out, runs / "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(("1", "none"), ("2", "full")), (("2", "full"), ("1", "none")),
+                                           (("2", "full"), ("4", "hybrid")), (("2", "none"), ("2", "full"))])
+def test_a_run_is_resumed_by_another_number_of_ranks(runs, before, after, tmp_path):
+    out = tmp_path / "resumed"
+
+    def command(ranks_and_shard):
+        count, shard = ranks_and_shard
+        words = ["train.py", *RUN, f"--shard={shard}", f"--out={out}"]
+        if count == "1":
+            return [sys.executable, *words]
+        return [*TORCHRUN, "--standalone", f"--nproc-per-node={count}", *words]
+
+    process = subprocess.Popen(command(before), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET,
+                               cwd=ROOT, start_new_session=True)
+    while lines_of(out) < 46:           # in rl
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (out / "progress.pt").exists()
+    finished(subprocess.run([*command(after), "--resume"], capture_output=True, text=True, env=QUIET, cwd=ROOT))
+    check_same_run(out, runs / "alone", most=1e-10)
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("--shard=full", "--shard=full must come with torchrun"),
+    ("--offload", "--offload=True must come with --shard=full or hybrid"),
+    ("--patience=0", "--patience=0 must lie in \\[1, 1000000\\]")])
+def test_options_of_ranks_that_cannot_work_are_refused_in_one_sentence(flag, said):
+    with pytest.raises(ValueError, match=said):
+        train.main([flag])
