@@ -52,7 +52,7 @@ from data.teaching import RecordOptions, kind_of
 from data.worlds import DRAWN
 from eval import Contender, JudgeOptions
 from kernels.bench import ceilings
-from model import machine, memory, parallel, prepare, watchdog
+from model import machine, memory, parallel, prepare, sharding, watchdog
 from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
 from model.flops import Meter
 from model.generate import Sampler
@@ -562,7 +562,7 @@ class Run(RunFolder):
     def surplus(self, vlm, micros):
         """How many micro-batches others have more than this rank: where weights lie in shards all gather them together,
         and a rank that has no more goes on with nothing."""
-        if not parallel.is_sharded(vlm):
+        if not sharding.is_sharded(vlm):
             return 0
         return max(parallel.gather(len(micros))) - len(micros)
 
@@ -590,9 +590,9 @@ class Run(RunFolder):
         total = None if schedule.budget else schedule.steps
         self.bar = tqdm(desc=stage, initial=step, total=total, disable=None if self.is_writer else True, leave=False)
         while share < 1:
-            parallel.begin_step(f"{stage}, step {step}", checks and step % checks == 0)
+            sharding.begin_step(f"{stage}, step {step}", checks and step % checks == 0)
             yield step, schedule.rate(step, meter.total, cfg.optim.warmup, cfg.optim.final_lr)
-            parallel.check_weights(module)
+            sharding.check_weights(module)
             step += 1
             self.bar.update()
             before = points_behind(points, share)
@@ -613,7 +613,7 @@ class Run(RunFolder):
         path = self.point(stage, point)
         if self.is_writer:
             path.parent.mkdir(exist_ok=True)
-        state = parallel.full_state(vlm, self.dtype)
+        state = sharding.full_state(vlm, self.dtype)
         checkpoint.save(path, dict(stage=stage, vlm=state, vlm_config=vlm.config_dict(), method=method,
                                    config=flat(cfg), flops=meter.total, tokenizer=self.tokenizer.saved))
 
@@ -633,7 +633,7 @@ class Run(RunFolder):
         """The stage's checkpoint, with the towers it started from carried along."""
         weights = {}
         if vlm is not None:
-            weights = dict(vlm=parallel.full_state(vlm, self.dtype), vlm_config=vlm.config_dict())
+            weights = dict(vlm=sharding.full_state(vlm, self.dtype), vlm_config=vlm.config_dict())
         self.finish(stage, **towers, **weights, method=method, config=flat(cfg), flops=meter.total,
                     tokenizer=self.tokenizer.saved, label=algorithms.label(self.cfg, stage))
 
@@ -670,7 +670,7 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
     image_tokens = vlm.config.image_tokens
     if run.supply.source in DRAWN:      # what data of one's own will take was told at the start
         run.announce(name, vlm, cfg, longest_of(run, cfg, records, method, image_tokens), samples=False)
-    parallel.shard(vlm, cfg.parallel)
+    sharding.shard(vlm, cfg.parallel)
     optimizer = run.optimizer(vlm, cfg.optim.module_lr)
     lengths = None
     if cfg.data.group_lengths and run.records and name == "sft":
@@ -714,7 +714,7 @@ def fit(run, name, cfg, origin, records, method, schedule, meter):
             (0.0 * vlm(nothing).logp.sum()).backward()
 
         # 3. The optimizer step, on the gradient of all ranks.
-        parallel.total_gradients(optimizer)
+        sharding.total_gradients(optimizer)
         norm = optimizer_step(optimizer, lr, cfg.optim.grad_clip)[0]
         if not math.isfinite(norm):
             raise ValueError(diverged(norm, lr))
@@ -877,7 +877,7 @@ def clip(run, name, cfg, origin):
             loss = loss.item()
 
         # 3. The optimizer step, on the gradient of all ranks.
-        parallel.total_gradients(optimizer)
+        sharding.total_gradients(optimizer)
         norm = optimizer_step(optimizer, lr, cfg.optim.grad_clip)[0]
         if not math.isfinite(norm):
             raise ValueError(diverged(norm, lr))

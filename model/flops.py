@@ -29,7 +29,7 @@ import weakref
 
 from torch import nn
 
-from model import clip, llama, parallel
+from model import clip, llama, parallel, sharding
 from model.lora import LoraLinear, off
 from model.mixed import MixedLinear
 
@@ -96,7 +96,7 @@ def _unknown(module, path, place):
         children = [(name, child, CHAIN) for name, child in _parts(module)]
     elif place in (LINEAR, CHAIN) and (_is(module, nn.Linear) or type(module) in (LoraLinear, MixedLinear)):
         children = []
-    elif parallel.class_of(module) is place:
+    elif sharding.class_of(module) is place:
         children = []
         if place in PARTS:
             children = [(name, part, PARTS[place].get(name)) for name, part in _parts(module)]

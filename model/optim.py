@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from model import parallel
+from model import sharding
 from model.runs.config import check_fields, choice, number
 
 
@@ -328,7 +328,7 @@ def total_norm(gradients):
     for kind in (False, True):
         some = [gradient for gradient in gradients if isinstance(gradient, DTensor) == kind]
         if some:
-            norms.append(parallel.whole_tensor(torch.nn.utils.get_total_norm(some)))
+            norms.append(sharding.whole_tensor(torch.nn.utils.get_total_norm(some)))
     if not norms:
         return torch.tensor(0.0)
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
@@ -339,7 +339,7 @@ def stepper(optimizer, lr, grad_clip, **parts):
     norms of the gradient before clipping: "grad_norm"; of a critic with a group of its own
     "grad_norm_critic"; and "grad_norm_NAME" of each module in `parts`."""
     def take_step(drop=False):
-        parallel.total_gradients(optimizer)
+        sharding.total_gradients(optimizer)
         norms = {f"grad_norm_{name}": gradient_norm(module) for name, module in parts.items()}
         clipped = optimizer_step(optimizer, lr, grad_clip, drop)
         return dict(zip(("grad_norm", "grad_norm_critic"), clipped)) | norms

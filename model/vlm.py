@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kernels import linear_kl, linear_logp
-from model import parallel
+from model import sharding
 from model.clip import ClipConfig, ImageTower
 from model.flops import trains
 from model.llama import Llama, LlamaConfig
@@ -214,7 +214,7 @@ class VLM(nn.Module):
         if slots != tokens:
             raise ValueError(f"the prompts hold {slots} image tokens but their pictures give "
                              f"{tokens}")
-        is_trained_in_shards = parallel.is_sharded(self) and torch.is_grad_enabled()
+        is_trained_in_shards = sharding.is_sharded(self) and torch.is_grad_enabled()
         if slots:
             image = self.image_embeddings(batch)
             x = x.masked_scatter(is_image[..., None], image.to(x.dtype))

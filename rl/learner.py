@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from model import parallel
+from model import sharding
 
 CRITICS = ("shared", "detached", "separate")
 
@@ -88,11 +88,11 @@ class Learner(nn.Module):
     def shard(self, options):
         """Spreads policy, reference and a critic's decoder over the ranks, as model/parallel.py's options have it. A
         policy that is its own reference, or critic, is spread once."""
-        parallel.shard(self.policy, options)
+        sharding.shard(self.policy, options)
         if self.reference is not None and not hasattr(self.reference, "policy"):
-            parallel.shard(self.reference, options, by_states=True)
+            sharding.shard(self.reference, options, by_states=True)
         if self.critic is not None and self.critic.trunk is not None:
-            parallel.shard(self.critic.trunk, options, by_states=True)
+            sharding.shard(self.critic.trunk, options, by_states=True)
 
     def _load_from_state_dict(self, state, prefix, *rest):
         state.setdefault(f"{prefix}bad_steps", self.bad_steps)      # older checkpoints have none
@@ -105,7 +105,7 @@ class Learner(nn.Module):
         kl_coef follows the KL that was measured towards --kl-target (arXiv 1909.08593, section 2.2), in nats a token;
         the reference becomes the policy every --ref-sync rollouts (TR-DPO, arXiv 2404.09656).
         """
-        parallel.rest(self)
+        sharding.rest(self)
         if switches.kl_target and math.isfinite(line.get("kl_ref", math.nan)):
             error = line["kl_ref"] / switches.kl_target - 1
             self.kl_coef.mul_(1 + 0.1 * max(-0.2, min(0.2, error)))

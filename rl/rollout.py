@@ -8,7 +8,7 @@ import torch
 
 from data.chat import encode
 from data.sample import Batch, collate
-from model import parallel
+from model import parallel, sharding
 from model.runs.config import check_fields, need, number
 from rl.types import Rollout
 
@@ -60,7 +60,7 @@ def roll_out(sampler, tokenizer, samples, method, cfg, rewards, generator, clock
     if len(batch.features):
         sampler.meter.encode(vlm, len(batch.pixels))
     clock.lap("encode")
-    with parallel.whole(vlm):
+    with sharding.whole(vlm):
         completions = sampler.complete(
             batch, sampling.group, sampling.max_new, tokenizer.eos_id, generator, sampling.rollout_rows, clock.lap,
             temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import is_flat
-from model import parallel
+from model import parallel, sharding
 from rl import losses, metrics
 from rl.advantages import advantages, is_full, pass_at_k, sampled_kl
 from rl.rewards import Rewards
@@ -110,7 +110,7 @@ def score(learner, experience, cfg, meter):
     for _, indices in experience.split(cfg.rl.mini_batches, cfg.optim.micro_batch, parallel.world()):
         for index in parallel.dealt(indices):
             score_micro_batch(learner, experience, index, filled, cfg, meter)
-        if parallel.is_sharded(learner.policy) and parallel.fewer(indices):
+        if sharding.is_sharded(learner.policy) and parallel.fewer(indices):
             unread = replace(experience, **{name: torch.zeros_like(scores) for name, scores in filled.items()})
             score_micro_batch(learner, unread, indices[0], filled, cfg, copy(meter))
     return replace(experience, **{name: parallel.total(scores) for name, scores in filled.items()})
@@ -357,7 +357,7 @@ def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):
             loss.backward()
             metrics.add(stats, micro_stats)
             passed += int(micro.mask.sum())
-        if mini.fewer and parallel.is_sharded(learner.policy):
+        if mini.fewer and sharding.is_sharded(learner.policy):
             keep_pace(learner, experience, mini, cfg, meter)
         stats = metrics.of_all_ranks(stats)
         first_stats = first_stats or stats

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch                                        # noqa: E402
 
 import train                                        # noqa: E402,F401
-from model import lora, parallel                    # noqa: E402
+from model import lora, parallel, sharding          # noqa: E402
 from model.flops import Meter                       # noqa: E402
 from model.generate import Sampler                  # noqa: E402
 from model.optim import make_optimizer, stepper     # noqa: E402
@@ -113,15 +113,15 @@ def step(switches, shard="none", samples=SAMPLES, steps=1, rank=0, often=0.0, ch
         return gradients
     found["skipped"] = guard.count.clone()
     found["kl_coef"] = learner.kl_coef.clone()
-    parallel.rest(learner)
+    sharding.rest(learner)
     for name, value in learner.state_dict().items():
-        found[f"weight {name}"] = parallel.whole_tensor(value).clone()
+        found[f"weight {name}"] = sharding.whole_tensor(value).clone()
     return found
 
 
 def gradients_of(module):
     """{"gradient NAME": tensor} of what has one, whole."""
-    return {f"gradient {name}": parallel.whole_tensor(p.grad).clone() for name, p in module.named_parameters()
+    return {f"gradient {name}": sharding.whole_tensor(p.grad).clone() for name, p in module.named_parameters()
             if p.grad is not None}
 
 

@@ -15,7 +15,8 @@ OURS = {*PARTS, "train", "eval", "tests"}
 MAY = {"kernels": {"kernels"}, "data": {"data", "model.runs.config"}, "model": {"kernels", "model"},
        "model/hub": {"kernels", "model", "data.tokenizer"}, "model/runs": {"kernels", "model", "data.tokenizer"},
        "model/runs/config.py": set(),
-       "rl": {"kernels", "rl", "data.sample", "data.chat", "data.prompting", "model.runs.config", "model.parallel"},
+       "rl": {"kernels", "rl", "data.sample", "data.chat", "data.prompting", "model.runs.config", "model.parallel",
+              "model.sharding"},
        # the only file of rl that builds models: their steps are what it measures
        "rl/forecast.py": {*PARTS}, "eval.py": OURS - {"train", "tests"},
        "train.py": OURS - {"tests"}}

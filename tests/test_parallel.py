@@ -15,8 +15,7 @@ import torch
 
 import ranks
 import train
-from model import parallel, watchdog
-from model.optim import make_optimizer, stepper
+from model import watchdog
 from model.runs import checkpoint
 from tiny import difference
 
@@ -258,7 +257,8 @@ def lines_of(folder):
 def killed_at(line, rank, command, folder):
     """Starts a run, and kills a rank once its log has so many lines -> what it said. Raises AssertionError unless all
     its processes are gone within a minute."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET,
+                               cwd=ROOT)
     while lines_of(folder) < line:
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.02)

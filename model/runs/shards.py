@@ -1,4 +1,4 @@
-"""What a stage under way leaves where its weights lie in shards (model/parallel.py): a folder in the format of
+"""What a stage under way leaves where its weights lie in shards (model/sharding.py): a folder in the format of
 torch.distributed.checkpoint, written by all ranks together, read by any number of them, or by one process.
 
     progress-STEP/      the tensors of module and optimizer, each rank's shards in a file of its own
@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from model import parallel
+from model import parallel, sharding
 
 
 def are_in(state):
@@ -101,9 +101,9 @@ def spread(state, weights, optimizer):
     its module's and optimizer's, as `load` returns them."""
     module, of_optimizer = state
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    module = {name: parallel.like(value, weights.get(name)) for name, value in module.items()}
+    module = {name: sharding.like(value, weights.get(name)) for name, value in module.items()}
     spread_state = {}
     for index, entries in of_optimizer.items():
-        spread_state[index] = {name: parallel.like(value, params[index]) if torch.is_tensor(value) else value
+        spread_state[index] = {name: sharding.like(value, params[index]) if torch.is_tensor(value) else value
                                for name, value in entries.items()}
     return module, spread_state
