@@ -52,7 +52,7 @@ from data.teaching import RecordOptions, kind_of
 from data.worlds import DRAWN
 from eval import Contender, JudgeOptions
 from kernels.bench import ceilings
-from model import machine, memory, parallel, prepare, sharding, watchdog
+from model import cards, machine, memory, parallel, prepare, sharding, watchdog
 from model.clip import Clip, ClipConfig, ClipOptions, contrastive_loss
 from model.flops import Meter
 from model.generate import Sampler
@@ -1357,6 +1357,8 @@ def main(argv):
     bare = machine.resident()
     cfg = from_command_line(Config, PRESETS, argv, __doc__, resumed,
                             lambda given: algorithms.of_flags(given) | prepare.implied(given))
+    if cfg.parallel.plan:
+        return show_needs(cfg)
     parallel.start(cfg.parallel)
     cfg, plan, notes = loaded_shape(cfg)
     machine.give_holes_back()
@@ -1395,10 +1397,23 @@ def main(argv):
     parallel.stop()
 
 
+def show_needs(cfg):
+    """--plan: prints what the stages need on so many cards, by the shapes that the options give; loads nothing."""
+    shape = VlmConfig(cfg.clip.config(cfg.llm.vocab), cfg.llm.config(cfg.llm.vocab), **cfg.vlm.shape(),
+                      speaks=bool(cfg.llm.llm or cfg.vlm.llava))
+    for name in cfg.stages():
+        if name != "clip":
+            variant = config_of(cfg, name)
+            kind = "rl" if name in algorithms.STAGES else name
+            print(cards.text(variant, kind, prepare.on_meta(shape, variant, name)))
+
+
 def check_ranks(cfg):
     """Raises ValueError where several ranks are asked for what one process does."""
     if parallel.world() == 1:
         return
+    need(cfg.machine.dtype != "mixed" or cfg.parallel.shard == "none", "dtype", "mixed",
+         f"be bfloat16 with --shard={cfg.parallel.shard}, whose shards are in float32 anyway")
     teaches = cfg.run.stage if cfg.run.stage == "teach" else ""
     for name, value in dict(seeds=cfg.run.seeds, tune=cfg.run.tune, bench=cfg.run.bench, stage=teaches).items():
         need(not value, name, value, "come without torchrun: it runs as one process")

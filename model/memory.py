@@ -300,7 +300,7 @@ def holes(tokens, width, size, activations, gives_back):
 
 # ---------------------------------------------------------------- reinforcement learning's other models
 
-def _twin(vlm):
+def twin(vlm):
     """Bytes of `VLM.twin`: it shares the frozen tower, and beside adapters the frozen weights."""
     shares = bool(adapters(vlm.llm))
     copied = []
@@ -316,10 +316,10 @@ def reference(vlm, switches, moments="float32", master=True):
     Algorithm."""
     total = 0
     if switches.kl_coef and (switches.ref_sync or not adapters(vlm.llm)):
-        total += _twin(vlm)
+        total += twin(vlm)
     if switches.baseline == "critic" and switches.critic == "separate":
         trained = [p for p in vlm.parameters() if p.requires_grad]
-        total += _twin(vlm) + _gradients(trained, master) + _optimizer(trained, moments, master)
+        total += twin(vlm) + _gradients(trained, master) + _optimizer(trained, moments, master)
     return total
 
 

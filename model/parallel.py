@@ -26,6 +26,7 @@ class ParallelOptions:
     """several ranks, under torchrun"""
     shard: str = choice("none", "full", "hybrid")   # weights: whole on each rank | in shards | shards in a node
     offload: bool = False                           # shards rest in the memory of the CPU between uses
+    plan: str = ""                                  # h100x8: print what stages need on so many cards, and stop
     check_ranks: int = number(0, "[0, 1000000000]")  # steps between comparisons of the ranks' weights; 0: none
     patience: int = number(600, "[1, 1000000]")     # seconds in which no rank gets on, after which the run ends
 

@@ -324,9 +324,9 @@ def keep_pace(learner, experience, mini, cfg, meter):
     """Forward and backward of one prompt, which count for nothing: weights in shards are gathered, and their gradients
     summed, by all ranks together, those that have no micro-batch left as well."""
     micro = experience.rows(mini.active[:1]).trim()
-    loss, _ = loss_of(learner, micro, torch.ones_like(micro.sampled_logp), mini.denominator, mini.tokens, cfg,
-                      copy(meter))
-    (0.0 * loss).backward()
+    no_weight = torch.zeros_like(micro.sampled_logp)
+    loss, _ = loss_of(learner, micro, no_weight, mini.denominator, mini.tokens, cfg, copy(meter))
+    (0.0 * loss).backward()         # a critic's loss has no such weights
 
 
 def update(learner, experience, cfg, take_step, meter, guard, watch=unwatched):

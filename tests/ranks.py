@@ -127,11 +127,14 @@ def gradients_of(module):
 
 # ---------------------------------------------------------------- planted mistakes
 
-def divides_by_the_world(loss_of):
+def divides_by_the_world(total_gradients):
     """As data parallelism that averages gradients."""
-    def broken(*args):
-        loss, stats = loss_of(*args)
-        return loss / parallel.world(), stats
+    def broken(optimizer):
+        total_gradients(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad /= parallel.world()
     return broken
 
 
@@ -172,7 +175,7 @@ def plant(mistake):
     """Breaks this process's code."""
     global seed_of, stepper
     if mistake == "divided by the world":
-        updates.loss_of = divides_by_the_world(updates.loss_of)
+        sharding.total_gradients = divides_by_the_world(sharding.total_gradients)
     elif mistake == "own denominator":
         updates.make_mini_batches = counts_its_own_tokens(updates.make_mini_batches)
     elif mistake == "own whitening":

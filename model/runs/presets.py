@@ -18,6 +18,8 @@ VICUNA_7B = dict(llm="lmsys/vicuna-7b-v1.5", vocab=32000, width=4096, layers=32,
                  theta=10000.0, eps=1e-5, tied=False, template="vicuna_v1")
 VICUNA_7B_V1 = VICUNA_7B | dict(llm="lmsys/vicuna-7b-v1.3", eps=1e-6)           # of LLaMA 1, whose eps is another
 VICUNA_13B = VICUNA_7B | dict(llm="lmsys/vicuna-13b-v1.5", width=5120, layers=40, heads=40, kv_heads=40, ff=13824)
+LLAMA_70B = VICUNA_7B | dict(llm="meta-llama/Llama-2-70b-chat-hf", width=8192, layers=80, heads=64, kv_heads=8,
+                             ff=28672)
 TINYLLAMA = VICUNA_7B | dict(llm="TinyLlama/TinyLlama-1.1B-Chat-v1.0", width=2048, layers=22, kv_heads=4, ff=5632)
 SMOLLM2 = dict(llm="HuggingFaceTB/SmolLM2-135M-Instruct", vocab=49152, width=576, layers=30, heads=9, kv_heads=3,
                ff=1536, theta=100000.0, eps=1e-5, tied=True, template="chatml")
@@ -139,6 +141,8 @@ PRESETS = {
     **RL_RECIPES,
     "images": SMALL_CLIP | dict(align_steps=30, sft_steps=30, cot_steps=100, batch=48, rl_steps=30, rl_batch=16,
                                 max_new=48, vocab=1024, save_every=50),
+    # a shape for --plan
+    "llava-70b": CLIP_L_336 | LLAMA_70B | LLAVA_15,
     # the shape of the step that is timed against other trainers
     "bench": BENCH | dict(width=192, heads=6, kv_heads=6, ff=512),
     "bench-135m": BENCH | sizes(SMOLLM2) | dict(rl_steps=3),

@@ -1,0 +1,111 @@
+"""What --plan prints: memory of a rank against the shards that sharding makes, seconds by hand."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from model import cards, flops, memory
+from model.cards import EFFICIENCY, Card, Work, exchange_seconds, memory_of, parts_of, rollout_seconds, seconds_of
+from model.runs.config import change
+from tiny import make_vlm
+
+# 1 FLOP/s, 1 byte/s and the like: what is left of a time is the count.
+SLOW = Card(flops=1 / EFFICIENCY["matmul"], memory=1.0, bandwidth=1 / EFFICIENCY["bandwidth"],
+            inside=1 / EFFICIENCY["exchange"], outside=0.1 / EFFICIENCY["exchange"], of_a_node=4)
+OPTIM = train.Config().optim
+RL = Work(prompts=4, micro=2, tokens=15, group=3, new=6)
+SFT = Work(prompts=4, micro=2, tokens=15)
+
+
+def numbers(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def test_a_plan_is_a_card_and_a_number():
+    assert cards.parse("h200x64") == ("h200", 64)
+    for wrong in ("h100", "x8", "h100x0", "tpux8", "h100x8x"):
+        with pytest.raises(ValueError, match=f"--plan={wrong} must be CARDxN"):
+            cards.parse(wrong)
+
+
+def test_on_one_card_memory_is_that_of_the_plan_of_one_process():
+    vlm = make_vlm(torch.bfloat16)
+    tokens = RL.micro * (15 + 18)
+    whole = memory.plan(vlm, tokens, 4, 33, OPTIM.moments, OPTIM.master, RL.micro * 18, RL.micro)
+    for shard in ("none", "full"):
+        found = memory_of(vlm, RL, shard, 1, 8, OPTIM)
+        assert {name: found[name] for name in ("weights", "gradients", "optimizer")} == {
+            name: whole[name] for name in ("weights", "gradients", "optimizer")}
+
+
+@pytest.mark.parametrize("shard, ranks, holders", [("full", 2, 2), ("full", 16, 16), ("hybrid", 16, 4)])
+def test_in_shards_a_rank_holds_its_part_in_fp32_and_the_tower_whole(shard, ranks, holders):
+    vlm = make_vlm(torch.bfloat16)
+    blocks, around, tower = parts_of(vlm)
+    held = numbers(p for block in blocks for p in block) + numbers(around)
+    assert held + numbers(tower) == numbers(vlm.parameters())
+    found = memory_of(vlm, SFT, shard, ranks, 4, OPTIM)
+    assert found["weights"] == 2 * numbers(tower) + 4 * held // holders
+    assert found["optimizer"] == 8 * held // holders
+    # Two blocks, the one at work and the next, and what lies around them; gradients of a block beside the shards.
+    assert found["gathered"] == 2 * (2 * numbers(blocks[0]) + numbers(around))
+    assert found["gradients"] == 4 * held // holders + 4 * numbers(blocks[0])
+
+
+def test_the_larger_of_rollout_and_update_counts():
+    vlm = make_vlm(torch.bfloat16)
+    long = replace(RL, group=50, new=1000, prompts=64)
+    assert memory_of(vlm, long, "full", 2, 8, OPTIM)["cache"] > 0
+    assert "activations" not in memory_of(vlm, long, "full", 2, 8, OPTIM)
+    assert "activations" in memory_of(vlm, replace(RL, prompts=2), "full", 2, 8, OPTIM)
+
+
+def test_seconds_are_flops_and_bytes_over_the_rates():
+    vlm = make_vlm(torch.bfloat16)
+    batch = SFT.batch(2)
+    found = seconds_of(vlm, SFT, "none", 1, SLOW)
+    assert found["update"] == pytest.approx(2 * (flops.update(vlm, batch) + flops.encode(vlm, 2)))
+    assert found["exchange"] == 0
+    blocks, around, _ = parts_of(vlm)
+    held = 2 * (numbers(p for block in blocks for p in block) + numbers(around))
+    prompts = flops.encode(vlm, 4) + flops.prompt(vlm, RL.batch(4))
+    multiplied = flops.cached(vlm.llm, 12, 15 + 3) + flops.head(vlm.llm, 12)
+    assert rollout_seconds(vlm, RL, held, SLOW) == pytest.approx(prompts + 6 * multiplied)      # more than it reads
+    wide = replace(SLOW, flops=1e12)
+    read = held + 4 * (15 + 9) * memory.slot(vlm.llm)
+    assert rollout_seconds(vlm, RL, held, wide) == pytest.approx(6 * read, rel=1e-6)
+
+
+def test_what_ranks_send_is_counted_by_the_ring():
+    vlm = make_vlm(torch.bfloat16)
+    blocks, around, _ = parts_of(vlm)
+    held = numbers(p for block in blocks for p in block) + numbers(around)
+    shown = 1 - EFFICIENCY["hidden"]
+    assert exchange_seconds(vlm, SFT, "none", 4, SLOW, False) == pytest.approx(2 * 3 / 4 * 4 * held)
+    assert exchange_seconds(vlm, SFT, "none", 8, SLOW, False) == pytest.approx(10 * 2 * 7 / 8 * 4 * held)
+    # Two micro-batches: four times weights in bf16, twice gradients in fp32; a rollout once more, and it waits.
+    assert exchange_seconds(vlm, SFT, "full", 4, SLOW, False) == pytest.approx(3 / 4 * 16 * held * shown)
+    assert exchange_seconds(vlm, RL, "full", 4, SLOW, False) == pytest.approx(3 / 4 * (16 * shown + 2) * held)
+    assert exchange_seconds(vlm, SFT, "hybrid", 8, SLOW, False) == pytest.approx(
+        3 / 4 * 16 * held * shown + 10 * 2 * 2 * 4 * held / 4 * shown)
+
+
+def test_the_table_names_its_assumptions_and_what_does_not_fit(capsys):
+    train.main(["--preset=llava-1.5-7b", "--stage=rl", "--plan=h100x16"])
+    title, assumed, _, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("rl, 7.05 G parameters, a card: 1 prompts of 636 tokens, 8 completions of 128 tokens each")
+    assert "modelled from assumed peaks" in assumed
+    assert [tuple(row.split()[:2]) for row in rows] == [
+        ("1", "none"), ("8", "none"), ("8", "full"), *((str(count), shard) for count in (16, 64, 1024)
+                                                       for shard in ("none", "full", "hybrid"))]
+    assert [row.endswith("does not fit 75 GiB") for row in rows] == [row.split()[1] == "none" for row in rows]
+    with pytest.raises(ValueError, match="--plan=h100 must be CARDxN"):
+        train.main(["--preset=llava-1.5-7b", "--plan=h100"])
+
+
+def test_prompts_are_dealt_out_over_the_cards_that_were_asked_for():
+    cfg = change(train.Config(), rl_batch=64, micro_batch=4, group=8, max_new=100, epochs=2)
+    work = cards.work_of(cfg, "rl", 576, 60, 16)
+    assert (work.prompts, work.micro, work.tokens, work.passes, work.scored, work.micros) == (4, 4, 636, 2, 1, 2)
+    assert cards.work_of(cfg, "sft", 576, 60, 64).prompts == 1
