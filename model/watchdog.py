@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 BEAT = 1.0                  # seconds
-SILENCE = 30.0              # seconds
+SILENCE = 50.0              # seconds: a machine with too much to do is slow, and a dead one known within a minute
 
 _dog = None                 # of this process; None in a run of one
 
