@@ -162,7 +162,7 @@ def run(finished, tmp_path):
     ("--template=chatml", r"--template=chatml must be a template whose tokens the tokenizer has, as brief is: the "
      r"tokenizer has no token '<\|im_start\|>'"),
     ("--preset=huge", r"--preset=huge must be one of embedded, evidence, routes, generalisation, "),
-    ("--dtype=int8", r"--dtype=int8 must be one of float32, bfloat16, float64"),
+    ("--dtype=int8", r"--dtype=int8 must be one of float32, mixed, bfloat16, float64"),
     ("--device=tpu", r"--device=tpu is not available here"),
     ("--rewards=", r"--rewards=: '' must be one of correctness, format"),
     ("--rewards=joy:1", r"--rewards=joy:1: 'joy' must be one of correctness, format"),

@@ -62,6 +62,7 @@ class Step:
         self.rewards = Rewards(self.cfg.reward)
         self.learner = make_learner(self.vlm, self.vlm.config.llm.width, self.cfg.algorithm)
         self.recorder = self.new_recorder(folder)
+        self.noise = torch.Generator().manual_seed(0)
 
     def new_recorder(self, folder):
         follow = partial(self.roll_out, SAMPLES[:FOLLOWED], 7)
@@ -88,7 +89,7 @@ class Step:
         """A step that moves the policy: ratios are no longer 1."""
         with torch.no_grad():
             for p in self.vlm.llm.parameters():
-                p += 0.02 * torch.randn(p.shape, dtype=p.dtype)
+                p += 0.02 * torch.randn(p.shape, dtype=p.dtype, generator=self.noise)
                 p.grad = None
         return {"grad_norm": 1.0}
 
