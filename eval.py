@@ -39,7 +39,7 @@ from model.generate import Sampler, draw_noise, generate
 from model.hub import pretrained
 from model.hub.export import export_folder, export_hf
 from model.look import looked_at
-from model.mixed import mix
+from model.mixed import in_dtype
 from model.runs import checkpoint
 from model.runs.config import check_fields, choice, from_command_line, number
 from model.runs.device import pick_device, pick_dtype
@@ -116,14 +116,11 @@ def load_any(options):
     if not options.llava:
         vlm, tok, state = load_vlm(options.checkpoint, device)
         if options.dtype:
-            vlm = vlm.to(pick_dtype(options.dtype))
-        if options.dtype == "mixed":
-            mix(vlm.llm)
+            vlm = in_dtype(vlm, options.dtype)
         return vlm, tok, state
-    dtype = pick_dtype(options.dtype or "float32")
-    vlm, tok = pretrained.load_llava(options.llava, dtype, device, options.clip)
-    if options.dtype == "mixed":
-        mix(vlm.llm)
+    name = options.dtype or "float32"
+    vlm, tok = pretrained.load_llava(options.llava, pick_dtype(name), device, options.clip)
+    vlm = in_dtype(vlm, name)
     if tok is None:
         raise ValueError(f"--llava={options.llava} holds no tokenizer; expected a tokenizer.model or a tokenizer.json")
     trained = dict(template=chat.template_for(tok), max_new=128, data="", val_percent=20, seed=0)
@@ -632,7 +629,7 @@ def zero_shot(cfg, towers, tok):
 def right_directly(path, cfg, asked):
     """{split: samples} -> {split: whether each greedy answer of a checkpoint is right, 0 or 1}."""
     vlm, tok, state = load_vlm(path, pick_device(cfg.machine.device))
-    vlm = vlm.to(pick_dtype(cfg.machine.dtype))
+    vlm = in_dtype(vlm, cfg.machine.dtype)
     prompting = Prompting(state["method"], cfg.data.template, cfg.sampling.max_new)
     right = {}
     for split, samples in asked.items():
@@ -660,17 +657,17 @@ def generalisation_rows(folder, cfg, contenders, tests, scores, probes):
     """The rows of generalisation.json. Arguments as those of `compare`. What measures.json already holds is not
     measured again."""
     device = pick_device(cfg.machine.device)
-    dtype = pick_dtype(cfg.machine.dtype)
+    dtype = cfg.machine.dtype
     path = folder / "measures.json"
     measured = json.loads(path.read_text()) if path.exists() else {}
     start, tok, state = load_vlm(contenders[probes.start].path, device)
     asking = measures.Asking(tok, state["method"], cfg.data.template, cfg.sampling.max_new)
-    start = Sampler(start.to(dtype))
+    start = Sampler(in_dtype(start, dtype))
     for method, contender in contenders.items():
         if method not in measured:
             began = time.perf_counter()
             vlm, _, _ = load_vlm(contender.path, device)
-            measured[method] = measures.probe(Sampler(vlm.to(dtype)), start, probes, asking)
+            measured[method] = measures.probe(Sampler(in_dtype(vlm, dtype)), start, probes, asking)
             write_json(path, measured)
             print(f"measured {method} {time.perf_counter() - began:7.1f} s", flush=True)
     decoys = {}

@@ -60,6 +60,7 @@ from model.hub import pretrained
 from model.hub.export import export_folder
 from model.llama import LlmOptions
 from model.lora import LoraOptions
+from model.mixed import in_dtype
 from model.optim import (OptimOptions, diverged, learning_rate, make_optimizer, optimizer_step, seed_of, show_trained,
                          stepper)
 from model.parallel import ParallelOptions
@@ -1028,7 +1029,7 @@ def distillation_teacher(run, cfg, student):
     check_teacher(run, tok, theirs, ours)
     need(theirs.pixels == ours.pixels, "distill_from", source, "prepare pictures as the student does")
     need(theirs.llm.vocab == ours.llm.vocab, "distill_from", source, f"have the student's {ours.llm.vocab} tokens")
-    return teacher.to(run.dtype)
+    return in_dtype(teacher, run.cfg.machine.dtype)
 
 
 def check_teacher(run, tok, theirs, ours):
@@ -2046,11 +2047,14 @@ def run_bench(cfg):
         config = bench_shape(run, cfg)
         vlm = run.ready(VLM(config), "bench")
         show_trained("bench", vlm)
+        precision = cfg.machine.dtype
+        if precision == "mixed":
+            precision = "mixed (floors of float32)"
         layers = f"{config.llm.layers} layers"
         if config.llm.layers < cfg.llm.layers:
             layers += f" of {cfg.llm.layers}, which this machine has no room for"
         setting = (f"{cfg.rl.rl_batch} prompts x {cfg.sampling.group}, {cfg.sampling.max_new} new tokens, "
-                   f"{config.image_tokens} image tokens, {layers}, {run.device}, {cfg.machine.dtype}, "
+                   f"{config.image_tokens} image tokens, {layers}, {run.device}, {precision}, "
                    f"{torch.get_num_threads()} threads")
         BENCHES[cfg.run.bench](run, cfg, vlm, setting)
 

@@ -256,14 +256,15 @@ def _setup_known(ctx, inputs, output):
 
 def assert_sent(name, sent, told):
     """An assertion, which does not wait for a GPU, that the upstream gradients (N,) are those told; None stands for
-    0. Kernels of a loss may round otherwise than who told them."""
+    0. A loss's kernel may round differently, hence the tolerance."""
     if sent is None and told is None:
         return
     sent = torch.zeros_like(told) if sent is None else sent
     told = torch.zeros_like(sent) if told is None else told
     off = (sent - told).abs() > 1e-3 * told.abs()
     torch._assert_async(~off.any(), f"the gradient that the loss sends to {name} is not the `upstream` that "
-                                    "linear_logp was told: tell the right one, or none")
+                                    "linear_logp was told: tell the right one, or none (a changed policy loss: take "
+                                    "its name out of SAME_AT_RATIO_ONE of rl/losses.py)")
 
 
 def _gradient_known(ctx, sent_g, sent_e, *_):

@@ -308,7 +308,7 @@ def twin(vlm):
         is_shared = not p.requires_grad and (shares or name.startswith("visual."))
         if not is_shared:
             copied.append(p)
-    return _bytes(copied)
+    return _bytes(copied) + _narrow_copies(vlm.llm)
 
 
 def reference(vlm, switches, moments="float32", master=True):

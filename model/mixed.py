@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from model.lora import replace_children
+from model.lora import adapters, replace_children
+from model.runs.device import pick_dtype
 
 
 class _Product(torch.autograd.Function):
@@ -51,15 +52,17 @@ class MixedLinear(nn.Linear):
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         self.narrow = None                  # the weight in bf16
-        self.narrow_of = None               # the state of the weight that it was made of
+        self.narrow_of = (None,)            # the weight that it was made of, and its state then
 
     def narrow_weight(self):
-        """The weight in bf16, cast anew only where it may have changed: a step of sampling has so few rows that a cast
-        of its own would take as long as the product."""
-        state = (self.weight._version, self.weight.data_ptr(), MixedLinear.steps)
-        if self.narrow_of != state:
+        """The weight in bf16, cast anew where a step was taken or the weight was written to or replaced: a step of
+        sampling has so few rows that a cast of its own would take as long as the product. What is written through
+        `weight.data` is not seen."""
+        weight, *state = self.narrow_of
+        now = [self.weight._version, self.weight.data_ptr(), MixedLinear.steps]
+        if weight is not self.weight or state != now:
             self.narrow = self.weight.detach().bfloat16()
-            self.narrow_of = state
+            self.narrow_of = (self.weight, *now)
         return self.narrow
 
     def forward(self, x):
@@ -81,10 +84,24 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def mix(llm):
-    """Puts a MixedLinear in the place of every Linear in the blocks of a decoder that has no adapter; -> `llm`."""
+    """Puts a MixedLinear in the place of every Linear in the blocks of a decoder; -> `llm`. Raises ValueError on one
+    with adapters."""
+    if adapters(llm):
+        raise ValueError("--dtype=mixed takes no decoder with adapters; expected --dtype=bfloat16, or merged ones")
     replace_children(llm.layers, nn.Linear, _mixed)
     return llm
 
 
 def _mixed(_, linear):
-    return MixedLinear(linear) if type(linear) is nn.Linear else None
+    """The MixedLinear of a Linear; None, so that it stays, of one that is mixed already."""
+    if isinstance(linear, MixedLinear):
+        return None
+    return MixedLinear(linear)
+
+
+def in_dtype(vlm, name):
+    """A model computing as --dtype=name says; -> `vlm`."""
+    vlm = vlm.to(pick_dtype(name))
+    if name == "mixed":
+        mix(vlm.llm)
+    return vlm

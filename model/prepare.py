@@ -47,6 +47,8 @@ def check(cfg, stages):
              f"be all or some of {', '.join(LINEARS)}")
     need(cfg.machine.dtype != "mixed" or not cfg.lora.lora_rank, "dtype", "mixed",
          "be bfloat16 beside --lora-rank: frozen weights need no fp32")
+    need(cfg.machine.dtype != "mixed" or not cfg.machine.compile, "compile", True,
+         "be left out beside --dtype=mixed, whose casts torch.compile would compile anew at every step")
     slow_in_bf16 = cfg.machine.dtype == "bfloat16" and cfg.optim.beta2 > 0.99
     need(cfg.optim.moments == "float32" or not slow_in_bf16, "moments", cfg.optim.moments,
          f"be float32 with --beta2={cfg.optim.beta2}: so slow a mean stands still in bfloat16")

@@ -50,7 +50,7 @@ LOSSES = {
     "sapo": sapo,
 }
 
-SAME_AT_RATIO_ONE = ("clip", "cispo", "sapo")       # those of which the last sentence is true
+SAME_AT_RATIO_ONE = ("clip", "cispo", "sapo")       # that gradient is told to the head ahead; take a changed loss out
 
 
 def sent_at_ratio_one(advantage, weight, mask, denominator, entropy_coef):

@@ -207,7 +207,7 @@ def token_weights(experience, switches):
 
 
 def unwatched(micro, **values):
-    """What the losses of micro-batches are shown to where nobody looks; else rl/recorder.py."""
+    """Stands for rl/recorder.py where nothing records."""
 
 
 def has_kl_in_loss(learner, switches):

@@ -4,10 +4,11 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import generate as module
 from model import machine
-from model.generate import Sampler, draw_noise, generate, prompts_at_a_time
+from model.generate import FEW_KEYS, FEW_QUERIES, Sampler, _attend, draw_noise, generate, prompts_at_a_time
 from model.memory import slot
 from tiny import BOS, EOS, PAD, VOCAB, difference, home, make_vlm, prompts, random_completions, stream, to_batch
 
@@ -362,3 +363,18 @@ def test_compiled_blocks_sample_and_train_as_plain_ones_do():
         found.append((kept(done), {"logp": out.logp.detach(), **grads}))
     assert found[0][0] == found[1][0] and difference(found[1][1], found[0][1]) < 1e-5
     assert vlm.state_dict().keys() == model().state_dict().keys()
+
+
+@pytest.mark.parametrize("queries", [1, FEW_QUERIES, FEW_QUERIES + 1])
+@pytest.mark.parametrize("keys", [7, FEW_KEYS + 1])
+def test_few_queries_attend_as_many_do(queries, keys):
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    q = drawn(2, 3, queries, 5)
+    cache = drawn(2, 2, 3, keys + 4, 5)[..., :keys, :]          # a slice, as of a cache with room left
+    mask = torch.zeros(2, 1, queries, keys, dtype=torch.float64)
+    mask[..., 2:5] = float("-inf")
+    expected = F.scaled_dot_product_attention(q, *cache, attn_mask=mask)
+    assert (_attend(q, *cache, mask) - expected).abs().max() < 1e-12

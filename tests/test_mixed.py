@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import train
-from model import flops
+from model import flops, memory
+from model.lora import attach
 from model.mixed import MixedLinear, mix
 from model.optim import make_optimizer
 from tiny import make_vlm, prompts, random_completions, to_batch
@@ -104,6 +105,42 @@ def test_a_mixed_run_trains_and_is_evaluated(tmp_path):
     train.main(["--preset=tiny", "--dtype=mixed", "--stage=clip,align,cot,rl", f"--out={out}"])
     rows = json.loads((out / "results.json").read_text())
     assert {"cot", "grpo_token"} <= {row["method"] for row in rows}
+
+
+def test_mixed_beside_compiled_blocks_is_refused():
+    with pytest.raises(ValueError, match="--compile=True must be left out beside --dtype=mixed"):
+        train.main(["--preset=tiny", "--dtype=mixed", "--compile=True"])
+
+
+def test_a_decoder_with_adapters_is_not_mixed():
+    vlm, _, _ = case()
+    attach(vlm.llm, "q_proj", 2, 4.0)
+    with pytest.raises(ValueError, match="takes no decoder with adapters"):
+        mix(vlm.llm)
+
+
+def test_a_twin_is_mixed_and_planned_with_its_copies():
+    vlm, batch, completions = case()
+    weights = memory.twin(vlm)
+    mix(vlm.llm)
+    twin = vlm.twin()
+    with torch.no_grad():
+        expected = vlm(batch, completions).logp
+        assert torch.equal(twin(batch, completions).logp, expected)
+    copies = [m.narrow for m in twin.modules() if isinstance(m, MixedLinear)]
+    assert memory.twin(vlm) - weights == sum(copy.nbytes for copy in copies) > 0
+
+
+def test_checkpointing_changes_no_bit_of_a_mixed_gradient():
+    vlm, batch, completions = case()
+    mix(vlm.llm)
+    found = []
+    for checkpointing in (False, True):
+        vlm.llm.checkpointing = checkpointing
+        vlm.zero_grad(set_to_none=True)
+        vlm(batch, completions).logp.sum().backward()
+        found.append([p.grad.clone() for p in vlm.llm.parameters()])
+    assert all(torch.equal(kept, again) for kept, again in zip(*found))
 
 
 def test_mixed_beside_adapters_is_refused():

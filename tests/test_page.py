@@ -127,6 +127,11 @@ def test_what_is_wrong_in_a_log_is_said_in_numbers(spoil, said):
     assert any(said in sentence for sentence in sentences), sentences
 
 
+def test_what_is_rounding_depends_on_the_precision():
+    drifts = [dict(line, drift_max=0.03) if "reward" in line else line for line in LOG]
+    assert "|ratio - 1| up to 0.03" in str(alarms(drifts)) and alarms(drifts, dtype="mixed") == []
+
+
 def test_notes_and_bad_records_and_a_rising_loss_are_said():
     log = [sft_line(step, loss=1.0 + step) for step in range(20)]
     log[3]["loss"] = None

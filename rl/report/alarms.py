@@ -12,12 +12,14 @@ import numpy as np
 FALL = 0.1                  # of a share: lower at the end by so much
 GROWTH = 1.5                # of lengths: longer, or shorter, at the end by this factor
 SPIKE = 10.0                # of losses, gradient norms and learning rates against their median
-DRIFT = 1e-3                # |ratio - 1| of log-probs at sampling and in the update, which should be rounding
+DRIFT = {"float32": 1e-3, "float64": 1e-3}      # |ratio - 1| of log-probs at sampling and in the update: rounding
+DRIFT_IN_BF16 = 0.1         # the same where products are rounded to bf16, by --dtype
 MOSTLY = 0.5                # a share of completions or groups that is called most of them
 
 
-def alarms(log, notes=()):
-    """Lines of log.jsonl and the notes of a run's start -> sentences, in order of the stages."""
+def alarms(log, notes=(), dtype="float32"):
+    """Lines of log.jsonl, the notes of a run's start and its --dtype -> sentences, in order of the stages."""
+    drift = DRIFT.get(dtype, DRIFT_IN_BF16)
     stages = {}                                 # stage -> its lines
     bad = []
     for line in log:
@@ -31,7 +33,7 @@ def alarms(log, notes=()):
     for stage, lines in stages.items():
         of_stage = of_training(lines)
         if "reward" in lines[0]:
-            of_stage += of_rewards(lines) + of_update(lines)
+            of_stage += of_rewards(lines) + of_update(lines, drift)
         found += [f"{stage}: {sentence}" for sentence in of_stage]
     return found
 
@@ -107,14 +109,14 @@ def of_rewards(lines):
     return found
 
 
-def of_update(lines):
+def of_update(lines, drift_allowed):
     """Sentences on what reinforcement learning's updates log."""
     found = []
     idle = sum(not line.get("updates") for line in lines)
     if idle > MOSTLY * len(lines):
         found.append(f"{idle} of {len(lines)} rollouts had no update")
     drift = values_of(lines, "drift_max")
-    if len(drift) and drift.max() > DRIFT:
+    if len(drift) and drift.max() > drift_allowed:
         found.append(f"the update's log-probs differ from those at sampling, before any step: |ratio - 1| up to "
                      f"{drift.max():.2g}")
     entropy = begin_and_end(lines, "entropy")

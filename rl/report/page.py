@@ -74,7 +74,10 @@ def run_page(name, found, entries=(), tables=""):
     bytes."""
     charts = Charts()
     notes = [note for entry in found["environment"] for note in entry["notes"]]
-    sentences = alarms(found["log"], notes)
+    dtype = "float32"
+    for entry in found["environment"]:
+        dtype, _ = entry["differs"].get("dtype", (dtype, None))
+    sentences = alarms(found["log"], notes, dtype)
     if found.get("stopped"):
         sentences.insert(0, f"The run stopped: {found['stopped']}")
     parts = {
