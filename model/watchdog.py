@@ -103,8 +103,8 @@ class Watchdog(threading.Thread):
 
 
 def store_of_torchrun(timeout, purpose):
-    """A connection to the store that torchrun's first agent hosts, with keys of one purpose and attempt: what ranks said
-    before they were started again says nothing of those after."""
+    """A connection to the store that torchrun's first agent hosts, with keys of one purpose and attempt: what ranks
+    said before they were started again says nothing of those after."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     return dist.PrefixStore(f"seethink/{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
