@@ -77,7 +77,10 @@ def start(options):
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The watchdog, which knows more to say, comes before this timeout.
-    dist.init_process_group(backend, timeout=timedelta(seconds=2 * options.patience + 60))
+    timeout = timedelta(seconds=2 * options.patience + 60)
+    store = watchdog.store_of_torchrun(timeout, "ranks")
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]),
+                            world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout)
     watchdog.start(rank(), world(), options.patience)
     signal.signal(signal.SIGTERM, _ended)
     if not is_first():
@@ -94,7 +97,7 @@ def lost(error):
     """What to say where an exception means that another rank is gone; "" where it means something else."""
     if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return ""
-    return (f"at {watchdog.place()} another rank was gone ({first_line(error)}); --resume goes on from the last "
+    return (f"another rank was gone at {watchdog.place()} ({first_line(error)}); --resume goes on from the last "
             "checkpoint")
 
 

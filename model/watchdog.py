@@ -16,6 +16,7 @@ BEAT = 1.0                  # seconds
 SILENCE = 50.0              # seconds: a machine with too much to do is slow, and a dead one known within a minute
 
 _dog = None                 # of this process; None in a run of one
+_ending = threading.Lock()  # taken for good by what ends this process
 
 
 class Watchdog(threading.Thread):
@@ -96,22 +97,23 @@ class Watchdog(threading.Thread):
     def is_first_to_say(self):
         """Whether no other rank has said yet why the run ends. True where nobody can be asked."""
         try:
-            return self.store.add("said", 1) == 1
+            return self.store.compare_set("said", "", str(self.rank)) == str(self.rank).encode()
         except (RuntimeError, OSError):
             return True
 
 
+def store_of_torchrun(timeout, purpose):
+    """A connection to the store that torchrun's first agent hosts, with keys of one purpose and attempt: what ranks
+    said before they were started again says nothing of those after."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"seethink/{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def start(rank, world, patience):
-    """Sets the dog on; -> it. A connection of its own to torchrun's store, so that no wait of the main thread blocks
-    it."""
+    """Sets the dog on. Its connection is its own, so that no wait of the main thread blocks it."""
     global _dog
-    address = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=SILENCE))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _dog = Watchdog(dist.PrefixStore(f"watchdog/{attempt}", store), rank, world, patience)
+    _dog = Watchdog(store_of_torchrun(timedelta(seconds=SILENCE), "watchdog"), rank, world, patience)
     _dog.start()
-    return _dog
 
 
 def stop():
@@ -131,7 +133,9 @@ def stop():
 
 def end(fault, status=1):
     """Ends this process, from whatever thread: the main one may hang in a wait that nothing but the process's end ends.
-    Of all ranks one says why."""
+    Of all ranks one says why. Returns where this process is ending already, by another thread or below a signal."""
+    if not _ending.acquire(blocking=False):
+        return
     if _dog is None or _dog.is_first_to_say():
         os.write(2, f"train.py: {f'rank {_dog.rank}: ' if _dog else ''}{fault}\n".encode())
     os._exit(status)
