@@ -234,4 +234,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:           # as train.py ends
+        if parallel.lost(error):
+            parallel.watchdog.end(parallel.lost(error))
+        raise
