@@ -1362,7 +1362,7 @@ def main(argv):
                             lambda given: algorithms.of_flags(given) | prepare.implied(given))
     if cfg.parallel.plan:
         return show_needs(cfg)
-    parallel.start(cfg.parallel)
+    parallel.start(cfg.parallel, cfg.machine.device)
     cfg, plan, notes = loaded_shape(cfg)
     machine.give_holes_back()
     notes += cfg.check()
@@ -1402,13 +1402,28 @@ def main(argv):
 
 def show_needs(cfg):
     """--plan: prints what the stages need on so many cards, by the shapes that the options give; loads nothing."""
+    cards.parse(cfg.parallel.plan)          # where only clip is asked for, nothing below would
+    for name, value in one_process(cfg).items():
+        need(not value, name, value, "be left out beside --plan, which runs nothing")
+    for name in cfg.stages():
+        need(name in STAGES, "stage", f"{cfg.run.stage}: {name!r}",
+             "be one of clip, align, sft, cot, rl and the others that train.py's STAGES names, with --plan")
     shape = VlmConfig(cfg.clip.config(cfg.llm.vocab), cfg.llm.config(cfg.llm.vocab), **cfg.vlm.shape(),
                       speaks=bool(cfg.llm.llm or cfg.vlm.llava))
     for name in cfg.stages():
-        if name != "clip":
-            variant = config_of(cfg, name)
-            kind = "rl" if name in algorithms.STAGES else name
-            print(cards.text(variant, kind, prepare.on_meta(shape, variant, name)))
+        if name == "clip":
+            print("clip: no table, since every rank holds all of it, whatever --shard says")
+            continue
+        variant = config_of(cfg, name)
+        kind = "rl" if name in algorithms.STAGES else name
+        print(cards.text(variant, kind, prepare.on_meta(shape, variant, name)))
+
+
+def one_process(cfg):
+    """{option: value} of what one process does, without other ranks; a value is empty where it is not asked for."""
+    teaches = cfg.run.stage if cfg.run.stage == "teach" else ""
+    return dict(seeds=cfg.run.seeds, grid=cfg.run.grid, tune=cfg.run.tune, bench=cfg.run.bench,
+                explain=cfg.run.explain, stage=teaches)
 
 
 def check_ranks(cfg):
@@ -1417,9 +1432,10 @@ def check_ranks(cfg):
         return
     need(cfg.machine.dtype != "mixed" or cfg.parallel.shard == "none", "dtype", "mixed",
          f"be bfloat16 with --shard={cfg.parallel.shard}, whose shards are in float32 anyway")
-    teaches = cfg.run.stage if cfg.run.stage == "teach" else ""
-    for name, value in dict(seeds=cfg.run.seeds, tune=cfg.run.tune, bench=cfg.run.bench, stage=teaches).items():
+    for name, value in one_process(cfg).items():
         need(not value, name, value, "come without torchrun: it runs as one process")
+    if cfg.parallel.shard == "hybrid":      # before stage clip, which would train for hours first
+        sharding.ranks_of_a_node()
 
 
 def loaded_shape(cfg):

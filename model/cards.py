@@ -61,7 +61,8 @@ class Work:
 
     prompts: sampled, or records; micro: of a micro-batch; tokens: of one; pictures: of one; group, new: completions of
     a prompt and tokens of each, 0 in supervised stages; passes: forwards with a backward of each prompt; scored:
-    forwards without.
+    forwards without, of policy and reference before the update; exact: the update asks the reference, too, for the
+    exact KL in its loss; critic: it has a decoder of its own, which is scored and trained beside the policy.
     """
     prompts: int
     micro: int
@@ -71,11 +72,18 @@ class Work:
     new: int = 0
     passes: int = 1
     scored: int = 0
+    exact: bool = False
+    critic: bool = False
+
+    @property
+    def of_a_pass(self):
+        """Micro-batches of all prompts."""
+        return math.ceil(self.prompts / self.micro)
 
     @property
     def micros(self):
         """Micro-batches of a step."""
-        return math.ceil(self.prompts / self.micro) * self.passes
+        return self.of_a_pass * self.passes
 
     def batch(self, prompts):
         """As model/flops.py reads one."""
@@ -100,9 +108,17 @@ def work_of(cfg, stage, image_tokens, words, ranks):
     if stage != "rl":
         return Work(prompts, micro, image_tokens + words)
     switches = cfg.algorithm
-    has_old = cfg.rl.epochs * cfg.rl.mini_batches > 1 or switches.kl_in == "reward" and switches.kl_coef
+    # What `score` in rl/update.py asks before the update.
+    has_reference = switches.kl_coef > 0
+    has_critic = switches.baseline == "critic"
+    kl_in_reward = has_reference and switches.kl_in == "reward"
+    several_updates = cfg.rl.epochs * cfg.rl.mini_batches > 1
+    needs_policy = (several_updates or kl_in_reward or has_critic or switches.top_entropy < 1
+                    or switches.correct != "none")
+    needs_reference = has_reference and (kl_in_reward or switches.kl != "exact")
     return Work(prompts, micro, image_tokens + words, group=cfg.sampling.group, new=cfg.sampling.max_new,
-                passes=cfg.rl.epochs, scored=bool(has_old) + bool(switches.kl_coef))
+                passes=cfg.rl.epochs, scored=needs_policy + needs_reference,
+                exact=has_reference and not needs_reference, critic=has_critic and switches.critic == "separate")
 
 
 # ---------------------------------------------------------------- memory
@@ -132,11 +148,14 @@ def memory_of(vlm, work, shard, ranks, of_a_node, optim, twin=False, device=torc
                         work.micro * work.pictures)
     moment = memory.moment(vlm, tokens, device, optim.moments, optim.master)
     copies = memory.twin(vlm) if twin else 0
+    decoders = 1 + work.critic              # that train; one backward goes through both
+    activations = whole["activations"] * decoders
     if shard == "none" or ranks == 1:
         parts = {name: whole[name] for name in ("weights", "gradients", "optimizer")}
-        update = dict(activations=whole["activations"], moment=moment)
+        critic = memory.twin(vlm) + whole["gradients"] + whole["optimizer"]
+        update = dict(activations=activations, moment=moment)
         rollout = dict(cache=whole["cache"])
-        return parts | dict(reference=copies) | _larger(update, rollout)
+        return parts | dict(reference=copies, critic=critic * work.critic) | _larger(update, rollout)
     holders = ranks if shard == "full" else min(ranks, of_a_node)
     blocks, around, tower = parts_of(vlm)
     held = [p for block in blocks for p in block] + around
@@ -149,8 +168,10 @@ def memory_of(vlm, work, shard, ranks, of_a_node, optim, twin=False, device=torc
     exchanged = max(_bytes((p for p in block if p.requires_grad), wide) for block in blocks)
     parts = dict(weights=_bytes(tower) + (_bytes(trained, wide) + _bytes(frozen)) // holders,
                  optimizer=2 * _bytes(trained, wide) // holders, reference=copies // holders)
-    update = dict(gradients=_bytes(trained, wide) // holders + exchanged, gathered=gathered * (1 + bool(twin)),
-                  activations=whole["activations"], moment=moment)
+    if work.critic:                         # a copy, whose own part trains as the policy's does, and its moments
+        parts["critic"] = (memory.twin(vlm) - _bytes(trained) + 3 * _bytes(trained, wide)) // holders
+    update = dict(gradients=decoders * _bytes(trained, wide) // holders + exchanged,
+                  gathered=gathered * (decoders + bool(twin)), activations=activations, moment=moment)
     rollout = dict(gathered=_bytes(held), cache=whole["cache"])
     return parts | _larger(update, rollout if work.group else {})
 
@@ -162,7 +183,7 @@ def _larger(update, rollout):
 
 # ---------------------------------------------------------------- seconds
 
-def seconds_of(vlm, work, shard, ranks, card, twin=False):
+def seconds_of(vlm, work, shard, ranks, card):
     """{part: modelled seconds} of a step: rollout, update, and what of the exchange does not hide behind it."""
     matmul = card.flops * EFFICIENCY["matmul"]
     found = {}
@@ -172,10 +193,17 @@ def seconds_of(vlm, work, shard, ranks, card, twin=False):
         found["rollout"] = rollout_seconds(vlm, work, held, card)
     batch = work.batch(work.micro)
     shape = work.shape(work.micro)
-    count = math.ceil(work.prompts / work.micro)
     step = flops.update(vlm, batch, shape) * work.passes + flops.forward(vlm, batch, shape) * work.scored
-    found["update"] = count * (step + flops.encode(vlm, work.micro * work.pictures) * (not work.group)) / matmul
-    found["exchange"] = exchange_seconds(vlm, work, shard, ranks, card, twin)
+    if work.exact:
+        completion_tokens = work.micro * work.group * work.new
+        states = flops.forward(vlm, batch, shape, rows=0)
+        step += work.passes * (states + flops.exact_kl(vlm, vlm, completion_tokens, backward=True))
+    if work.critic:
+        step += flops.forward(vlm, batch, shape, rows=0) + work.passes * flops.update(vlm, batch, shape, rows=0)
+    if not work.group:                      # in reinforcement learning the rollout has encoded them
+        step += flops.encode(vlm, work.micro * work.pictures)
+    found["update"] = work.of_a_pass * step / matmul
+    found["exchange"] = exchange_seconds(vlm, work, shard, ranks, card)
     return found
 
 
@@ -193,7 +221,7 @@ def rollout_seconds(vlm, work, held, card):
     return first / matmul + work.new * a_token
 
 
-def exchange_seconds(vlm, work, shard, ranks, card, twin):
+def exchange_seconds(vlm, work, shard, ranks, card):
     """What ranks send each other in a step, so far as it does not hide behind the computation."""
     if ranks == 1:
         return 0.0
@@ -205,19 +233,21 @@ def exchange_seconds(vlm, work, shard, ranks, card, twin):
     inside = card.inside * EFFICIENCY["exchange"]
     outside = card.outside * EFFICIENCY["exchange"]
     among_all = inside if ranks <= card.of_a_node else outside
+    decoders = 1 + work.critic
     if shard == "none":             # a sum of all gradients, once the last micro-batch is done
-        return 2 * (ranks - 1) / ranks * _bytes(trained, wide) / among_all
+        return 2 * (ranks - 1) / ranks * decoders * _bytes(trained, wide) / among_all
     holders = ranks if shard == "full" else min(ranks, card.of_a_node)
     among_holders = inside if holders <= card.of_a_node else outside
     share = (holders - 1) / holders
-    # A micro-batch gathers weights for its forward and its backward, and scatters gradients; a scoring, and a
-    # reference's forward, gather once more. A rollout begins when all weights are there.
-    gathers = 2 * work.micros + math.ceil(work.prompts / work.micro) * (work.scored + bool(twin))
-    total = share * (gathers * _bytes(held) + work.micros * _bytes(trained, wide)) * shown / among_holders
+    # A micro-batch gathers weights for its forward and its backward, and scatters gradients, a critic's alike; each
+    # scoring, and a reference's forward in the update, gathers once. A rollout begins when all weights are there.
+    scatters = work.micros * decoders
+    gathers = 2 * scatters + work.of_a_pass * (work.scored + work.critic) + work.micros * work.exact
+    total = share * (gathers * _bytes(held) + scatters * _bytes(trained, wide)) * shown / among_holders
     if work.group:
         total += share * _bytes(held) / among_holders
     if holders < ranks:             # hybrid: then the same shards of all nodes are summed
-        total += 2 * work.micros * _bytes(trained, wide) / holders * shown / outside
+        total += 2 * scatters * _bytes(trained, wide) / holders * shown / outside
     return total
 
 
@@ -232,9 +262,10 @@ def text(cfg, stage, vlm, words=60):
     switches = cfg.algorithm
     twin = stage == "rl" and switches.kl_coef and (switches.ref_sync or not c.lora)
     total = sum(p.numel() for p in vlm.parameters())
-    asked_of_a_card = f"{work.prompts} {'prompts' if work.group else 'records'} of {work.tokens} tokens"
+    kind = "prompt" if work.group else "record"
+    asked_of_a_card = f"{_counted(work.prompts, kind)} of {work.tokens} tokens ({words} of them text, assumed)"
     if work.group:
-        asked_of_a_card += f", {work.group} completions of {work.new} tokens each"
+        asked_of_a_card += f", {_counted(work.group, 'completion')} of {work.new} tokens each"
     lines = [f"{stage}, {total / 1e9:.2f} G parameters, a card: {asked_of_a_card}, micro-batches of {work.micro}",
              assumptions(name, card),
              f"{'cards':>7} {'--shard':>7} {'GiB':>7}  {'s a step':>8} {'tokens/s':>9}  by part"]
@@ -244,6 +275,10 @@ def text(cfg, stage, vlm, words=60):
                 continue
             lines.append(row(vlm, work, shard, ranks, card, cfg.optim, twin))
     return "\n".join(lines)
+
+
+def _counted(count, noun):
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def assumptions(name, card):
@@ -259,7 +294,7 @@ def row(vlm, work, shard, ranks, card, optim, twin):
     """A line of the table."""
     planned = memory_of(vlm, work, shard, ranks, card.of_a_node, optim, twin)
     needed = sum(planned.values())
-    seconds = seconds_of(vlm, work, shard, ranks, card, twin)
+    seconds = seconds_of(vlm, work, shard, ranks, card)
     whole = sum(seconds.values())
     tokens = ranks * work.prompts * (work.group * work.new or work.tokens)
     fits = "" if needed <= card.memory else f"  does not fit {card.memory / GIB:.0f} GiB"

@@ -62,18 +62,19 @@ def name():
     return "" if number == "0" else f"rank {number}: "
 
 
-def start(options):
+def start(options, device="auto"):
     """Joins the other ranks, where torchrun has started some; from then on only the first prints.
 
-    Tensors of a CPU travel by gloo, those of a GPU, this rank's own of the node, by NCCL. Raises ValueError where
-    options of several ranks are given without torchrun.
+    Tensors of a CPU travel by gloo, those of a GPU, this rank's own of the node, by NCCL. device: as --device. Raises
+    ValueError where options of several ranks are given without torchrun, and where ranks would share a GPU.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if options.shard != "none":
             raise ValueError(f"--shard={options.shard} must come with torchrun, whose ranks hold the shards")
         return
     backend = "gloo"
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
+        check_gpus(device)
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The watchdog, which knows more to say, comes before this timeout.
@@ -85,6 +86,16 @@ def start(options):
     signal.signal(signal.SIGTERM, _ended)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
+
+
+def check_gpus(device):
+    """Raises ValueError unless each rank of this node can have a GPU of its own, which NCCL asks for."""
+    count = int(os.environ["LOCAL_WORLD_SIZE"])
+    need(device in ("auto", "cuda") or count == 1, "device", device,
+         "be auto, cuda or cpu with several ranks: each takes the GPU of its number in the node")
+    gpus = torch.cuda.device_count()
+    need(count <= gpus, "device", device,
+         f"be cpu where torchrun starts {count} ranks on a machine of {gpus} GPU{'s' * (gpus > 1)}")
 
 
 def _ended(*_):

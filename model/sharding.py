@@ -27,12 +27,21 @@ _checks = False             # whether the ranks' gradients and weights are compa
 
 # ---------------------------------------------------------------- in shards
 
+def ranks_of_a_node():
+    """How many ranks each node has; raises ValueError where nodes differ, since hybrid shards lie alike in all."""
+    counts = {*gather(int(os.environ["LOCAL_WORLD_SIZE"]))}
+    if len(counts) > 1:
+        found = " and ".join(str(count) for count in sorted(counts))
+        raise ValueError(f"--shard=hybrid must come with the same number of ranks in every node, not {found}")
+    return counts.pop()
+
+
 @cache
 def _mesh(kind, device_type):
     """The ranks as FSDP2 wants them: in a row, or, hybrid, a row of nodes that each hold all shards."""
     if kind == "full":
         return init_device_mesh(device_type, (world(),))
-    of_a_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    of_a_node = ranks_of_a_node()
     return init_device_mesh(device_type, (world() // of_a_node, of_a_node), mesh_dim_names=("replicate", "shard"))
 
 

@@ -214,7 +214,7 @@ def main():
     parser.add_argument("--patience", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    parallel.start(parallel.ParallelOptions(patience=options.patience))
+    parallel.start(parallel.ParallelOptions(patience=options.patience), "cpu")       # where the cases' tensors lie
     cases = CASES
     if options.mistake:
         plant(options.mistake)

@@ -82,19 +82,81 @@ def test_what_ranks_send_is_counted_by_the_ring():
     blocks, around, _ = parts_of(vlm)
     held = numbers(p for block in blocks for p in block) + numbers(around)
     shown = 1 - EFFICIENCY["hidden"]
-    assert exchange_seconds(vlm, SFT, "none", 4, SLOW, False) == pytest.approx(2 * 3 / 4 * 4 * held)
-    assert exchange_seconds(vlm, SFT, "none", 8, SLOW, False) == pytest.approx(10 * 2 * 7 / 8 * 4 * held)
+    assert exchange_seconds(vlm, SFT, "none", 4, SLOW) == pytest.approx(2 * 3 / 4 * 4 * held)
+    assert exchange_seconds(vlm, SFT, "none", 8, SLOW) == pytest.approx(10 * 2 * 7 / 8 * 4 * held)
     # Two micro-batches: four times weights in bf16, twice gradients in fp32; a rollout once more, and it waits.
-    assert exchange_seconds(vlm, SFT, "full", 4, SLOW, False) == pytest.approx(3 / 4 * 16 * held * shown)
-    assert exchange_seconds(vlm, RL, "full", 4, SLOW, False) == pytest.approx(3 / 4 * (16 * shown + 2) * held)
-    assert exchange_seconds(vlm, SFT, "hybrid", 8, SLOW, False) == pytest.approx(
+    assert exchange_seconds(vlm, SFT, "full", 4, SLOW) == pytest.approx(3 / 4 * 16 * held * shown)
+    assert exchange_seconds(vlm, RL, "full", 4, SLOW) == pytest.approx(3 / 4 * (16 * shown + 2) * held)
+    assert exchange_seconds(vlm, SFT, "hybrid", 8, SLOW) == pytest.approx(
         3 / 4 * 16 * held * shown + 10 * 2 * 2 * 4 * held / 4 * shown)
+
+
+def test_a_critic_of_its_own_is_a_second_decoder_that_trains():
+    vlm = make_vlm(torch.bfloat16)
+    both = replace(RL, critic=True)
+    alone = memory_of(vlm, RL, "none", 1, 4, OPTIM)
+    found = memory_of(vlm, both, "none", 1, 4, OPTIM)
+    assert found["critic"] == memory.twin(vlm) + alone["gradients"] + alone["optimizer"]
+    blocks, around, _ = parts_of(vlm)
+    held = numbers(p for block in blocks for p in block) + numbers(around)
+    alone = memory_of(vlm, RL, "full", 8, 4, OPTIM)
+    found = memory_of(vlm, both, "full", 8, 4, OPTIM)
+    # fp32 weights and two moments in shards; gradients of a block are there for one decoder at a time.
+    assert found["critic"] == 12 * held // 8
+    assert found["gradients"] == alone["gradients"] + 4 * held // 8
+    assert found["gathered"] == 2 * alone["gathered"] and found["activations"] == 2 * alone["activations"]
+    batch = RL.batch(2)
+    more = flops.update(vlm, batch, (2, 3, 6), rows=0) + flops.forward(vlm, batch, (2, 3, 6), rows=0)
+    assert (seconds_of(vlm, both, "none", 1, SLOW)["update"] - seconds_of(vlm, RL, "none", 1, SLOW)["update"]
+            == pytest.approx(2 * more))
+    # In two micro-batches: gathered four times more, and twice to score; gradients in fp32 twice.
+    more = exchange_seconds(vlm, both, "full", 4, SLOW) - exchange_seconds(vlm, RL, "full", 4, SLOW)
+    assert more == pytest.approx(3 / 4 * (6 * 2 + 2 * 4) * held * (1 - EFFICIENCY["hidden"]))
+
+
+@pytest.mark.parametrize("options, scored, exact, critic", [
+    (dict(), 0, False, False), (dict(epochs=2), 1, False, False), (dict(top_entropy=0.5), 1, False, False),
+    (dict(correct="mask"), 1, False, False), (dict(baseline="critic", std="batch"), 1, False, False),
+    (dict(baseline="critic", std="batch", critic="separate"), 1, False, True), (dict(kl_coef=0.1), 1, False, False),
+    (dict(kl_coef=0.1, kl_in="reward"), 2, False, False), (dict(kl_coef=0.1, kl="exact"), 0, True, False),
+    (dict(kl_coef=0.1, kl="exact", kl_in="reward"), 2, False, False), (dict(critic="separate"), 0, False, False)])
+def test_forwards_are_those_that_score_and_the_update_ask_for(options, scored, exact, critic):
+    work = cards.work_of(change(train.Config(), **options), "rl", 9, 6, 1)
+    assert (work.scored, work.exact, work.critic) == (scored, exact, critic)
+
+
+def test_a_scored_reference_is_gathered_once_one_of_an_exact_kl_once_a_micro_batch():
+    vlm = make_vlm(torch.bfloat16)
+    blocks, around, _ = parts_of(vlm)
+    held = 2 * (numbers(p for block in blocks for p in block) + numbers(around))
+    base = exchange_seconds(vlm, replace(RL, passes=3), "full", 4, SLOW)
+    for options, gathers in ((dict(scored=1), 2), (dict(exact=True), 6)):
+        more = exchange_seconds(vlm, replace(RL, passes=3, **options), "full", 4, SLOW) - base
+        assert more == pytest.approx(3 / 4 * gathers * held * (1 - EFFICIENCY["hidden"]))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--stage=foo"], "--stage=foo: 'foo' must be one of clip, align"),
+    (["--stage=teach"], "--stage=teach must be left"),
+    (["--grid=norm=token"], "--grid=norm=token must be left out beside --plan"), (["--seeds=2"], "--seeds=2 must be"),
+    (["--tune=rl", "--seed=100"], "--tune=rl must be"), (["--bench=step"], "--bench=step must be"),
+    (["--stage=clip", "--plan=h100"], "--plan=h100 must be CARDxN")])
+def test_what_a_plan_cannot_tell_is_refused_in_one_sentence(flags, said, capsys):
+    with pytest.raises(ValueError, match=said):
+        train.main(["--plan=h100x8", *flags])
+    assert not capsys.readouterr().out
+
+
+def test_of_clip_a_plan_says_that_it_has_no_table(capsys):
+    train.main(["--plan=h100x8", "--stage=clip"])
+    assert capsys.readouterr().out.startswith("clip: no table")
 
 
 def test_the_table_names_its_assumptions_and_what_does_not_fit(capsys):
     train.main(["--preset=llava-1.5-7b", "--stage=rl", "--plan=h100x16"])
     title, assumed, _, *rows = capsys.readouterr().out.splitlines()
-    assert title.startswith("rl, 7.05 G parameters, a card: 1 prompts of 636 tokens, 8 completions of 128 tokens each")
+    assert title.startswith("rl, 7.05 G parameters, a card: 1 prompt of 636 tokens (60 of them text, assumed), "
+                            "8 completions of 128 tokens each")
     assert "modelled from assumed peaks" in assumed
     assert [tuple(row.split()[:2]) for row in rows] == [
         ("1", "none"), ("8", "none"), ("8", "full"), *((str(count), shard) for count in (16, 64, 1024)

@@ -37,8 +37,8 @@ def test_every_combination_is_a_cell_the_last_option_fastest():
 
 @pytest.mark.parametrize("text, said", [
     ("norm", "must hold NAME=VALUE,VALUE;..: 'norm' is none"), ("norm=", "'norm=' is none"),
-    ("norn=token", "must name options of train.py; 'norn' is none"), ("seed=1,2", "'seed' does not"),
-    ("threads=1,2", "must name options that change what is learned; 'threads' does not"),
+    ("norn=token", "must name options of train.py; 'norn' is none"), ("seed=1,2", "'seed' is none"),
+    ("threads=1,2", "must name options that a cell may set; 'threads' is none"), ("shard=none,full", "'shard' is none"),
     ("norm=token;norm=group", "must hold the values of norm once"), ("norm=token,token", "each value of norm once"),
     ("kl_coef=much", "--kl-coef=much must be a number"), ("", "'' is none")])
 def test_what_is_no_grid_is_one_sentence(text, said):

@@ -15,8 +15,9 @@ import torch
 
 import ranks
 import train
-from model import watchdog
+from model import parallel, sharding, watchdog
 from model.runs import checkpoint
+from model.runs.config import change
 from tiny import difference
 
 ROOT = Path(train.__file__).parent
@@ -191,9 +192,9 @@ def test_where_no_rank_gets_on_all_are_named_those_together_that_are_at_one_plac
 # ---------------------------------------------------------------- runs
 
 # Few steps, but completions that differ, so that reinforcement learning has something to learn from.
-RUN = ["--preset=tiny", "--compare=none", "--clip-steps=4", "--align-steps=4", "--sft-steps=4", "--cot-steps=30",
-       "--cot-lr=1e-2", "--forget-close=0.5", "--gated=False", "--max-new=16", "--rl-steps=6", "--save-every=2",
-       "--eval-greedy=4", "--eval-sampled=2", "--threads=1", "--dtype=float64"]
+RUN = ["--preset=tiny", "--device=cpu", "--compare=none", "--clip-steps=4", "--align-steps=4", "--sft-steps=4",
+       "--cot-steps=30", "--cot-lr=1e-2", "--forget-close=0.5", "--gated=False", "--max-new=16", "--rl-steps=6",
+       "--save-every=2", "--eval-greedy=4", "--eval-sampled=2", "--threads=1", "--dtype=float64"]
 
 
 def tensors_of(value, name=""):
@@ -334,3 +335,46 @@ def test_a_run_is_resumed_by_another_number_of_ranks(runs, before, after, tmp_pa
 def test_options_of_ranks_that_cannot_work_are_refused_in_one_sentence(flag, said):
     with pytest.raises(ValueError, match=said):
         train.main([flag])
+
+
+@pytest.mark.parametrize("options", [dict(seeds=2), dict(grid="norm=token"), dict(tune="rl", seed=100),
+                                     dict(bench="step"), dict(explain=1, stage="rl"), dict(stage="teach")])
+def test_what_one_process_does_is_refused_on_several_ranks(options, monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(ValueError, match="must come without torchrun: it runs as one process"):
+        train.check_ranks(change(train.Config(), **options))
+
+
+def test_hybrid_shards_want_nodes_of_the_same_size(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(sharding, "gather", lambda mine: [mine] * 4)
+    assert sharding.ranks_of_a_node() == 4
+    monkeypatch.setattr(sharding, "gather", lambda mine: [mine] * 4 + [2, 2])
+    monkeypatch.setattr(parallel, "world", lambda: 6)
+    with pytest.raises(ValueError, match="the same number of ranks in every node, not 2 and 4"):
+        train.check_ranks(change(train.Config(), shard="hybrid"))
+
+
+@pytest.mark.parametrize("device, count, said", [
+    ("auto", 4, "--device=auto must be cpu where torchrun starts 4 ranks on a machine of 2 GPUs"),
+    ("cuda:1", 2, "--device=cuda:1 must be auto, cuda or cpu"), ("auto", 2, ""), ("cuda", 2, ""), ("cuda:1", 1, ""),
+    ("cpu", 4, "")])
+def test_ranks_take_gpus_only_where_the_device_is_one(device, count, said, monkeypatch):
+    class Joined(Exception):
+        pass
+
+    def join(backend, **options):
+        raise Joined(backend)
+
+    taken = []
+    for name, value in dict(TORCHELASTIC_RUN_ID="x", RANK=1, LOCAL_RANK=1, WORLD_SIZE=count,
+                            LOCAL_WORLD_SIZE=count).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(watchdog, "store_of_torchrun", lambda *_: None)
+    monkeypatch.setattr(parallel.dist, "init_process_group", join)
+    with pytest.raises(ValueError if said else Joined, match=said or ("gloo" if device == "cpu" else "nccl")):
+        parallel.start(parallel.ParallelOptions(), device)
+    assert taken == ([] if said or device == "cpu" else [1])

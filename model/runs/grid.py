@@ -25,8 +25,8 @@ def read_cells(cfg, text):
         need(equals and listed, "grid", text, f"hold NAME=VALUE,VALUE;..: {part!r} is none")
         need(name in known, "grid", text, f"name options of train.py; {name!r} is none")
         group, option = known[name]
-        need(group not in ("run", "machine", "inspect"), "grid", text, f"name options that change what is learned; "
-             f"{name!r} does not")
+        need(group not in ("run", "machine", "parallel", "inspect"), "grid", text,
+             f"name options that a cell may set; {name!r} is none")
         need(name not in values, "grid", text, f"hold the values of {name} once")
         words = listed.split("|" if "|" in listed else ",")
         values[name] = [parse_value(flag(name)[2:], option.type, word.strip()) for word in words]
