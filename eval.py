@@ -12,6 +12,7 @@
 """
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -681,33 +682,55 @@ def generalisation_rows(folder, cfg, contenders, tests, scores, probes):
 
 TESTS_SHOWN = 24            # prompts of each split
 MOST_LOOKS = 2000           # completions, newest first, whose attention is computed
+PART_OF_RUN = re.compile("(cell-[0-9]+-)?seed-[0-9]+")      # folders of --seeds and --grid
 
 
 def inspect(cfg):
-    """--inspect: inspect.html of run folders, in the first of them; a folder of seeds stands for its seeds' runs."""
+    """--inspect: inspect.html of run folders, in the first of them; a folder of seeds or of a grid stands for the runs
+    in it."""
     folders = run_folders(cfg.what.inspect)
+    names = run_names(folders, "," in cfg.what.inspect)
     runs = []
-    for folder in folders:
+    for folder, name in zip(folders, names):
         lines = inspector.read_rollouts(folder)
         config = read_config(folder)
         if cfg.what.attention:
             add_attention(folder, config, lines, cfg.what)
         scores, asked = tests_of(folder, config, cfg)
-        runs.append(inspector.InspectedRun(folder.name, lines, asked, scores))
-    html = inspector.inspector_page(f"Rollouts of {', '.join(folder.name for folder in folders)}", runs)
+        runs.append(inspector.InspectedRun(name, lines, asked, scores))
+    html = inspector.inspector_page(f"Rollouts of {', '.join(names)}", runs)
     path = Path(cfg.what.inspect.split(",")[0]) / "inspect.html"
     checkpoint.write_atomically(path, lambda file: file.write(html))
-    groups = sum(len(run.lines) for run in runs)
-    print(f"wrote {path}: {groups} groups of {len(runs)} runs, {len(html) / 1e6:.1f} MB")
+    groups = sum(len(run.lines) + len(run.tests()) for run in runs)
+    of_groups = f"{groups} group{'s' if groups != 1 else ''}"
+    of_runs = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
+    print(f"wrote {path}: {of_groups} of {of_runs}, {len(html) / 1e6:.1f} MB")
 
 
 def run_folders(names):
-    """RUN,RUN2,.. -> run folders."""
+    """RUN,RUN2,.. -> run folders; those in a folder of seeds or of a grid by their numbers, since when they were
+    written depends on --jobs."""
     folders = []
     for name in names.split(","):
-        seeds = sorted(Path(name).glob(f"seed-*/{inspector.FILE}"), key=lambda path: path.stat().st_mtime)
-        folders += [path.parent for path in seeds] or [Path(name)]
+        parts = []
+        for path in Path(name).glob(f"*/{inspector.FILE}"):
+            if PART_OF_RUN.fullmatch(path.parent.name):
+                parts.append(path.parent)
+        parts.sort(key=lambda folder: [int(digits) for digits in re.findall("[0-9]+", folder.name)])
+        folders += parts or [Path(name)]
     return folders
+
+
+def run_names(folders, several):
+    """Run folders -> what the page calls them. several: whether more than one was given; then seeds and cells, which
+    are called the same in all folders, stand behind the name of their folder."""
+    paths = [folder.resolve() for folder in folders]
+    known = [path.name for path in paths]
+    names = []
+    for path in paths:
+        is_common = PART_OF_RUN.fullmatch(path.name) or known.count(path.name) > 1
+        names.append(f"{path.parent.name}/{path.name}" if several and is_common else path.name)
+    return names
 
 
 def tests_of(folder, config, cfg):
@@ -732,10 +755,14 @@ def tests_of(folder, config, cfg):
 def add_attention(folder, config, lines, options):
     """Adds to lines of a run's rollouts where the finished model of their stage looks as it reads what was answered:
     "look" of a group, how its picture was fitted; of a completion {number of an answer's token: attention to each
-    patch, in thousandths}."""
+    patch, in thousandths}. The newest stage comes first, and of a stage the newest groups; a model of which no group
+    is left is not loaded."""
     device = pick_device(options.device)
-    counted = 0
-    for stage in dict.fromkeys(line["stage"] for line in lines):
+    left = MOST_LOOKS
+    for stage in dict.fromkeys(line["stage"] for line in reversed(lines)):
+        chosen = newest_of(lines, stage, left)
+        if not chosen:
+            continue
         path = folder / f"{stage}.pt"
         if not path.exists():
             print(f"no attention of {stage}: it is not finished")
@@ -745,9 +772,7 @@ def add_attention(folder, config, lines, options):
         if vlm.config.projector == "resampler":
             print(f"no attention of {stage}: the tokens of its resampler are no patches")
             continue
-        for line in reversed([line for line in lines if line["stage"] == stage and line["pictures"]]):
-            if counted >= MOST_LOOKS:
-                break
+        for line in chosen:
             line["look"] = dict(side=side, fit=vlm.config.image_fit)
             batch = prompts(vlm, tok, [inspector.sample_of(line)], state["method"], config["template"])
             for completion in line["completions"]:
@@ -755,7 +780,20 @@ def add_attention(folder, config, lines, options):
                 completion["look"] = {}
                 for at in inspector.answer_tokens(completion["tokens"]):
                     completion["look"][at] = (1000 * looks[at]).round().int().tolist()
-                counted += 1
+                left -= 1
+
+
+def newest_of(lines, stage, most):
+    """Lines of rollouts -> the newest groups with pictures of a stage, newest first, with at most so many
+    completions."""
+    chosen = []
+    for line in reversed(lines):
+        if line["stage"] == stage and line["pictures"]:
+            most -= len(line["completions"])
+            if most < 0:
+                break
+            chosen.append(line)
+    return chosen
 
 
 def with_runs_joined(argv):

@@ -85,7 +85,7 @@ from rl.report import grid as grid_report
 from rl.report import page
 from rl.report import seeds as seeds_report
 from rl.report import statistics
-from rl.report.log import read_log
+from rl.report.log import read_log, read_rows
 from rl.report.matched import frontier, matched_text
 from rl.rewards import RewardOptions, Rewards, correctness
 from rl.rewards import format as format_reward
@@ -1666,11 +1666,15 @@ def train_and_compare(run, notes):
 
 
 def show_page(run, stopped=""):
-    """report.html of a run that is not evaluated: what its log tells. stopped: what ended it, "" if nothing did."""
+    """report.html of a run that is not evaluated: what its log tells. stopped: what ended it, "" if nothing did.
+    A page that cannot be made is noted."""
     if not run.is_writer:
         return
-    html = page.run_page(run.folder.name, page.gather(run.folder, stopped=stopped))
-    write_bytes(run.folder / "report.html", html)
+    try:
+        html = page.run_page(run.folder.name, page.gather(run.folder, stopped=stopped))
+        write_bytes(run.folder / "report.html", html)
+    except Exception as error:      # any: a damaged file must neither end a run nor hide what ended it
+        print(f"no report.html: {type(error).__name__}: {first_line(error)}")
 
 
 def train_stage(run, stage, name, cfg):
@@ -2004,7 +2008,7 @@ def grid(cfg):
             run_all(__file__, unfinished(configs, run.folder), cfg.run.jobs, run.folder)
         names = [name_of(cell) for cell in cells]
         rows = grid_report.collect(run.folder, runs)
-        entries = json.loads((run.folder / "environment.json").read_text())
+        entries = read_rows(run.folder / "environment.json")
         write_bytes(run.folder / "report.html",
                     grid_report.grid_page(run.folder.name, run.folder, rows, cells, names, entries))
         write_json(run.folder / "results.json", rows)

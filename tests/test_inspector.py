@@ -1,6 +1,7 @@
 """inspect.html in a headless Chromium: what it shows, its filters and keys; and that hostile texts do nothing to it."""
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -177,6 +178,9 @@ def test_a_word_and_the_search(page, field, text, wanted):
     assert count(page) == wanted
     hits = page.run("document.querySelectorAll('.card.hit').length")
     assert (hits > 0) == (wanted > 0 and not text.startswith(("at", "step")))       # those stand in no completion
+    assert (page.run("byId('detail').textContent") == "No group passes the filters.") == (wanted == 0)
+    page.run(f"byId('{field}').value = ''; byId('{field}').oninput()")
+    assert page.run("chosen !== null") and count(page) == 1250
 
 
 @needs_chromium
@@ -208,7 +212,7 @@ def test_keys_move_through_groups_colours_tokens(page):
     assert page.run("document.querySelector('.here').at") == 1
     assert "token 2 of 7" in page.run("byId('values').textContent")
     page.press("/")
-    page.press("j")                     # into the field: no group further
+    page.press("k")                     # into the field, and in every text: no group back
     assert page.run("document.activeElement.id") == "search" and page.run("chosen.number") == 1
     page.press("Escape")
     page.press("?")
@@ -382,8 +386,8 @@ def test_a_line_gives_back_what_was_asked(tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--inspect=absent"], "--inspect=absent must be a run folder with a rollouts.jsonl, as train.py writes it unless "
-     "--inspect-every=0; there is none"),
+    (["--inspect=absent"], "--inspect=absent must be a run folder with a rollouts.jsonl, as train.py writes it in one "
+     "process unless --inspect-every=0; there is none, and runs of several processes write none"),
     (["--inspect=a", "--checkpoint=b"], "--inspect=a reads run folders and takes no --checkpoint= or --llava="),
     (["--attention"], "--attention has no effect without --inspect=, the page that shows it")])
 def test_what_cannot_be_inspected_is_one_sentence(flags, said):
@@ -397,8 +401,55 @@ def test_several_runs_and_folders_of_seeds_are_named_one_after_the_other(tmp_pat
         (tmp_path / name / FILE).write_text(json.dumps(line(0, "what ?", [completion(["a"])])) + "\n")
         write_json(tmp_path / name / "config.json", {})
     evaluation.main([f"--inspect={tmp_path / 'one'}", str(tmp_path / "many")])
-    assert page_data(tmp_path / "one" / "inspect.html")["runs"] == ["one", "seed-0", "seed-1"]
-    assert "3 groups of 3 runs" in capsys.readouterr().out
+    assert page_data(tmp_path / "one" / "inspect.html")["runs"] == ["one", "many/seed-0", "many/seed-1"]
+    assert "3 groups of 3 runs," in capsys.readouterr().out
+    evaluation.main([f"--inspect={tmp_path / 'many'}"])
+    assert page_data(tmp_path / "many" / "inspect.html")["runs"] == ["seed-0", "seed-1"]
+    evaluation.main([f"--inspect={tmp_path / 'one'}"])
+    assert "1 group of 1 run," in capsys.readouterr().out
+
+
+def test_cells_and_seeds_come_by_their_numbers_whenever_they_were_written(tmp_path):
+    wanted = ["cell-1-seed-2", "cell-1-seed-10", "cell-2-seed-2", "cell-10-seed-2"]
+    for name in (*reversed(wanted), "shared-seed-2", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FILE).touch()
+    folders = evaluation.run_folders(str(tmp_path))
+    assert [folder.name for folder in folders] == wanted
+    assert evaluation.run_names(folders[:2], several=False) == wanted[:2]
+    same = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]
+    assert evaluation.run_names(same, several=True) == ["a/run", "b/run", "c"]
+
+
+def test_tests_are_counted_as_groups(tmp_path):
+    samples = [Sample(question=name, answer="two") for name in "ab"]
+    raw = {"text": ["<answer> two</answer>"], "right": [[1]]}
+    run = InspectedRun("a", [], {"id": samples, "walk3": samples}, {"teacher": {"id": raw}, "rl": {"id": raw}})
+    path = tmp_path / "inspect.html"
+    path.write_bytes(inspector_page("Some", [run]))
+    assert len(run.tests()) == len(page_data(path)["groups"]) == 1
+
+
+def test_attention_is_spent_on_the_newest_stage_first(tmp_path, monkeypatch):
+    lines = []
+    for stage, count in (("old", 2), ("middle", 3), ("new", 2)):
+        (tmp_path / f"{stage}.pt").touch()
+        lines += [line(step, stage=stage, pictures=["p"], completions=[completion(["a"]), completion(["b"])])
+                  for step in range(count)]
+    loaded = []
+
+    def load_vlm(path, device):
+        loaded.append(path.stem)
+        config = SimpleNamespace(image_tokens=9, projector="mlp", image_fit="crop")
+        return SimpleNamespace(config=config), None, {"method": "think"}
+    monkeypatch.setattr(evaluation, "load_vlm", load_vlm)
+    monkeypatch.setattr(evaluation, "prompts", lambda *asked: None)
+    monkeypatch.setattr(evaluation, "looked_at", lambda *asked: None)
+    monkeypatch.setattr(evaluation.inspector, "sample_of", lambda line: None)
+    monkeypatch.setattr(evaluation, "MOST_LOOKS", 9)
+    evaluation.add_attention(tmp_path, {"template": ""}, lines, SimpleNamespace(device="cpu"))
+    looked = [(one["stage"], one["step"]) for one in lines if "look" in one]
+    assert looked == [("middle", 1), ("middle", 2), ("new", 0), ("new", 1)] and loaded == ["new", "middle"]
 
 
 def test_every_value_that_a_run_records_is_explained(tmp_path):

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,8 +218,25 @@ def test_an_entry_says_on_what_a_run_was_made(tmp_path):
     html = run_page("x", gathered).decode()
     assert "rl_steps" in html and "150" in html and entry["processor"][:5] in html and "a note" in html
     (tmp_path / "environment.json").write_text("[{")
+    assert gather(tmp_path)["environment"] == []
     add(tmp_path, entry)
     assert len(gather(tmp_path)["environment"]) == 1
+
+
+def test_a_page_that_cannot_be_made_is_noted_and_ends_no_run(tmp_path, capsys):
+    run = SimpleNamespace(folder=tmp_path, is_writer=True)
+    (tmp_path / "environment.json").write_text("[{")
+    train.show_page(run, "loss is not finite")
+    assert "The run stopped: loss is not finite" in (tmp_path / "report.html").read_text()
+    assert capsys.readouterr().out == ""
+    (tmp_path / "log.jsonl").write_text("torn\n{}\n")
+    train.show_page(run)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "environment.json").write_text('["damaged"]')
+    train.show_page(run)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("no report.html: ValueError: ") and "line 1: not JSON" in first
+    assert second.startswith("no report.html: TypeError: ")
 
 
 def test_without_git_a_run_has_no_commit(monkeypatch, tmp_path):

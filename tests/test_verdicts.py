@@ -68,6 +68,13 @@ def test_coverage_by_hand():
     assert verdict.measures["pass@k"].value == 0.0 and verdict.numbers == {"k": 4, "half": 2}
 
 
+def test_a_half_of_one_sample_is_one_sample():
+    start = {"right": [[0, 0]] * 20}
+    verdict = sharpening(start, {"right": [[1, 1]] * 20})
+    assert verdict.finding == "capability" and "did not solve in 1 sample it solves" in verdict.sentence("b", "a", "id")
+    assert "did not solve in 1 sample." in sharpening(start, start).sentence("b", "a", "id")
+
+
 def test_one_completion_a_prompt_has_no_such_verdict():
     one = {"right": [[1]] * 20}
     assert sharpening(one, one).finding == "not measured"
@@ -148,6 +155,35 @@ def test_a_model_that_is_never_right_but_sees_is_not_called_blind(seed):
         texts = seeing(np.random.default_rng(seed), 1.0)(samples, beginnings)
         return [text.replace("<answer> ", "<answer> minus ") for text in texts]
     assert looking(look(contrary, scene_samples(seed=seed), PIXELS, 2)).finding == "not shown"
+
+
+def silent(samples, beginnings):
+    return [""] * len(samples)
+
+
+def test_a_model_that_never_answers_is_not_judged():
+    assert looking(look(silent, scene_samples(), PIXELS, 2)).finding == "not measured"
+    unanswered = {"right": [0] * 50, "answer": [""] * 50}
+    thoughts = dict.fromkeys(("own", "removed", "replaced", "cut"), unanswered) | {"donor": ["1"] * 50}
+    assert thinking(thoughts).finding == "not measured"
+
+
+def test_only_prompts_that_are_answered_both_times_count_as_changed_or_not():
+    looks = look(blind, scene_samples(), PIXELS, 2)
+    answers = looks["shuffled"]["answer"]
+    looks["shuffled"]["answer"] = ["2"] + answers[1:100] + [""] * 100
+    assert looking(looks).measures["changed"].n == 100 and looking(looks).measures["changed"].value == 0.01
+    looks["shuffled"]["answer"] = answers[:9] + [""] * 191
+    assert looking(looks).finding == "not measured"
+
+
+def test_a_model_that_is_right_only_with_its_picture_looks_even_if_it_says_nothing_without():
+    samples = scene_samples()
+    looks = look(seeing(np.random.default_rng(0)), samples, PIXELS, 2)
+    for name in ("blanked", "shuffled"):
+        looks[name] = {"right": [0] * len(samples), "answer": [""] * len(samples)}
+    found = looking(looks)
+    assert found.finding == "looks" and "{" not in found.sentence("rl", "", "id")
 
 
 def reading(rng, slips=0.03):
@@ -330,6 +366,8 @@ def test_without_a_start_what_needs_one_is_left_out():
     main, _ = run_of(0)
     found = verdicts({"rl": main}, "", "rl", {})
     assert {row["question"] for row in found} == {"looking", "thinking", "reflection"}
+    text = verdicts_text(found)
+    assert text.startswith("What answers of rl depend on, split id:\n  looking: ") and "gain" not in text
     assert verdicts({"cot": main}, "", "rl", {}) == []
     assert start_of(["before", "cot", "rl"], "rl") == "cot" and start_of(["base", "cot"], "cot") == "base"
     assert start_of(["rl"], "rl") == ""

@@ -102,8 +102,15 @@ function filter() {
   byId("count").textContent = `${shown.length} of ${data.groups.length} groups, ${completions} completions`;
   byId("space").style.height = `${shown.length * ROW}px`;
   drawList();
-  if (shown.length && !shown.includes(chosen)) choose(shown[0]);
-  else drawDetail();
+  if (shown.length && !shown.includes(chosen)) {
+    choose(shown[0]);
+    return;
+  }
+  if (!shown.length) {
+    chosen = null;
+    byId("list").removeAttribute("aria-activedescendant");
+  }
+  drawDetail();
 }
 
 // Whether a text is one of those that a word or a search asked for.
@@ -192,7 +199,8 @@ function drawDetail() {
   detail.replaceChildren();
   hideValues();
   if (chosen === null) {
-    detail.append(make("p", "quiet", "Nothing is recorded here."));
+    const why = data.groups.length ? "No group passes the filters." : "Nothing is recorded here.";
+    detail.append(make("p", "quiet", why));
     return;
   }
   const prompt = data.prompts[chosen.prompt];
@@ -441,7 +449,8 @@ function step(card, by) {
 
 function makeLook(card) {
   const button = make("button", "", "where it looked");
-  button.title = "attention of the stage's finished model, mean over blocks and heads, as it predicts the answer's tokens";
+  button.title = "attention of the stage's finished model, mean over blocks and heads, "
+    + "as it predicts the answer's tokens";
   button.setAttribute("aria-pressed", "false");
   button.onclick = () => {
     const on = button.getAttribute("aria-pressed") === "false";

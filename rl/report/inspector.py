@@ -56,14 +56,28 @@ class InspectedRun:
     asked: dict = field(default_factory=dict)
     scores: dict = field(default_factory=dict)
 
+    def tests(self):
+        """(split, place, sample, {method: raw scores}) of the samples that any method answered."""
+        found = []
+        for split, samples in self.asked.items():
+            for place, sample in enumerate(samples):
+                answers = {}
+                for method, splits in self.scores.items():
+                    raw = splits.get(split, {})
+                    if place < len(raw.get("text", ())):
+                        answers[method] = raw
+                if answers:
+                    found.append((split, place, sample, answers))
+        return found
+
 
 def read_rollouts(folder):
     """The lines of a run's rollouts.jsonl; a last one that a kill cut off is skipped. Raises ValueError without the
     file."""
     path = Path(folder) / FILE
     if not path.exists():
-        raise ValueError(f"--inspect={folder} must be a run folder with a {FILE}, as train.py writes it unless "
-                         "--inspect-every=0; there is none")
+        raise ValueError(f"--inspect={folder} must be a run folder with a {FILE}, as train.py writes it in one "
+                         "process unless --inspect-every=0; there is none, and runs of several processes write none")
     return read_log(path)
 
 
@@ -143,20 +157,13 @@ def tested(run, number, prompts):
     the others'."""
     rewards = Rewards(RewardOptions(rewards="correctness:1,format:0"))      # for its reasons
     groups = []
-    for split, samples in run.asked.items():
-        for place, sample in enumerate(samples):
-            completions = []
-            for method, splits in run.scores.items():
-                raw = splits.get(split, {})
-                if place < len(raw.get("text", ())):
-                    completions.append(answered(method, sample, raw, place, rewards))
-            if not completions:
-                continue
-            pictures = [thumbnail(image) for image in sample.images]
-            key = prompt_key(sample, pictures)
-            prompts.setdefault(key, dict(id=sample.id, question=sample.question, gold=sample.answer,
-                                         source=sample.source, pictures=pictures))
-            groups.append(dict(run=number, method="tests", role=split, prompt=key, flat=False, completions=completions))
+    for split, place, sample, answers in run.tests():
+        completions = [answered(method, sample, raw, place, rewards) for method, raw in answers.items()]
+        pictures = [thumbnail(image) for image in sample.images]
+        key = prompt_key(sample, pictures)
+        prompts.setdefault(key, dict(id=sample.id, question=sample.question, gold=sample.answer, source=sample.source,
+                                     pictures=pictures))
+        groups.append(dict(run=number, method="tests", role=split, prompt=key, flat=False, completions=completions))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""log.jsonl of a run, read back, and the mean of the logs of several seeds."""
+"""log.jsonl and other files of a run, read back, and the mean of the logs of several seeds."""
 import json
 from pathlib import Path
 
@@ -21,6 +21,15 @@ def read_log(path):
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: not JSON: {line[:80]!r}") from None
     return log
+
+
+def read_rows(path):
+    """What a JSON file of a run holds; [] without the file, and of one that a full or damaged disk left torn: no report
+    is worth the run that it is about."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return []
 
 
 def mean_log(logs):

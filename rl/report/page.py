@@ -6,14 +6,13 @@ curves to hover, samples, tables, and what was run.
 
 Every part that a folder has nothing for is left out, so that the page of a run that stopped is one, too.
 """
-import json
 import re
 from pathlib import Path
 
 from rl.metrics import DEFINITIONS
 from rl.report.alarms import alarms
 from rl.report.charts import Charts
-from rl.report.log import mean_log, read_log
+from rl.report.log import mean_log, read_log, read_rows
 from rl.report.samples import STYLE as SAMPLES_STYLE
 from rl.report.samples import section
 from rl.report.statistics import (decoding_title, decodings_of, main_decoding, main_split, over_seeds, result_lines,
@@ -57,8 +56,7 @@ def gather(folder, **given):
     folder = Path(folder)
     found = {}
     for name in FILES:
-        path = folder / f"{name}.json"
-        found[name] = json.loads(path.read_text()) if path.exists() else []
+        found[name] = read_rows(folder / f"{name}.json")
     found |= given
     found["seeds"] = max(1, len({row.get("seed") for row in found["results"]}))
     runs = sorted(folder.glob("seed-*/log.jsonl"))

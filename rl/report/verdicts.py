@@ -1,6 +1,6 @@
 """What a run shows beside its accuracy, each question answered by a fixed rule over intervals, or "not shown".
 
-    found = verdicts(scores, "cot", "grpo_token", probed)      # for verdicts.json
+    found = verdicts(scores, "cot", "grpo_token", measured)    # for verdicts.json
     print(verdicts_text(found))
 
     sharpening   is the model right more often on what its start could already solve, or on prompts that it could not?
@@ -10,7 +10,7 @@
     reflection   are completions with a word of reflection right more often than others of the same prompt?
 
 Raw scores as in rl/report/statistics.py; besides, of each completion (n, G), agrees, whether the thought ends in the
-answer, and reflects, whether it holds a word of reflection. probed: what rl/probes.py measured.
+answer, and reflects, whether it holds a word of reflection. measured: by rl/interventions.py.
 
 A rule finds a difference where its 95 % interval over prompts lies on one side of 0, and no difference worth the name
 where it lies below MARGIN. All else is "not shown". Intervals are over prompts, one model each, and not corrected for
@@ -35,11 +35,11 @@ SENTENCES = {
         "On {where} {main} is right more often than {start}, pass@1 {pass@1}, while pass@{k} differs by {pass@k}, less "
         "than {margin} points more: the gain lies on prompts that {start} solves within {k} samples.",
     ("sharpening", "capability"):
-        "On {where} {main} solves prompts that {start} does not: of those that {start} solved in none of {half} "
-        "samples it solves more in another {half} than {start} itself, by {new}, and pass@{k} differs by {pass@k}.",
+        "On {where} {main} solves prompts that {start} does not: of those that {start} did not solve in {half} {tries} "
+        "it solves more in as many others than {start} itself, by {new}, and pass@{k} differs by {pass@k}.",
     ("sharpening", NOT_SHOWN):
         "On {where} neither is shown: {main} less {start} is {pass@1} in pass@1, {pass@k} in pass@{k}, and {new} on "
-        "prompts that {start} solved in none of {half} samples.",
+        "prompts that {start} did not solve in {half} {tries}.",
     ("form", "more than form"):
         "On {where} {main} is right more often than {start} among well-formed completions of the same prompts, too: "
         "{formed}; among all completions {all}.",
@@ -114,6 +114,7 @@ class Verdict:
         if self.finding == NOT_MEASURED:
             return f"On {where} nothing was measured of it."
         words = {name: str(measure) for name, measure in self.measures.items()}
+        words["tries"] = "sample" if self.numbers.get("half") == 1 else "samples"
         template = SENTENCES[self.question, self.finding]
         return template.format(main=main, start=start, where=where, margin=f"{100 * MARGIN:g}", **self.numbers, **words)
 
@@ -256,7 +257,8 @@ def looking(looks):
     """{"as it is", "blanked", "shuffled", "masked": {right, answer}, "gold": .., "kind": ..}, (n,) each -> Verdict.
 
     A model that answers each kind of question by its commonest answer earns `constant` without a look. Answers that do
-    not change at all with the picture are asked for besides: a model that is never right loses nothing by a blank.
+    not change at all with the picture are asked for besides: a model that is never right loses nothing by a blank, and
+    one that hardly ever answers shows nothing by answers that stay empty.
     """
     if not looks or len(looks["gold"]) < LEAST:
         return not_measured("looking")
@@ -267,11 +269,15 @@ def looking(looks):
     measures = {name: share(values) for name, values in right.items()}
     for name in ("blanked", "shuffled", "masked"):
         measures[f"less {name}"] = difference(right["as it is"] - right[name])
-    measures["changed"] = share(_changed(looks["as it is"], looks["shuffled"]))
+    changed = _changed(looks["as it is"], looks["shuffled"])
+    if len(changed):
+        measures["changed"] = share(changed)
     measures["constant"] = Measure(constant, None, None, len(looks["gold"]))
     finding = NOT_SHOWN
     if is_above(measures["less blanked"]) and is_above(measures["less shuffled"]):
         finding = "looks"
+    elif len(changed) < LEAST:
+        return not_measured("looking")
     elif all(is_small(measures[name]) for name in ("less blanked", "less shuffled", "changed")):
         finding = "does not look"
     return Verdict("looking", finding, measures, {})
@@ -290,7 +296,9 @@ def thinking(thoughts, main=None):
     measures = {name: share(values) for name, values in right.items()}
     for name in ("replaced", "removed", "cut"):
         measures[f"less {name}"] = difference(right["own"] - right[name])
-    measures["changed"] = share(_changed(thoughts["own"], thoughts["replaced"]))
+    changed = _changed(thoughts["own"], thoughts["replaced"])
+    if len(changed):
+        measures["changed"] = share(changed)
     follows = np.array(thoughts["replaced"]["answer"]) == np.array(thoughts["donor"])
     measures["follows"] = share(follows.astype(float))
     if main and "agrees" in main:
@@ -301,14 +309,20 @@ def thinking(thoughts, main=None):
     finding = NOT_SHOWN
     if is_above(measures["less replaced"]):
         finding = "matters"
+    elif len(changed) < LEAST:
+        return not_measured("thinking")
     elif all(is_small(measures[name]) for name in ("less replaced", "less removed", "less cut", "changed")):
         finding = "decorative"
     return Verdict("thinking", finding, measures, {})
 
 
 def _changed(one, other):
-    """{right, answer} twice -> (n,): whether the answers differ."""
-    return (np.array(one["answer"]) != np.array(other["answer"])).astype(float)
+    """{right, answer} twice -> (m,): whether the answers differ, of the m prompts that are answered both times: two
+    empty answers are no unchanged one."""
+    first = np.array(one["answer"])
+    second = np.array(other["answer"])
+    answered = (first != "") & (second != "")
+    return (first != second)[answered].astype(float)
 
 
 # ---------------------------------------------------------------- all of them
@@ -318,9 +332,9 @@ def start_of(methods, main):
     return next((name for name in STARTS if name in methods and name != main), "")
 
 
-def verdicts(scores, start, main, probed, seed=0):
-    """scores: method -> split -> raw scores; start, main: methods, start "" for none; probed: {method: {"looking": ..,
-    "thinking": ..}} on the split that is like training -> rows of verdicts.json, a split and question each."""
+def verdicts(scores, start, main, measured, seed=0):
+    """scores: method -> split -> raw scores; start, main: methods, start "" for none; measured: {method: {"looking":
+    .., "thinking": ..}} on the split that is like training -> rows of verdicts.json, a split and question each."""
     if main not in scores:
         return []
     decoding = main_decoding_of(scores[main])
@@ -333,7 +347,7 @@ def verdicts(scores, start, main, probed, seed=0):
         if before:
             judged += [sharpening(before, raw), form(before, raw)]
         if split == home:
-            of_main = probed.get(main, {})
+            of_main = measured.get(main, {})
             judged += [looking(of_main.get("looking")), thinking(of_main.get("thinking"), raw)]
         judged.append(reflection(raw))
         where = f"{split}, {decoding_title(decoding)},"
@@ -352,8 +366,11 @@ def verdicts_text(found):
     if not found:
         return ""
     home = main_split(list(dict.fromkeys(row["split"] for row in found)))
-    lines = ["What the gain is made of, by fixed rules over 95 % intervals over prompts, not corrected for their "
-             "number:"]
+    if found[0]["start"]:
+        lines = ["What the gain is made of, by fixed rules over 95 % intervals over prompts, not corrected for their "
+                 "number:"]
+    else:                                       # without a start nothing is said of a gain
+        lines = [f"What answers of {found[0]['method']} depend on, split {home}:"]
     for row in found:
         if row["split"] == home:
             lines.append(f"  {row['question']}: {row['finding']}. {row['sentence']}")
