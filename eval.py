@@ -541,7 +541,7 @@ def write_report(folder, cfg, tests, scores, rewards, log, results, tables):
     """report.html and curves.png. results: the rows of results.json; tables: text, as printed."""
     entries = entries_of(tests, scores, rewards, cfg.judge.decoding)
     html = page.run_page(folder.name, page.gather(folder, results=results), entries, tables)
-    checkpoint.write_atomically(folder / "report.html", lambda file: file.write(html))
+    checkpoint.write_bytes(folder / "report.html", html)
     write_picture(folder / "curves.png", curves.curves(log, results))
 
 
@@ -549,7 +549,7 @@ def write_picture(path, picture):
     """Writes the bytes of a PNG. None, where there was nothing to draw, writes nothing; for want of matplotlib it is
     noted."""
     if picture:
-        checkpoint.write_atomically(path, lambda file: file.write(picture))
+        checkpoint.write_bytes(path, picture)
     elif find_spec("matplotlib") is None:
         print(f'no {path.name}: pip install -e ".[report]" brings matplotlib')
 
@@ -700,7 +700,7 @@ def inspect(cfg):
         runs.append(inspector.InspectedRun(name, lines, asked, scores))
     html = inspector.inspector_page(f"Rollouts of {', '.join(names)}", runs)
     path = Path(cfg.what.inspect.split(",")[0]) / "inspect.html"
-    checkpoint.write_atomically(path, lambda file: file.write(html))
+    checkpoint.write_bytes(path, html)
     groups = sum(len(run.lines) + len(run.tests()) for run in runs)
     of_groups = f"{groups} group{'s' if groups != 1 else ''}"
     of_runs = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"

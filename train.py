@@ -1507,7 +1507,7 @@ def open_run(run):
     if cfg.run.tensorboard and run.is_writer:
         run.open_board()
     if isinstance(run.tokenizer.saved, bytes):
-        checkpoint.write_atomically(run.folder / "tokenizer.model", lambda file: file.write(run.tokenizer.saved))
+        checkpoint.write_bytes(run.folder / "tokenizer.model", run.tokenizer.saved)
     return notes
 
 
@@ -1672,7 +1672,7 @@ def show_page(run, stopped=""):
         return
     try:
         html = page.run_page(run.folder.name, page.gather(run.folder, stopped=stopped))
-        write_bytes(run.folder / "report.html", html)
+        checkpoint.write_bytes(run.folder / "report.html", html)
     except Exception as error:      # any: a damaged file must neither end a run nor hide what ended it
         print(f"no report.html: {type(error).__name__}: {first_line(error)}")
 
@@ -1724,7 +1724,7 @@ def tune(run, notes):
         print("\n" + ladder.ladder_text(arm, best, rungs) + "\n", flush=True)
         if not run.path(arm).exists():
             data = run.path(f"{arm}@{best:g}").read_bytes()
-            checkpoint.write_atomically(run.path(arm), lambda file: file.write(data))
+            checkpoint.write_bytes(run.path(arm), data)
     if cfg.run.compare == "generalisation":
         judge_methods(run, {"cot": Contender(run.path("cot")), **rungs_of_all})
         return
@@ -1966,7 +1966,7 @@ def many_seeds(cfg):
         open_many(cfg, run)
         seeds = range(cfg.run.seed, cfg.run.seed + cfg.run.seeds)
         run_seeds(__file__, cfg, seeds, run.folder)
-        print(seeds_report.report_seeds(run.folder, seeds, write_bytes))
+        print(seeds_report.report_seeds(run.folder, seeds, checkpoint.write_bytes))
         show_joint(run.folder)
 
 
@@ -1983,10 +1983,6 @@ def open_many(cfg, run):
     else:
         run.create(flat(cfg), samples)
     add(run.folder, environment(cfg, cfg.machine.device))
-
-
-def write_bytes(path, data):
-    checkpoint.write_atomically(path, lambda file: file.write(data))
 
 
 def grid(cfg):
@@ -2009,8 +2005,8 @@ def grid(cfg):
         names = [name_of(cell) for cell in cells]
         rows = grid_report.collect(run.folder, runs)
         entries = read_rows(run.folder / "environment.json")
-        write_bytes(run.folder / "report.html",
-                    grid_report.grid_page(run.folder.name, run.folder, rows, cells, names, entries))
+        html = grid_report.grid_page(run.folder.name, run.folder, rows, cells, names, entries)
+        checkpoint.write_bytes(run.folder / "report.html", html)
         write_json(run.folder / "results.json", rows)
         print("\n" + grid_report.grid_text(rows, cells, names))
         print(f"\n{run.folder}: report.html, results.json and a folder for every cell and seed")

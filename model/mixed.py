@@ -3,9 +3,8 @@
     out = bf16(x) bf16(W)^T + b         dx = bf16(g) bf16(W)         dW = bf16(g)^T bf16(x)
 
 summed in fp32, rounded to bf16 where the product ends, and fp32 from there: weights, their gradients and the
-optimizer, the residual stream, norms, attention and the head. So it needs no fp32 copies of the weights beside
-bf16 ones, and small steps are not lost. It is faster only where the hardware multiplies bf16 (GPUs; CPUs with
-avx512_bf16 or amx_bf16).
+optimizer, the residual stream, norms, attention and the head. So small steps are not lost. It is faster only where the
+hardware multiplies bf16 (GPUs; CPUs with avx512_bf16 or amx_bf16).
 """
 import torch
 import torch.nn.functional as F

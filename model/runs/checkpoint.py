@@ -42,6 +42,11 @@ def write_atomically(path, write):
             partial.unlink()
 
 
+def write_bytes(path, data):
+    """Writes a file of these bytes, as `write_atomically`."""
+    write_atomically(path, lambda file: file.write(data))
+
+
 def save(path, state):
     """state: nested dicts and lists of tensors, numbers, strings and bytes."""
     write_atomically(path, lambda file: torch.save(state, file))

@@ -27,7 +27,7 @@ except ImportError:         # Windows: nothing keeps a second process out of a r
 
 
 def write_json(path, value):
-    checkpoint.write_atomically(path, lambda file: file.write(json.dumps(value, indent=0).encode()))
+    checkpoint.write_bytes(path, json.dumps(value, indent=0).encode())
 
 
 def read_config(folder):
