@@ -1499,9 +1499,13 @@ def open_run(run):
     if "distilled" in stages:
         check_distillation(run, stages)
     notes = []
+    if not cfg.run.resume:
+        texts, _ = run.supply.corpus()
+        some = texts[::math.ceil(len(texts) / 1000)]
+        notes = chat.not_given_back(some, run.tokenizer)
     if run.real:
         read = cfg.clip.text_length if "clip" in stages else math.inf       # captions that no CLIP reads are not cut
-        notes = chat.too_long(own, run.tokenizer, cfg.sampling.max_new, read)
+        notes += chat.too_long(own, run.tokenizer, cfg.sampling.max_new, read)
     if not cfg.run.resume:
         run.create(flat(run.cfg), own)
     if cfg.run.tensorboard and run.is_writer:

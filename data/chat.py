@@ -387,6 +387,21 @@ def _cut_note(lengths, limit, problem):
     return f"{long} of {len(lengths)} {problem}, the longest has {max(lengths)}"
 
 
+def not_given_back(texts, tokenizer):
+    """Notes on texts that a tokenizer does not decode to what it has encoded, white space aside: a model that reads
+    such a text reads another one."""
+    lost = []                           # (text, what came back)
+    for text in texts:
+        back = tokenizer.decode(tokenizer.encode(text))
+        if back.split() != text.split():
+            lost.append((text.strip(), back.strip()))
+    if not lost:
+        return []
+    text, back = min(lost, key=lambda pair: len(pair[0]))
+    return [f"{len(lost)} of {len(texts)} texts do not come back from the tokenizer as they are: {text[:200]!r} comes "
+            f"back as {back[:200]!r}"]
+
+
 # ---------------------------------------------------------------- from a completion to an answer
 
 @dataclass(frozen=True)

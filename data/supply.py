@@ -121,6 +121,7 @@ class Supply:
             self.real["train"] = few
         self.records = []
         self._tests = {}                                # (count of prompts, eval_set) -> what `tests` returns
+        self._corpus = None                             # what `corpus` returns
         self.bad = llava.Bad(options.bad_records)
         source, where = source_of(options.data)
         if source == "llava":
@@ -248,6 +249,11 @@ class Supply:
 
     def corpus(self):
         """Texts for a new tokenizer, and words that it shall not split."""
+        if self._corpus is None:
+            self._corpus = self._make_corpus()
+        return self._corpus
+
+    def _make_corpus(self):
         texts = []
         words = list(chat.TAGS)
         if self.staged or self.options.skills:

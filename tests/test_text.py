@@ -129,6 +129,19 @@ def test_training_is_reproducible_and_a_vocabulary_too_small_is_said():
         train(texts, chat.TAGS, 100)
 
 
+def test_a_tokenizer_that_turns_a_word_into_another_is_noted_with_the_shortest_text():
+    tok = TOKENIZERS["prose"]
+
+    def square(text):
+        return tok.encode(text.replace("cats", "dog"))
+
+    broken = SimpleNamespace(encode=square, decode=tok.decode)
+    texts = [" two cats and a dog", " a dog", " two  cats"]
+    assert chat.not_given_back(texts, tok) == []
+    assert chat.not_given_back(texts, broken) == [
+        "2 of 3 texts do not come back from the tokenizer as they are: 'two  cats' comes back as 'two  dog'"]
+
+
 def test_a_vocabulary_larger_than_the_text_can_fill_is_cut():
     tok = train([" two"], chat.TAGS, 100_000)
     assert len(tok) < 300 and tok.decode(tok.encode(" two cats")) == " two cats"
