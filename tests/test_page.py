@@ -42,7 +42,7 @@ LOG = [sft_line(step) for step in range(30)] + [rl_line(step) for step in range(
 
 def found(**given):
     parts = dict(results=[], differences=[], kinds=[], training=[], verdicts=[], environment=[], probe=[], log=LOG,
-                 seeds=1)
+                 seeds=1, faults=[])
     return parts | given
 
 
@@ -111,7 +111,8 @@ def test_a_healthy_log_has_nothing_to_look_at():
     (dict(grad_norm=lambda n: 100.0 if n == 30 else 1.0), "rl: the gradient's norm reaches 100 in step 30, 100 times"),
     (dict(loss=lambda n: math.nan if n > 35 else 0.0), "no finite number in 4 steps, first in step 36"),
     (dict(truncated=lambda n: 0.9), "0.90 of the completions at the end are cut off"),
-    (dict(flat=lambda n: 0.95), "0.95 of the groups at the end have one reward"),
+    (dict(flat=lambda n: 0.95), "0.95 of the groups at the end have one reward for all completions, which teaches "
+                                "nothing; the mean reward is"),
     (dict(updates=lambda n: 0), "40 of 40 rollouts had no update"),
     (dict(drift_max=lambda n: 0.3), "|ratio - 1| up to 0.3"),
     (dict(entropy=lambda n: 0.5 ** n), "the entropy falls from"),
@@ -196,7 +197,8 @@ def test_seconds_of_a_stage_that_was_resumed_are_those_of_both_processes():
 
 
 def test_verdicts_are_told_by_sentence_on_the_first_split_and_by_finding_on_others():
-    verdicts = [dict(question=question, split=split, finding=finding, sentence=f"{question} of {split}.", seed=0)
+    verdicts = [dict(question=question, split=split, finding=finding, sentence=f"{question} of {split}.", seed=0,
+                     start="cot")
                 for question, split, finding in (("sharpening", "crowded", "capability"), ("sharpening", "id",
                                                  "not shown"), ("looking", "id", "looks"))]
     html = run_page("x", found(verdicts=verdicts)).decode()
@@ -231,12 +233,11 @@ def test_a_page_that_cannot_be_made_is_noted_and_ends_no_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     (tmp_path / "log.jsonl").write_text("torn\n{}\n")
     train.show_page(run)
-    (tmp_path / "log.jsonl").unlink()
+    assert "line 1: not JSON" in (tmp_path / "report.html").read_text()
     (tmp_path / "environment.json").write_text('["damaged"]')
     train.show_page(run)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("no report.html: ValueError: ") and "line 1: not JSON" in first
-    assert second.startswith("no report.html: TypeError: ")
+    [told] = capsys.readouterr().out.splitlines()
+    assert told.startswith("no report.html: TypeError: ")
 
 
 def test_without_git_a_run_has_no_commit(monkeypatch, tmp_path):
@@ -260,7 +261,8 @@ def hostile_page():
         line[f"reward/{HOSTILE}"] = 0.1
     entry = dict(images=(np.zeros((4, 4, 3), np.uint8),), prompt=HOSTILE, answer="😀" + "x" * 100000, kind=HOSTILE,
                  completions=[dict(method=HOSTILE, text=HOSTILE, reward={"correctness": 1.0}, why=HOSTILE)])
-    verdict = dict(question="sharpening", split="id", finding=HOSTILE, sentence=HOSTILE, seed=0)
+    verdict = dict(question="sharpening", split="id", finding=HOSTILE, sentence=HOSTILE, seed=0,
+                   start="cot")
     started = dict(started=HOSTILE, command=[HOSTILE], notes=[HOSTILE], differs={"out": [HOSTILE, ""]})
     parts = found(results=[row(HOSTILE, 0.5, split=HOSTILE), row("b", 0.6, split=HOSTILE)], log=log,
                   verdicts=[verdict], environment=[started])

@@ -168,13 +168,24 @@ def test_a_model_that_never_answers_is_not_judged():
     assert thinking(thoughts).finding == "not measured"
 
 
-def test_only_prompts_that_are_answered_both_times_count_as_changed_or_not():
+def test_an_answer_that_falls_silent_has_changed_and_two_empty_ones_are_none():
     looks = look(blind, scene_samples(), PIXELS, 2)
     answers = looks["shuffled"]["answer"]
     looks["shuffled"]["answer"] = ["2"] + answers[1:100] + [""] * 100
+    assert looking(looks).measures["changed"].n == 200 and looking(looks).measures["changed"].value == 0.505
+    looks["as it is"]["answer"] = answers[:100] + [""] * 100
     assert looking(looks).measures["changed"].n == 100 and looking(looks).measures["changed"].value == 0.01
-    looks["shuffled"]["answer"] = answers[:9] + [""] * 191
+    looks["as it is"]["answer"] = looks["shuffled"]["answer"] = answers[:9] + [""] * 191
     assert looking(looks).finding == "not measured"
+
+
+def test_a_model_that_is_never_right_and_silent_with_another_picture_is_not_called_blind():
+    looks = look(blind, scene_samples(), PIXELS, 2)
+    for name in ("as it is", "blanked", "shuffled", "masked"):
+        looks[name]["right"] = [0] * 200
+    assert looking(looks).finding == "does not look"
+    looks["shuffled"]["answer"] = [""] * 200
+    assert looking(looks).finding == "not shown"
 
 
 def test_a_model_that_is_right_only_with_its_picture_looks_even_if_it_says_nothing_without():
@@ -359,7 +370,13 @@ def test_every_question_is_answered_on_every_split_and_is_written_as_json():
     assert "sharpening: capability. On id, T = 1, rl solves prompts that cot does not" in text
     assert "looking: does not look. On id, greedy, no dependence of rl on the picture" in text
     assert text.endswith("form on the other splits: crowded more than form")
-    assert "capability 2" in over_seeds_text(found + found) and over_seeds_text([]) == verdicts_text([]) == ""
+    assert over_seeds_text([]) == verdicts_text([]) == ""
+    less = [dict(row, measures={"all": dict(value=value, low=0, high=1, n=9, is_difference=True)})
+            for row, value in zip(3 * [found[4]], (0.1, 0.2, 0.3))]
+    assert found[4]["question"] == "form"
+    # A t-interval of three: 20 points, give or take 4.303 times 10 points over the root of 3.
+    assert over_seeds_text(less).splitlines()[1] == "  form, id: more than form 3. all +20.0 [-4.8, +44.8]"
+    assert "form, crowded: more than form 2" in over_seeds_text(found + found)
 
 
 def test_without_a_start_what_needs_one_is_left_out():
@@ -367,7 +384,8 @@ def test_without_a_start_what_needs_one_is_left_out():
     found = verdicts({"rl": main}, "", "rl", {})
     assert {row["question"] for row in found} == {"looking", "thinking", "reflection"}
     text = verdicts_text(found)
-    assert text.startswith("What answers of rl depend on, split id:\n  looking: ") and "gain" not in text
+    assert text.startswith("What answers of rl depend on, split id, by fixed rules") and "gain" not in text
+    assert over_seeds_text(found).startswith("What answers of rl depend on, by how many seeds")
     assert verdicts({"cot": main}, "", "rl", {}) == []
     assert start_of(["before", "cot", "rl"], "rl") == "cot" and start_of(["base", "cot"], "cot") == "base"
     assert start_of(["rl"], "rl") == ""

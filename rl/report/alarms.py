@@ -98,11 +98,13 @@ def of_rewards(lines):
     length = begin_and_end(lines, "length")
     if length and not 1 / GROWTH < length[1] / max(length[0], 1e-9) < GROWTH:
         found.append(f"completions go from {length[0]:.1f} to {length[1]:.1f} tokens")
-    for name, words in (("truncated", "of the completions at the end are cut off by the token budget"),
-                        ("flat", "of the groups at the end have one reward for all completions")):
-        ends = begin_and_end(lines, name)
-        if ends and ends[1] > MOSTLY:
-            found.append(f"{ends[1]:.2f} {words}")
+    cut = begin_and_end(lines, "truncated")
+    if cut and cut[1] > MOSTLY:
+        found.append(f"{cut[1]:.2f} of the completions at the end are cut off by the token budget")
+    flat = begin_and_end(lines, "flat")
+    if flat and flat[1] > MOSTLY:
+        told = f"{flat[1]:.2f} of the groups at the end have one reward for all completions, which teaches nothing"
+        found.append(told + (f"; the mean reward is {reward[1]:.2f}" if reward else ""))
     failures = int(values_of(lines, "reward_failures").sum())
     if failures:
         found.append(f"{failures} calls of rewards of one's own failed")

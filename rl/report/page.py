@@ -17,6 +17,7 @@ from rl.report.samples import STYLE as SAMPLES_STYLE
 from rl.report.samples import section
 from rl.report.statistics import (decoding_title, decodings_of, main_decoding, main_split, over_seeds, result_lines,
                                   share_text)
+from rl.report.verdicts import by_place, counted, measures_text, title_of
 from rl.report.web import document, escape
 
 FILES = ("results", "differences", "kinds", "training", "verdicts", "environment", "probe")
@@ -51,8 +52,9 @@ pre { overflow-x: auto; font-size: .82em }
 
 
 def gather(folder, **given):
-    """What a run folder, or one of several seeds, holds -> {name: what FILES' json, or `given`, has}, and "log" and
-    "seeds", the number of those that its rows are of. given: also "stopped", the error that ended a run."""
+    """What a run folder, or one of several seeds, holds -> {name: what FILES' json, or `given`, has}, and "log",
+    "faults", why that is empty, and "seeds", the number of those that its rows are of. given: also "stopped", the error
+    that ended a run."""
     folder = Path(folder)
     found = {}
     for name in FILES:
@@ -60,10 +62,15 @@ def gather(folder, **given):
     found |= given
     found["seeds"] = max(1, len({row.get("seed") for row in found["results"]}))
     runs = sorted(folder.glob("seed-*/log.jsonl"))
-    if runs:
-        found["log"] = mean_log([read_log(run) for run in runs])
-    else:
-        found["log"] = read_log(folder / "log.jsonl")
+    found["faults"] = []
+    try:
+        if runs:
+            found["log"] = mean_log([read_log(run) for run in runs])
+        else:
+            found["log"] = read_log(folder / "log.jsonl")
+    except ValueError as error:                 # of a damaged disk: all else can be told
+        found["log"] = []
+        found["faults"] = [str(error)]
     return found
 
 
@@ -75,7 +82,7 @@ def run_page(name, found, entries=(), tables=""):
     dtype = "float32"
     for entry in found["environment"]:
         dtype, _ = entry["differs"].get("dtype", (dtype, None))
-    sentences = alarms(found["log"], notes, dtype)
+    sentences = found["faults"] + alarms(found["log"], notes, dtype)
     if found.get("stopped"):
         sentences.insert(0, f"The run stopped: {found['stopped']}")
     parts = {
@@ -83,7 +90,7 @@ def run_page(name, found, entries=(), tables=""):
         "Look at first": as_list(sentences,
                                  "Numbers of the log beyond fixed thresholds. They name no cause, and without one of "
                                  "them a run may still have a fault."),
-        "What the gain is made of": gain(found["verdicts"], found["seeds"]),
+        title_of(found["verdicts"]): gain(found["verdicts"], found["seeds"]),
         "Accuracy": accuracy(charts, found),
         "Samples": section(entries) if entries else "",
         "Reinforcement learning": learning(charts, found["log"]),
@@ -123,9 +130,7 @@ def gain(verdicts, seeds):
     seeds how often it was found."""
     if not verdicts:
         return ""
-    places = {}                                 # (question, split) -> its rows, one a seed
-    for row in verdicts:
-        places.setdefault((row["question"], row["split"]), []).append(row)
+    places = by_place(verdicts)
     splits = list(dict.fromkeys(row["split"] for row in verdicts))
     home = main_split(splits)
     questions = list(dict.fromkeys(row["question"] for row in verdicts))
@@ -133,7 +138,7 @@ def gain(verdicts, seeds):
     for question in questions:
         rows = places.get((question, home), [])
         for row in rows[:1]:
-            sentence = f"of {len(rows)} seeds" if seeds > 1 else row["sentence"]
+            sentence = measures_text(rows) if seeds > 1 else row["sentence"]
             told.append(f'<tr><th>{escape(VERDICTS.get(question, question))}</th><td class="finding">'
                         f"{escape(counted(rows))}</td><td>{escape(sentence)}</td></tr>")
     away = [split for split in splits if split != home]
@@ -145,16 +150,11 @@ def gain(verdicts, seeds):
     elsewhere = ""
     if away:
         elsewhere = f'<div class="card wide"><b>On the other splits</b>{plain_table(others)}</div>'
+    over = ""
+    if seeds > 1:
+        over = f" Numbers are means over {seeds} seeds with 95 % t-intervals over them, differences in points."
     return ('<p class="quiet">Fixed rules over 95 % intervals over prompts, each able to find nothing; not corrected '
-            f'for their number.</p><div class="card wide"><table>{"".join(told)}</table></div>{elsewhere}')
-
-
-def counted(rows):
-    """The finding of a row; of those of several seeds each finding with its number."""
-    findings = [row["finding"] for row in rows]
-    if len(findings) < 2:
-        return "".join(findings)
-    return ", ".join(f"{finding} {findings.count(finding)}" for finding in dict.fromkeys(findings))
+            f'for their number.{over}</p><div class="card wide"><table>{"".join(told)}</table></div>{elsewhere}')
 
 
 def as_list(sentences, note):

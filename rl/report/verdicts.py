@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from rl.report.inference import constant_guess, interval, interval_of_differences, pass_at_k
+from rl.report.inference import constant_guess, interval, interval_of_differences, paired_t, pass_at_k
 from rl.report.statistics import decoding_title, main_decoding_of, main_split
 
 MARGIN = 0.05               # shares and differences below it are called none
@@ -317,11 +317,11 @@ def thinking(thoughts, main=None):
 
 
 def _changed(one, other):
-    """{right, answer} twice -> (m,): whether the answers differ, of the m prompts that are answered both times: two
-    empty answers are no unchanged one."""
+    """{right, answer} twice -> (m,): whether the answers differ, of the m prompts that are answered at least once: two
+    empty answers are no unchanged one, and an answer that is given only once is a changed one."""
     first = np.array(one["answer"])
     second = np.array(other["answer"])
-    answered = (first != "") & (second != "")
+    answered = (first != "") | (second != "")
     return (first != second)[answered].astype(float)
 
 
@@ -361,16 +361,20 @@ def verdicts(scores, start, main, measured, seed=0):
     return found
 
 
+def title_of(found):
+    """What rows of verdicts.json are about: without a start nothing is said of a gain."""
+    if not found or found[0]["start"]:
+        return "What the gain is made of"
+    return f"What answers of {found[0]['method']} depend on"
+
+
 def verdicts_text(found):
     """The sentences of the split that is like training, and by how many splits the others were found."""
     if not found:
         return ""
     home = main_split(list(dict.fromkeys(row["split"] for row in found)))
-    if found[0]["start"]:
-        lines = ["What the gain is made of, by fixed rules over 95 % intervals over prompts, not corrected for their "
-                 "number:"]
-    else:                                       # without a start nothing is said of a gain
-        lines = [f"What answers of {found[0]['method']} depend on, split {home}:"]
+    lines = [f"{title_of(found)}, split {home}, by fixed rules over 95 % intervals over prompts, not corrected for "
+             "their number:"]
     for row in found:
         if row["split"] == home:
             lines.append(f"  {row['question']}: {row['finding']}. {row['sentence']}")
@@ -382,16 +386,57 @@ def verdicts_text(found):
     return "\n".join(lines)
 
 
-def over_seeds_text(found):
-    """Rows of several seeds -> text: how often each finding came."""
-    counts = {}                                 # (question, split) -> finding -> number of seeds
+def by_place(found):
+    """Rows -> {(question, split): its rows, one a seed}."""
+    places = {}
     for row in found:
-        of_place = counts.setdefault((row["question"], row["split"]), {})
-        of_place[row["finding"]] = of_place.get(row["finding"], 0) + 1
-    if not counts:
+        places.setdefault((row["question"], row["split"]), []).append(row)
+    return places
+
+
+def counted(rows):
+    """The finding of a row; of those of several seeds each finding with its number."""
+    findings = [row["finding"] for row in rows]
+    if len(findings) < 2:
+        return "".join(findings)
+    return ", ".join(f"{finding} {findings.count(finding)}" for finding in dict.fromkeys(findings))
+
+
+def measures_over_seeds(rows):
+    """Rows of one question and split, one a seed -> {name: Measure}: means with 95 % t-intervals over seeds, without
+    one where fewer than three seeds have the number."""
+    values = {}                                 # name -> the seeds' values
+    kinds = {}                                  # name -> is_difference
+    for row in rows:
+        for name, measure in row["measures"].items():
+            values.setdefault(name, []).append(measure["value"])
+            kinds[name] = measure["is_difference"]
+    found = {}
+    for name, of_seeds in values.items():
+        mean = paired_t(of_seeds)
+        has_interval = len(of_seeds) > 2
+        found[name] = Measure(mean.mean, mean.low if has_interval else None, mean.high if has_interval else None,
+                              len(of_seeds), kinds[name])
+    return found
+
+
+def measures_text(rows):
+    """What was measured of one question and split with several seeds, as a line."""
+    return "; ".join(f"{name} {measure}" for name, measure in measures_over_seeds(rows).items())
+
+
+def over_seeds_text(found):
+    """Rows of several seeds -> text: how often each finding came, and on the split that is like training what was
+    measured."""
+    if not found:
         return ""
-    lines = ["What the gain is made of, by how many seeds:"]
-    for (question, split), findings in counts.items():
-        words = ", ".join(f"{finding} {count}" for finding, count in findings.items())
-        lines.append(f"  {question}, {split}: {words}")
+    home = main_split(list(dict.fromkeys(row["split"] for row in found)))
+    lines = [f"{title_of(found)}, by how many seeds; split {home} with means [95 % t-interval over seeds], differences "
+             "in points:"]
+    for (question, split), rows in by_place(found).items():
+        measured = measures_text(rows)
+        line = f"  {question}, {split}: {counted(rows)}"
+        if split == home and measured:
+            line += f". {measured}"
+        lines.append(line)
     return "\n".join(lines)
