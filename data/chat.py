@@ -3,6 +3,7 @@
 Training, evaluation and data generation all come through here, so that what a model is taught,
 asked and judged by is the same text.
 """
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -398,8 +399,15 @@ def not_given_back(texts, tokenizer):
     if not lost:
         return []
     text, back = min(lost, key=lambda pair: len(pair[0]))
-    return [f"{len(lost)} of {len(texts)} texts do not come back from the tokenizer as they are: {text[:200]!r} comes "
-            f"back as {back[:200]!r}"]
+    note = (f"{len(lost)} of {len(texts)} texts do not come back from the tokenizer as they are: {text[:200]!r} comes "
+            f"back as {back[:200]!r}")
+    changed = Counter()                 # (word, the word in its place) -> how often
+    for text, back in lost:
+        changed.update(pair for pair in zip(text.split(), back.split()) if pair[0] != pair[1])
+    if changed:
+        (word, other), times = changed.most_common(1)[0]
+        note += f"; most often {word[:50]!r} as {other[:50]!r}, {times} times"
+    return [note]
 
 
 # ---------------------------------------------------------------- from a completion to an answer

@@ -28,6 +28,8 @@ DEFINITIONS = {
     "flat": (
         "groups whose rewards are all equal; as a rule they are left out of the update",
         "share", "mean over all groups"),
+    "all_right": ("groups of right answers alone, whatever the form", "share", "mean over all groups"),
+    "none_right": ("groups without a right answer", "share", "mean over all groups"),
     "groups": ("groups that went through the update", "groups", "count"),
     "reward_failures": (
         "calls of rewards of one's own that raised, hung, died or gave no finite number",
@@ -143,6 +145,8 @@ def of_rollout(rollout):
 
     length = rollout.mask.sum(-1).float()               # (P, G)
     right = rollout.parts["correctness"] > 0
+    line["all_right"] = mean(right.all(1))
+    line["none_right"] = mean(~right.any(1))
     line["length"] = mean(length)
     line["truncated"] = mean(~rollout.ended)
     for name, chosen in (("length_right", length[right]), ("length_wrong", length[~right])):

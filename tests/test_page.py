@@ -28,8 +28,9 @@ def row(method, value, metric="accuracy", split="id", decoding="t1", seed=0, low
 
 def rl_line(step, **more):
     line = {"stage": "rl", "method": "grpo", "step": step, "reward": 0.5 + 0.01 * step, "reward/correctness": 0.4 +
-            0.01 * step, "reward/format": 1.0, "flat": 0.2, "length": 9.0, "entropy": 0.3, "loss": 0.0, "updates": 1,
-            "lr": 1e-3, "grad_norm": 1.0, "truncated": 0.0, "seconds": 1.0 + step, "drift_max": 1e-6}
+            0.01 * step, "reward/format": 1.0, "flat": 0.2, "all_right": 0.1, "none_right": 0.05, "length": 9.0,
+            "entropy": 0.3, "loss": 0.0, "updates": 1, "lr": 1e-3, "grad_norm": 1.0, "truncated": 0.0,
+            "seconds": 1.0 + step, "drift_max": 1e-6}
     return line | more
 
 
@@ -106,13 +107,14 @@ def test_a_healthy_log_has_nothing_to_look_at():
 @pytest.mark.parametrize("spoil, said", [
     (dict(reward=lambda n: 1 - 0.02 * n), "rl: the reward falls from 0.97 to 0.25"),
     ({"reward/correctness": lambda n: 0.6 - 0.01 * n}, "while the share of right answers does not"),
+    ({"reward/correctness": lambda n: 0.9 + 0.01 * n}, "correctness is a share, and outside of 0 and 1 in 29 of 40"),
     (dict(length=lambda n: 9.0 + n), "rl: completions go from 10.5 to 46.5 tokens"),
     (dict(lr=lambda n: 1e-3 * 1.2 ** n), "rl: the learning rate is higher at the end"),
     (dict(grad_norm=lambda n: 100.0 if n == 30 else 1.0), "rl: the gradient's norm reaches 100 in step 30, 100 times"),
     (dict(loss=lambda n: math.nan if n > 35 else 0.0), "no finite number in 4 steps, first in step 36"),
     (dict(truncated=lambda n: 0.9), "0.90 of the completions at the end are cut off"),
     (dict(flat=lambda n: 0.95), "0.95 of the groups at the end have one reward for all completions, which teaches "
-                                "nothing; the mean reward is"),
+                                "nothing; in 0.10 all answers are right, in 0.05 none"),
     (dict(updates=lambda n: 0), "40 of 40 rollouts had no update"),
     (dict(drift_max=lambda n: 0.3), "|ratio - 1| up to 0.3"),
     (dict(entropy=lambda n: 0.5 ** n), "the entropy falls from"),
@@ -260,7 +262,7 @@ def hostile_page():
     for line in log:
         line[f"reward/{HOSTILE}"] = 0.1
     entry = dict(images=(np.zeros((4, 4, 3), np.uint8),), prompt=HOSTILE, answer="😀" + "x" * 100000, kind=HOSTILE,
-                 completions=[dict(method=HOSTILE, text=HOSTILE, reward={"correctness": 1.0}, why=HOSTILE)])
+                 completions=[dict(method=HOSTILE, text=HOSTILE, right=True, reward={"correctness": 1.0}, why=HOSTILE)])
     verdict = dict(question="sharpening", split="id", finding=HOSTILE, sentence=HOSTILE, seed=0,
                    start="cot")
     started = dict(started=HOSTILE, command=[HOSTILE], notes=[HOSTILE], differs={"out": [HOSTILE, ""]})

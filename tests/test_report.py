@@ -119,7 +119,7 @@ def test_curves_leaves_matplotlib_as_it_was():
 
 
 def completion(text, correct=1.0, method="grpo", why="'two': right; well-formed"):
-    return dict(method=method, text=text, reward={"correctness": correct, "format": 0.5}, why=why)
+    return dict(method=method, text=text, right=correct > 0, reward={"correctness": correct, "format": 0.5}, why=why)
 
 
 def page(*completions, **fields):
@@ -173,7 +173,7 @@ def test_right_and_wrong_are_said_in_words(tmp_path):
 
 
 def test_without_a_correctness_reward_nothing_is_judged(tmp_path):
-    seen = Reader(page(dict(completion("a"), reward={"format": 1.0}))).seen
+    seen = Reader(page(dict(completion("a"), right=None, reward={"format": 1.0}))).seen
     assert "✓" not in seen and "✗" not in seen and "1 of" not in seen
 
 
@@ -192,11 +192,11 @@ def test_the_picture_is_inside_the_file(tmp_path):
 
 
 class Rewards:
-    """Correctness is whether the text is "two"; `parts` knows more names than are rewarded."""
+    """Correctness pays by the character; `parts` knows more names than are rewarded."""
     names = ("mine", "correctness")
 
     def parts(self, sample, text):
-        return {"correctness": float(text == sample.answer), "format": 1.0, "mine": len(text)}
+        return {"correctness": float(len(text)), "format": 1.0, "mine": len(text)}
 
     def why(self, sample, text):
         return f"{text} for {sample.answer}"
@@ -206,13 +206,14 @@ def test_the_page_of_a_run_shows_the_first_completion_of_each_method_and_what_it
     picture = np.zeros((4, 4, 3), np.uint8)
     one = Sample(images=(picture,), question="how many ?", answer="two", source="scenes/count")
     two = Sample(question="and without a picture ?", answer="three", source="scenes/at")
-    scores = {"teacher": {"far": {"t0.7": {"text": ["two"]}}},
-              "ppo": {"far": {"t0.7": {"text": ["one", "three"]}, "greedy": {"text": ["never shown"]}}}}
+    right = "<answer>three</answer>"
+    scores = {"teacher": {"far": {"t0.7": {"text": ["<answer>two</answer>"]}}},
+              "ppo": {"far": {"t0.7": {"text": ["one", right]}, "greedy": {"text": ["never shown"]}}}}
     html = section(entries_of({"far": [one, two, one]}, scores, Rewards(), "t0.7"))
     seen = Reader(html).seen
     assert html.count("<img") == 1 and "2 prompts." in seen and "never shown" not in seen
     assert seen.count("Gold answer: two") == seen.count("Gold answer: three") == 1
-    assert "mine 3, correctness 1 · two for two" in seen and "mine 5, correctness 1 · three for three" in seen
+    assert "mine 3, correctness 3 · one for two" in seen and f"mine 22, correctness 22 · {right} for three" in seen
     assert "teacher1 of 1 right" in seen and "ppo1 of 2 right" in seen and "far, scenes/count" in seen
     few = section(entries_of({"far": [one, two]}, scores, Rewards(), "t0.7", each=1))
     assert "1 prompts." in few and "without a picture" not in few

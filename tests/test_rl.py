@@ -224,9 +224,9 @@ def test_metrics_of_a_rollout_by_hand():
     of_rewards = {"reward/correctness": 0.25, "reward_std/correctness": 0.5, "reward/format": 0.5,
                   "reward_std/format": (1 / 3) ** 0.5}
     assert line == pytest.approx(dict(
-        reward=0.3, reward_std=(((0.8 ** 2 + 0.2 ** 2 + 2 * 0.3 ** 2) / 3) ** 0.5), flat=0.5, length=9 / 4,
-        length_right=2, length_wrong=7 / 3, truncated=0.25, words_wait=0.25, words_again=0.25, words_check=0,
-        words_verify=0, words_however=0, words_alternatively=0, **of_rewards))
+        reward=0.3, reward_std=(((0.8 ** 2 + 0.2 ** 2 + 2 * 0.3 ** 2) / 3) ** 0.5), flat=0.5, all_right=0,
+        none_right=0.5, length=9 / 4, length_right=2, length_wrong=7 / 3, truncated=0.25, words_wait=0.25,
+        words_again=0.25, words_check=0, words_verify=0, words_however=0, words_alternatively=0, **of_rewards))
     nothing = dict(parts, correctness=torch.zeros(2, 2))
     assert "length_right" not in metrics.of_rollout(replace(rollout, parts=nothing))        # nothing to take a mean of
     known = [re.sub("<[a-z]+>", "[a-z]+", name) for name in metrics.DEFINITIONS]

@@ -91,6 +91,12 @@ def of_rewards(lines):
         ends = begin_and_end(lines, name)
         if ends and ends[1] < ends[0] - FALL:
             found.append(f"{words} falls from {ends[0]:.2f} to {ends[1]:.2f}")
+    for name in ("reward/correctness", "reward/format"):
+        values = values_of(lines, name)
+        odd = [value for value in values if not 0 <= value <= 1]
+        if odd:
+            found.append(f"{name} is a share, and outside of 0 and 1 in {len(odd)} of {len(lines)} steps, as "
+                         f"{odd[0]:.2f}")
     reward, right = begin_and_end(lines, "reward"), begin_and_end(lines, "reward/correctness")
     if reward and right and reward[1] > reward[0] + FALL and right[1] <= right[0]:
         found.append(f"the reward rises from {reward[0]:.2f} to {reward[1]:.2f} while the share of right answers does "
@@ -104,7 +110,10 @@ def of_rewards(lines):
     flat = begin_and_end(lines, "flat")
     if flat and flat[1] > MOSTLY:
         told = f"{flat[1]:.2f} of the groups at the end have one reward for all completions, which teaches nothing"
-        found.append(told + (f"; the mean reward is {reward[1]:.2f}" if reward else ""))
+        solved, unsolved = begin_and_end(lines, "all_right"), begin_and_end(lines, "none_right")
+        if solved and unsolved:
+            told += f"; in {solved[1]:.2f} all answers are right, in {unsolved[1]:.2f} none"
+        found.append(told)
     failures = int(values_of(lines, "reward_failures").sum())
     if failures:
         found.append(f"{failures} calls of rewards of one's own failed")

@@ -249,7 +249,8 @@ def learning(charts, log):
 
 
 # What a reader looks for first, and what only costs time; all else stands between.
-FIRST = ("length", "truncated", "flat", "entropy", "grad_norm", "lr", "kl", "kl_ref", "drift_max")
+FIRST = ("length", "truncated", "flat", "all_right", "none_right", "entropy", "grad_norm", "lr", "kl", "kl_ref",
+         "drift_max")
 LAST = "(seconds_|tokens_per_second|update_tokens_per_second)"
 
 

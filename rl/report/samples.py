@@ -9,6 +9,7 @@ import base64
 import io
 import re
 
+from data.chat import is_right, parse
 from data.sample import read_image
 from rl.report.web import escape
 
@@ -51,31 +52,25 @@ def entries_of(tests, scores, rewards, decoding, each=OPEN):
 
 
 def _judged(method, sample, text, rewards):
-    """A completion as `section` takes it."""
+    """A completion as `section` takes it. Whether it is right is not asked of the reward, which may be at fault."""
     parts = rewards.parts(sample, text)
     shown = {name: parts[name] for name in rewards.names}
-    return dict(method=method, text=text, reward=shown, why=rewards.why(sample, text))
+    right = is_right(sample, parse(text).answer) if "correctness" in shown else None
+    return dict(method=method, text=text, right=right, reward=shown, why=rewards.why(sample, text))
 
 
 def section(entries):
     """Entries -> HTML that needs no other file and no script; all but the first OPEN are folded.
 
     An entry is a dict: images (each a path, the bytes of an encoded picture, or an (H, W, 3) uint8 array), prompt,
-    answer (gold), kind, and completions, each dict(method, text, reward={"correctness": 1.0, ..}, why), in the order
-    shown. Texts are untrusted: all of them are escaped.
+    answer (gold), kind, and completions, each dict(method, text, right, reward={"correctness": 1.0, ..}, why), in the
+    order shown; right: True, False, or None where that is not asked. Texts are untrusted: all of them are escaped.
     """
     parts = [_counts(entries), *map(_entry, entries[:OPEN])]
     if len(entries) > OPEN:
         folded = "\n".join(map(_entry, entries[OPEN:]))
         parts.append(f"<details><summary>{len(entries) - OPEN} more prompts</summary>{folded}</details>")
     return "\n".join(parts)
-
-
-def _is_right(completion):
-    """True, False, or None when correctness was not a reward."""
-    if "correctness" not in completion["reward"]:
-        return None
-    return completion["reward"]["correctness"] > 0
 
 
 def _verdict(right):
@@ -93,7 +88,7 @@ def _counts(entries):
     judged = {}                                 # method -> whether each of its completions is right
     for entry in entries:
         for completion in entry["completions"]:
-            judged.setdefault(completion["method"], []).append(_is_right(completion))
+            judged.setdefault(completion["method"], []).append(completion["right"])
     rows = ""
     for method, right in judged.items():
         if None not in right:
@@ -116,7 +111,7 @@ def _row(completion):
     # Tags in colour: they are found after escaping, so that nothing in the text is ever markup.
     text = re.sub(r"&lt;/?\w+&gt;", r'<span class="tag">\g<0></span>', escape(completion["text"]))
     rewards = ", ".join(f"{name} {value:g}" for name, value in completion["reward"].items())
-    verdict = _verdict(_is_right(completion))
+    verdict = _verdict(completion["right"])
     why = escape(completion["why"])
     return (f'<tr><th>{escape(completion["method"])}</th><td>{verdict}</td>'
             f'<td><div class="text">{text or "(empty)"}</div>'
