@@ -34,7 +34,7 @@ from data.supply import real_data, scene_teacher
 from data.teachers import TeacherOptions
 from data.worlds import DRAWN, world_of
 from data.zero_shot import ZeroShot, as_captions
-from model import memory, parallel
+from model import memory, parallel, watchdog
 from model.clip import Clip
 from model.generate import Sampler, draw_noise, generate
 from model.hub import pretrained
@@ -177,7 +177,8 @@ def complete(vlm, tok, samples, prompting, rows=512, group=1, temperature=0.0, t
 
 
 def _at_once(vlm, tok, samples, prompting, group, sampling):
-    """n samples -> Answers. Each of several ranks answers a part of them, and all have all answers."""
+    """n samples -> Answers. Each of several ranks answers a part of them, and all have all answers, here as in what the
+    two functions below call."""
     own = parallel.own_rows(len(samples))
     noise = None
     if parallel.world() > 1 and sampling["temperature"]:        # what they would draw in one process
@@ -415,6 +416,7 @@ def compare(folder, cfg, contenders, tests, rewards, has_teacher, to="", trained
     for method, contender in contenders.items():
         if method not in scores:
             began = time.perf_counter()
+            watchdog.at(f"the evaluation of {method}")
             scores[method] = scores_of(contender, cfg, tests)
             write_json(saved, scores)
             print(f"evaluated {method:<{width}} {time.perf_counter() - began:7.1f} s", flush=True)
@@ -456,6 +458,7 @@ def verdicts_of(folder, cfg, contenders, tests, scores, to):
     main = to or ["", *plain][-1]
     if main in plain and main not in measured:
         began = time.perf_counter()
+        watchdog.at(f"the answers of {main} without its picture or its thought")
         vlm, tok, prompting = opened(contenders[main], cfg)
         home = statistics.main_split(list(tests))
         measured[main] = intervened(vlm, tok, tests[home], prompting, cfg.judge)

@@ -91,6 +91,10 @@ class Sampler:
         self.llm = vlm.llm
         self.meter = Meter() if meter is None else meter
 
+    def noise(self, rows, max_new, generator):
+        """`draw_noise` on the model's device."""
+        return draw_noise(rows, max_new, generator, self.llm.head.device)
+
     @torch.no_grad()
     def prefill(self, batch, group, capacity):
         """Runs the prompts once; `capacity`: how many completion tokens a row may take in all."""

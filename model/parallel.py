@@ -178,6 +178,11 @@ def gather(value):
     return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes)]
 
 
+def chained(values):
+    """A list of this rank's values, as `gather` takes them -> those of all ranks, in their order, as one list."""
+    return [value for of_rank in gather(values) for value in of_rank]
+
+
 def of_first(value):
     """The first rank's value."""
     return gather(value)[0]

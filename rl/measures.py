@@ -15,6 +15,7 @@ import torch
 
 from data import chat
 from data.sample import collate
+from model import parallel
 from rl.report import generalisation
 from rl.rollout import prompts
 
@@ -77,29 +78,41 @@ def begun(sampler, tokenizer, samples, beginnings, method, template, max_new):
     """Greedy completions that begin with a given text, which may be empty -> n texts, the beginnings included; max_new:
     tokens of each in all, of the beginning as well.
 
-    A beginning must end where a token ends.
+    A beginning must end where a token ends. Of several ranks each completes a part, and all return all texts.
     """
     texts = []
-    for first in range(0, len(samples), ROWS):
-        some = samples[first:first + ROWS]
-        given = [tokenizer.encode(text) for text in beginnings[first:first + ROWS]]
-        longest = max(map(len, given))
-        batch = prompts(sampler.vlm, tokenizer, some, method, template)
-        device = batch.ids.device
-        ids = torch.full((len(some), 1, longest), tokenizer.pad_id, device=device)
-        alive = torch.zeros(len(some), 1, longest, dtype=torch.bool, device=device)
-        for row, tokens in enumerate(given):
-            ids[row, 0, :len(tokens)] = torch.tensor(tokens, device=device)
-            alive[row, 0, :len(tokens)] = True
-        left = torch.tensor([[max(1, max_new - len(tokens))] for tokens in given], device=device)
-        most = int(left.max())
-        sampler.prefill(batch, 1, longest + most)
-        if longest:
-            sampler.extend(ids, alive)
-        said = sampler.decode(most, tokenizer.eos_id, temperature=0.0, pad_id=tokenizer.pad_id, limit=left,
-                              banned=tokenizer.banned(sampler.vlm.config.llm.vocab))
-        for tokens, row, kept in zip(given, said.ids[:, 0].cpu(), said.mask[:, 0].cpu()):
-            texts.append(tokenizer.decode(tokens + row[kept].tolist()))
+    at_once = ROWS * parallel.world()
+    for first in range(0, len(samples), at_once):
+        some = samples[first:first + at_once]
+        own = parallel.own_rows(len(some))
+        mine = []
+        if some[own]:
+            given = [tokenizer.encode(text) for text in beginnings[first:first + at_once][own]]
+            mine = _begun_at_once(sampler, tokenizer, some[own], given, method, template, max_new)
+        texts += parallel.chained(mine)
+    return texts
+
+
+def _begun_at_once(sampler, tokenizer, samples, given, method, template, max_new):
+    """As `begun`, of samples that are completed side by side; given: the tokens of each beginning."""
+    longest = max(map(len, given))
+    batch = prompts(sampler.vlm, tokenizer, samples, method, template)
+    device = batch.ids.device
+    ids = torch.full((len(samples), 1, longest), tokenizer.pad_id, device=device)
+    alive = torch.zeros(len(samples), 1, longest, dtype=torch.bool, device=device)
+    for row, tokens in enumerate(given):
+        ids[row, 0, :len(tokens)] = torch.tensor(tokens, device=device)
+        alive[row, 0, :len(tokens)] = True
+    left = torch.tensor([[max(1, max_new - len(tokens))] for tokens in given], device=device)
+    most = int(left.max())
+    sampler.prefill(batch, 1, longest + most)
+    if longest:
+        sampler.extend(ids, alive)
+    said = sampler.decode(most, tokenizer.eos_id, temperature=0.0, pad_id=tokenizer.pad_id, limit=left,
+                          banned=tokenizer.banned(sampler.vlm.config.llm.vocab))
+    texts = []
+    for tokens, row, kept in zip(given, said.ids[:, 0].cpu(), said.mask[:, 0].cpu()):
+        texts.append(tokenizer.decode(tokens + row[kept].tolist()))
     return texts
 
 

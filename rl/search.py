@@ -19,7 +19,7 @@ log-probs; a candidate without its end tag loses; prompts and candidates are one
 Shapes: P samples, P' of them still going, n candidates each, C tokens of a step.
 """
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, repeat
 from typing import Callable, NamedTuple
 
@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import chat
 from data.chat import FORMS, as_words, key, normalise, parse
 from data.sample import Sample
+from model import parallel
 from model.runs.config import check_fields, choice, need, number
 from rl.rewards import check_file
 from rl.rollout import prompts
@@ -382,7 +383,8 @@ def find(sampler, tokenizer, samples, search, method, template, max_new, pick, t
     """Searches an answer for each of P samples -> P Found.
 
     method, template: data.chat's. max_new: tokens that one chain may have. pick: the scorer, from `open_scorer`. One
-    candidate is plain sampling. ValueError for several candidates at temperature 0, which would all be the same.
+    candidate is plain sampling. ValueError for several candidates at temperature 0, which would all be the same. Of
+    several ranks each searches a part, by the same draws as one process, and all return all that was found.
     """
     if search.n > 1 and not temperature:
         raise ValueError(f"temperature={temperature} makes all {search.n} candidates of a search the same; expected "
@@ -395,39 +397,66 @@ def find(sampler, tokenizer, samples, search, method, template, max_new, pick, t
         pick = most_common
     # 1. The prompts, once. Behind them the cache has room for a chain; where steps follow each other it needs two,
     # since a long chain and one that has all of its budget left take their next tokens side by side.
-    vlm = sampler.vlm
-    batch = prompts(vlm, tokenizer, samples, method, template)
-    vlm.encode(batch)
-    if len(batch.features):
-        sampler.meter.encode(vlm, len(batch.pixels))
     steps = iter(steps)
     first = next(steps)
-    sampler.prefill(batch, search.n, 2 * max_new if first.stop else max_new)
-    costs = [Cost(prefilled=length) for length in batch.length.tolist()]
+    samples = samples[parallel.own_rows(len(samples))]
+    batch = None
+    costs = []
+    if samples:                 # else there are fewer than ranks
+        batch = prompts(sampler.vlm, tokenizer, samples, method, template)
+        sampler.vlm.encode(batch)
+        if len(batch.features):
+            sampler.meter.encode(sampler.vlm, len(batch.pixels))
+        sampler.prefill(batch, search.n, 2 * max_new if first.stop else max_new)
+        costs = [Cost(prefilled=length) for length in batch.length.tolist()]
     run = Run(sampler, tokenizer, samples, batch, template, [[] for _ in samples], costs)
     # 2. Step by step, for those whose chain goes on.
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, pad_id=tokenizer.pad_id,
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, pad_id=tokenizer.pad_id,
                     banned=tokenizer.banned(sampler.llm.config.vocab))
     going = list(range(len(samples)))
     for step in chain([first], steps):
-        winners = take_step(run, step, going, search.n, max_new, pick, sampling)
-        kept = [place for place, p in enumerate(going) if not is_over(run, p, max_new)]
-        if not kept:
+        left = [max_new - len(run.chains[p]) for p in going]
+        of_ranks = parallel.gather(left)
+        if not any(of_ranks):
             break
+        noise = None
+        if temperature:
+            noise = drawn(sampler, of_ranks, search.n, generator)
+        if not going:           # but chains of other ranks do
+            continue
+        winners = take_step(run, step, going, left, search.n, pick, noise, sampling)
+        kept = [place for place, p in enumerate(going) if not is_over(run, p, max_new)]
         going = [going[place] for place in kept]
-        go_on(run, going, kept, [winners[place] for place in kept], search.n)
-    return [found_by(run, p) for p in range(len(samples))]
+        if going:
+            go_on(run, going, kept, [winners[place] for place in kept], search.n)
+    found = [found_by(run, p) for p in range(len(samples))]
+    if parallel.world() == 1:
+        return found
+    of_all = []
+    for values in parallel.chained([asdict(one) for one in found]):
+        of_all.append(Found(**values | {"cost": Cost(**values["cost"])}))
+    return of_all
 
 
-def take_step(run, step, going, n, max_new, pick, sampling):
-    """n candidates for each chain that goes on, of which the chosen one joins it -> the place of each winner."""
+def drawn(sampler, of_ranks, n, generator):
+    """What this rank's chains draw in a step, (P', n, C): what they would draw in one process, which has all chains that
+    go on side by side. of_ranks: of every rank the tokens that each of its P' chains has left."""
+    before = sum(map(len, of_ranks[:parallel.rank()]))
+    left = list(chain(*of_ranks))
+    noise = sampler.noise((len(left), n), max(left), generator)
+    return noise[before:before + len(of_ranks[parallel.rank()])]
+
+
+def take_step(run, step, going, left, n, pick, noise, sampling):
+    """n candidates for each chain that goes on, of which the chosen one joins it -> the place of each winner. left: the
+    tokens that each may still have; noise (P', n, C)."""
     sampler = run.sampler
     tokenizer = run.tokenizer
     # 1. Sample. Rows may be dropped only where nothing follows.
-    left = torch.tensor([max_new - len(run.chains[p]) for p in going], device=run.batch.ids.device)
+    limit = torch.tensor(left, device=run.batch.ids.device)[:, None].expand(-1, n)
     stop = stop_at(tokenizer, step.stop) if step.stop else None
-    completions = sampler.decode(int(left.max()), tokenizer.eos_id, drop=not step.stop, stop=stop,
-                                 limit=left[:, None].expand(-1, n), **sampling)
+    completions = sampler.decode(max(left), tokenizer.eos_id, drop=not step.stop, stop=stop, limit=limit, noise=noise,
+                                 **sampling)
     # 2. Read.
     groups = []
     of_chains = zip(going, completions.ids.cpu(), completions.mask.cpu(), completions.logp.cpu())

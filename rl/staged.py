@@ -9,11 +9,12 @@ was said are never computed again. The sampler is handed in, as in rl/rollout.py
 
 Shapes: P samples, G answers to each; R = P G rows, the G answers of a sample side by side; C tokens of a reply.
 """
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from data.prompting import budgets, next_turn, opening
+from model import parallel
 from rl.rollout import prompts
 
 
@@ -40,15 +41,32 @@ def answer_in_stages(sampler, tokenizer, samples, stages, template, max_new, gro
     """Asks P samples in stages (a value of data.prompting.METHODS) -> P lists of `group` Staged.
 
     max_new: tokens that all stages of an answer may sample together; a stage that is cut off is closed all the same.
-    temperature 0 is greedy; top_k, top_p as in kernels.sample. ValueError when max_new is fewer than the stages.
+    temperature 0 is greedy; top_k, top_p as in kernels.sample. ValueError when max_new is fewer than the stages. Of
+    several ranks each asks a part of the samples, the same as one process would, and all return all answers.
     """
-    answers = []
-    for _ in samples:
-        answers.append([Staged() for _ in range(group)])
-    rows = [answer for answers_of_one in answers for answer in answers_of_one]
     limits = budgets(stages, max_new)
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, pad_id=tokenizer.pad_id,
+    own = parallel.own_rows(len(samples))
+    noise = [None] * len(stages)
+    if temperature:             # of all samples, since a rank must leave the generator as the others do
+        noise = [sampler.noise((len(samples), group), limit, generator)[own] for limit in limits]
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, pad_id=tokenizer.pad_id,
                     banned=tokenizer.banned(sampler.llm.config.vocab))
+    answers = []
+    for _ in samples[own]:
+        answers.append([Staged() for _ in range(group)])
+    if answers:
+        _answer(sampler, tokenizer, samples[own], stages, template, limits, noise, answers, sampling)
+    if parallel.world() == 1:
+        return answers
+    of_all = parallel.chained([[asdict(answer) for answer in answers_of_one] for answers_of_one in answers])
+    return [[Staged(**answer) for answer in answers_of_one] for answers_of_one in of_all]
+
+
+def _answer(sampler, tokenizer, samples, stages, template, limits, noise, answers, sampling):
+    """Asks P samples in stages, and notes the replies in `answers`, P lists of G Staged. limits, noise (P, G, limit): of
+    each stage; sampling: options of Sampler.decode."""
+    group = len(answers[0])
+    rows = [answer for answers_of_one in answers for answer in answers_of_one]
     ids = mask = None
     for number, stage in enumerate(stages):
         later = stages[number + 1:]
@@ -61,12 +79,12 @@ def answer_in_stages(sampler, tokenizer, samples, stages, template, max_new, gro
         # 2. The reply. Rows may be dropped only where nothing is appended to them afterwards.
         drop = not later or later[0].sees != "all"
         stop = stop_at(tokenizer, stage.stop) if stage.stop else None
-        completions = sampler.decode(limits[number], tokenizer.eos_id, drop=drop, stop=stop, **sampling)
+        completions = sampler.decode(limits[number], tokenizer.eos_id, drop=drop, stop=stop, noise=noise[number],
+                                     **sampling)
         ids = completions.ids.flatten(0, 1)                                 # (R, C)
         mask = completions.mask.flatten(0, 1)
         # 3. What it says.
         _read(tokenizer, stage, rows, ids, mask)
-    return answers
 
 
 def _capacity(tokenizer, stages, limits, template):

@@ -2,33 +2,42 @@
 
     torchrun --nproc-per-node=2 tests/ranks.py OUT.pt --shard=none,some     # all; some with weights in shards
     torchrun --nproc-per-node=2 tests/ranks.py OUT.pt --mistake=NAME            # one of them, with a mistake planted
+    torchrun --nproc-per-node=2 tests/ranks.py OUT.json --answers               # what models are asked outside training
 
 A case is a step or two of training by the project's own functions; what it leaves is completions, weights and what is
 logged of it.
 """
 import argparse
+import json
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch                                        # noqa: E402
 
+import eval as evaluation                           # noqa: E402
 import train                                        # noqa: E402,F401
+from data.prompting import METHODS                  # noqa: E402
+from eval import Prompting                          # noqa: E402
 from model import lora, parallel, sharding          # noqa: E402
 from model.flops import Meter                       # noqa: E402
 from model.generate import Sampler                  # noqa: E402
 from model.optim import make_optimizer, stepper     # noqa: E402
 from model.runs.config import change                # noqa: E402
-from rl import advantages, metrics                  # noqa: E402
+from rl import advantages, interventions, measures, metrics     # noqa: E402
 from rl import update as updates                    # noqa: E402
 from rl.algorithms import ALGORITHMS                # noqa: E402
 from rl.learner import Guard, make_learner          # noqa: E402
 from rl.rewards import RewardOptions, Rewards       # noqa: E402
 from rl.rollout import roll_out                     # noqa: E402
+from rl.search import SEARCHES, Search              # noqa: E402
 from rl.update import estimate_advantages, score, select_groups, update         # noqa: E402
 from test_algorithms import config                  # noqa: E402
 from test_search import SAMPLES, TOY, model         # noqa: E402
+from test_staged import SAMPLES as STAGED, TOY as STAGED_TOY, model as staged_model     # noqa: E402
 
 # name -> (switches, options of `step`)
 CASES = {name: (dict(algorithm=name), {}) for name in ALGORITHMS}
@@ -128,6 +137,49 @@ def gradients_of(module):
             if p.grad is not None}
 
 
+# ---------------------------------------------------------------- what models are asked outside training
+
+def in_stages(name, temperature):
+    """Answers by a method of data.prompting, two samples of two rows at once: four ranks have some without any."""
+    prompting = Prompting("direct", "brief", 24, METHODS[name])
+    return plain(evaluation.complete(staged_model(often=1.0), STAGED_TOY, STAGED, prompting, rows=4, group=2,
+                                     temperature=temperature, seed=5))
+
+
+def searched(name, scorer):
+    """Answers by a search, three samples at once and then one."""
+    prompting = Prompting("think", "brief", 14, search=Search(name, 4, scorer))
+    return plain(evaluation.complete(model(often=2.0), TOY, SAMPLES, prompting, rows=12, temperature=1.0, seed=5))
+
+
+def plain(answers):
+    """Answers as JSON holds them."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in answers._asdict().items()}
+
+
+def intervened():
+    """Answers without the picture and without the thought, one prompt a rank at once; and all that was said."""
+    vlm = model(often=1.0)
+    said = []
+
+    def complete(samples, beginnings):
+        with mock.patch.object(measures, "ROWS", 1):
+            said.append(measures.begun(Sampler(vlm), TOY, samples, beginnings, "think", "brief", 60))
+        return said[-1]
+
+    thoughts = [f"<think> thought {sample.id}</think><answer> {sample.answer}</answer>" for sample in SAMPLES]
+    looks = interventions.look(complete, [SAMPLES[0], SAMPLES[3], SAMPLES[0]], vlm.config.pixels, vlm.config.clip.patch)
+    return [looks, interventions.think(complete, SAMPLES, thoughts), said]
+
+
+# name -> () -> what JSON can hold
+ANSWERS = {f"{name}, temperature {temperature}": partial(in_stages, name, temperature)
+           for name, temperature in (("think", 1.0), ("stages", 0.0), ("stages", 1.0), ("ccot", 1.0), ("ddcot", 1.0))}
+ANSWERS |= {f"{name} by logp": partial(searched, name, "logp") for name in SEARCHES}
+ANSWERS |= {f"stage_beam by {scorer}": partial(searched, "stage_beam", scorer) for scorer in ("self", "oracle")}
+ANSWERS["interventions"] = intervened
+
+
 # ---------------------------------------------------------------- planted mistakes
 
 def divides_by_the_world(total_gradients):
@@ -211,10 +263,17 @@ def main():
     parser.add_argument("out")
     parser.add_argument("--shard", default="none")
     parser.add_argument("--mistake", default="")
+    parser.add_argument("--answers", action="store_true")
     parser.add_argument("--patience", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
     parallel.start(parallel.ParallelOptions(patience=options.patience), "cpu")       # where the cases' tensors lie
+    if options.answers:
+        answers = {name: ask() for name, ask in ANSWERS.items()}
+        of_ranks = parallel.gather(answers)
+        if parallel.is_first():
+            Path(options.out).write_text(json.dumps(of_ranks))
+        return parallel.stop()
     cases = CASES
     if options.mistake:
         plant(options.mistake)

@@ -112,6 +112,26 @@ def test_four_ranks_equal_one_process_in_one_node_and_in_two(tmp_path, alone):
             check_equal(one, alone[key.partition(": ")[2]])
 
 
+# ---------------------------------------------------------------- what models are asked outside training
+
+@pytest.fixture(scope="module")
+def answers_alone():
+    return json.loads(json.dumps({name: ask() for name, ask in ranks.ANSWERS.items()}))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_all_ranks_get_the_answers_of_one_process(count, tmp_path, answers_alone):
+    out = tmp_path / "answers.json"
+    done = on_ranks(count, "tests/ranks.py", str(out), "--answers")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert len(found) == count
+    for rank, of_rank in enumerate(found):
+        assert of_rank.keys() == answers_alone.keys()
+        for name, wanted in answers_alone.items():
+            assert of_rank[name] == wanted, (name, rank)
+
+
 # ---------------------------------------------------------------- planted mistakes
 
 @pytest.mark.slow
