@@ -164,10 +164,10 @@ def intervened():
 
     def complete(samples, beginnings):
         with mock.patch.object(measures, "ROWS", 1):
-            said.append(measures.begun(Sampler(vlm), TOY, samples, beginnings, "think", "brief", 60))
+            said.append(measures.begun(Sampler(vlm), TOY, samples, beginnings, "think", "brief", 36))
         return said[-1]
 
-    thoughts = [f"<think> thought {sample.id}</think><answer> {sample.answer}</answer>" for sample in SAMPLES]
+    thoughts = [f"<think> {sample.id}</think><answer> {sample.answer}</answer>" for sample in SAMPLES]
     looks = interventions.look(complete, [SAMPLES[0], SAMPLES[3], SAMPLES[0]], vlm.config.pixels, vlm.config.clip.patch)
     return [looks, interventions.think(complete, SAMPLES, thoughts), said]
 
