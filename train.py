@@ -43,7 +43,7 @@ import eval as evaluation
 from data import augment, chat, llava, monitors, preview, scenes, teachers, teaching, tokenizer, transfer
 from data.digit_probe import digit_probe
 from data.prompting import METHODS
-from data.records import export_llava
+from data.records import RecordFile, export_llava
 from data.sample import Sample, batch_indices, collate
 from data.shape_probe import shape_probe
 from data.supply import STREAMS, DataOptions, Supply, source_of
@@ -1297,8 +1297,11 @@ def rate_option(stage):
 # ---------------------------------------------------------------- a teacher's records
 
 def teach(cfg):
-    """--stage=teach: asks a teacher for chains of thought, and writes --records. Leaves no run folder."""
+    """--stage=teach: asks a teacher for chains of thought, and writes --records. Leaves no run folder. All ranks walk
+    the same questions: a model answers its part of them on each (rl/staged.py), and the first rank writes."""
     options = cfg.records
+    watchdog.at("the teacher's answers")
+    watchdog.advise("the same command goes on")
     supply = Supply(cfg.data, replace(cfg.teacher, teacher="", cot_format="llava_cot"), cfg.run.seed)
     if supply.found:
         print(supply.found)
@@ -1306,13 +1309,24 @@ def teach(cfg):
     scene_teacher = None if cfg.teacher.teacher else supply.teacher
     questions, total, held_out = teaching.questions_of(supply, cfg.data.traces, scene_teacher)
     try:
-        tally = teaching.make_records(options.records, questions, held_out, total, teacher)
+        tally = teaching.make_records(options.records, questions, held_out, total, teacher, records_of_rank)
     except KeyboardInterrupt:
         raise ValueError(f"interrupted; the same command goes on with {options.records}") from None
     print(f"{options.records}: {tally.text()}")
-    if cfg.run.export:
+    if cfg.run.export and parallel.is_first():
         out = cfg.run.export.partition(":")[2]
         print(f"wrote {out}, {export_llava(options.records, out)} records in LLaVA-CoT's form")
+
+
+def records_of_rank(path):
+    """The RecordFile of this rank, opened by all together: none adds to it before all have read it."""
+    if parallel.is_first():
+        file = RecordFile(path)
+    parallel.barrier()          # until the first has made it, and cut off what is torn
+    if not parallel.is_first():
+        file = RecordFile(path, writes=False)
+    parallel.barrier()
+    return file
 
 
 def digest_of(path):
@@ -1343,10 +1357,13 @@ def staged_answers(cfg, name):
     stages = METHODS[cfg.records.teacher_prompting]
     max_new = cfg.records.teacher_max_new or state["config"]["max_new"]
     sampler = Sampler(vlm)
+    device = vlm.llm.head.device
 
     @torch.no_grad()
     def answer(samples, seed):
-        generator = torch.Generator(vlm.llm.head.device).manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)       # of this thread, which begins at the first GPU
+        generator = torch.Generator(device).manual_seed(seed)
         found = answer_in_stages(sampler, tok, samples, stages, state["config"]["template"], max_new,
                                  temperature=cfg.records.teacher_temperature, generator=generator)
         return [group[0] for group in found]
@@ -1369,7 +1386,9 @@ def main(argv):
     check_ranks(cfg)
     if cfg.stages() == ["teach"]:
         torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
-        return teach(cfg)
+        teach(cfg)
+        parallel.barrier()
+        return parallel.stop()
     if cfg.run.grid:
         return grid(cfg)
     if cfg.run.seeds:
@@ -1421,9 +1440,8 @@ def show_needs(cfg):
 
 def one_process(cfg):
     """{option: value} of what one process does, without other ranks; a value is empty where it is not asked for."""
-    teaches = cfg.run.stage if cfg.run.stage == "teach" else ""
     return dict(seeds=cfg.run.seeds, grid=cfg.run.grid, tune=cfg.run.tune, bench=cfg.run.bench,
-                explain=cfg.run.explain, stage=teaches)
+                explain=cfg.run.explain)
 
 
 def check_ranks(cfg):
@@ -1434,6 +1452,12 @@ def check_ranks(cfg):
          f"be bfloat16 with --shard={cfg.parallel.shard}, whose shards are in float32 anyway")
     for name, value in one_process(cfg).items():
         need(not value, name, value, "come without torchrun: it runs as one process")
+    if cfg.stages() == ["teach"]:
+        need(kind_of(cfg.teacher.teacher) == "model", "teacher", cfg.teacher.teacher,
+             "be a checkpoint or a LLaVA folder under torchrun, whose ranks deal out what a model of one's own "
+             "generates; every other teacher is asked by one process")
+        need(cfg.parallel.shard == "none", "shard", cfg.parallel.shard,
+             "be none with --stage=teach, where every rank holds the whole teacher")
     if cfg.parallel.shard == "hybrid":      # before stage clip, which would train for hours first
         sharding.ranks_of_a_node()
 

@@ -305,11 +305,13 @@ def digest(picture):
 class RecordFile:
     """A file of records that this process alone adds to; what is in it already is taken up.
 
-    tally: a Tally of all that is in it. Raises ValueError when another process holds the file, or a
-    line before the last is no record. A torn last line is cut off.
+    tally: a Tally of all that is in it. writes: whether this process is the one; others that walk
+    the same questions only keep count of what it adds. Raises ValueError when another process holds
+    the file, or a line before the last is no record. A torn last line is cut off.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, writes=True):
+        self.writes = writes
         self.path = os.path.abspath(os.path.expanduser(path))
         self.folder, self.name = os.path.split(self.path)
         self._reasons = {}          # half a key -> reason, some 100 bytes each
@@ -319,9 +321,10 @@ class RecordFile:
         if os.path.isdir(self.path):
             raise ValueError(f"--records={path} must be a file, it is a folder")
         os.makedirs(self.folder, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        self._file = open(self.path, "a+b" if writes else "rb")
         try:
-            self._hold()
+            if writes:
+                self._hold()
             self._take_up()
         except BaseException:
             self._file.close()
@@ -347,7 +350,8 @@ class RecordFile:
         whole = 0
         for number, line, is_last in _lines(self._file):
             if is_last and is_torn(line):
-                self._file.truncate(whole)
+                if self.writes:
+                    self._file.truncate(whole)
                 return
             try:
                 record = read_line(line)
@@ -371,9 +375,10 @@ class RecordFile:
         """Writes a record, flushed to the disk; of several threads one after the other."""
         line = record.line().encode() + b"\n"
         with self._turn:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if self.writes:
+                self._file.write(line)
+                self._file.flush()
+                os.fsync(self._file.fileno())
             self._count(record)
 
     def picture(self, source, name):
@@ -388,7 +393,7 @@ class RecordFile:
             return os.path.relpath(path, self.folder) if inside else path
         folder = f"{self.name}.pictures"
         path = os.path.join(self.folder, folder, f"{name}.png")
-        if name not in self._pictures and not os.path.exists(path):
+        if self.writes and name not in self._pictures and not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with written_whole(path, "wb") as file:
                 file.write(as_png(source))

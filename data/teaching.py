@@ -286,25 +286,26 @@ def questions_of(supply, count, teacher=None):
 
 # ---------------------------------------------------------------- the loop
 
-def make_records(path, questions, held_out, total, teacher):
+def make_records(path, questions, held_out, total, teacher, open_file=RecordFile):
     """Asks the teacher about all `total` samples of `questions`, unless the file has its replies
     already -> Tally of the whole file.
 
-    held_out: samples that are written down unasked. Raises ValueError when the teacher cannot be
-    asked any further, and about a sample that cannot be asked; what was answered before is in the
-    file.
+    held_out: samples that are written down unasked. open_file(path) -> the RecordFile. Raises
+    ValueError when the teacher cannot be asked any further, and about a sample that cannot be
+    asked; what was answered before is in the file.
     """
-    bar = tqdm(total=total, desc="teach", unit="q", disable=None, leave=False)
-    with RecordFile(path) as file, bar:
+    with open_file(path) as file:
         tally = file.tally
         for sample in held_out:
             hold_out(file, sample)
         asking = Asking(file, teacher)
         waiting = groups(questions, teacher.batch, asking)
-        for done in in_parallel(asking, waiting, teacher.jobs, teacher.stop):
-            bar.update(done)
-            bar.set_postfix({"kept": tally.kept, "dropped": tally.dropped, "in": tally.tokens_in,
-                             "out": tally.tokens_out}, refresh=False)
+        hidden = None if file.writes else True          # None: shown on a terminal only
+        with tqdm(total=total, desc="teach", unit="q", disable=hidden, leave=False) as bar:
+            for done in in_parallel(asking, waiting, teacher.jobs, teacher.stop):
+                bar.update(done)
+                bar.set_postfix({"kept": tally.kept, "dropped": tally.dropped,
+                                 "in": tally.tokens_in, "out": tally.tokens_out}, refresh=False)
     if asking.is_out:
         print("note: the requests of --teacher-requests are used up; the same command goes on")
     return tally

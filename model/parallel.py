@@ -100,16 +100,14 @@ def check_gpus(device):
 
 def _ended(*_):
     """torchrun ends the other ranks of a node when one has died."""
-    watchdog.end(f"ended at {watchdog.place()}, since another rank has died; --resume goes on from the last checkpoint",
-                 143)
+    watchdog.end(f"ended at {watchdog.place()}, since another rank has died; {watchdog.advice()}", 143)
 
 
 def lost(error):
     """What to say where an exception means that another rank is gone; "" where it means something else."""
     if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return ""
-    return (f"another rank was gone at {watchdog.place()} ({first_line(error)}); --resume goes on from the last "
-            "checkpoint")
+    return f"another rank was gone at {watchdog.place()} ({first_line(error)}); {watchdog.advice()}"
 
 
 def stop():

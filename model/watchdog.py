@@ -17,6 +17,7 @@ SILENCE = 50.0              # seconds: a machine with too much to do is slow, an
 
 _dog = None                 # of this process; None in a run of one
 _ending = threading.Lock()  # taken for good by what ends this process
+_advice = "--resume goes on from the last checkpoint"       # of a sentence that says why a run ends
 
 
 class Watchdog(threading.Thread):
@@ -78,10 +79,10 @@ class Watchdog(threading.Thread):
             beats, _, place = self.told[other]
             if beats != "done" and now - self.heard[other] > SILENCE:
                 return (f"rank {other} has been silent for {SILENCE:.0f} s; it was at {place or 'the start'}. The run "
-                        "ends; --resume goes on from the last checkpoint")
+                        f"ends; {_advice}")
         if now - self.moved > self.patience:
-            return (f"no rank has got on for {self.patience} s: {self.places()}. The run ends; --resume goes on from "
-                    "the last checkpoint, --patience waits longer")
+            return (f"no rank has got on for {self.patience} s: {self.places()}. The run ends; {_advice}, --patience "
+                    "waits longer")
         return ""
 
     def places(self):
@@ -139,6 +140,16 @@ def end(fault, status=1):
     if _dog is None or _dog.is_first_to_say():
         os.write(2, f"train.py: {f'rank {_dog.rank}: ' if _dog else ''}{fault}\n".encode())
     os._exit(status)
+
+
+def advise(how):
+    """What the user is told to do when this run ends before its time."""
+    global _advice
+    _advice = how
+
+
+def advice():
+    return _advice
 
 
 def place():

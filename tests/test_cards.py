@@ -137,7 +137,7 @@ def test_a_scored_reference_is_gathered_once_one_of_an_exact_kl_once_a_micro_bat
 
 @pytest.mark.parametrize("flags, said", [
     (["--stage=foo"], "--stage=foo: 'foo' must be one of clip, align"),
-    (["--stage=teach"], "--stage=teach must be left"),
+    (["--stage=teach"], "--stage=teach: 'teach' must be one of clip, align"),
     (["--grid=norm=token"], "--grid=norm=token must be left out beside --plan"), (["--seeds=2"], "--seeds=2 must be"),
     (["--tune=rl", "--seed=100"], "--tune=rl must be"), (["--bench=step"], "--bench=step must be"),
     (["--stage=clip", "--plan=h100"], "--plan=h100 must be CARDxN")])

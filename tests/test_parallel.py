@@ -15,9 +15,11 @@ import torch
 
 import ranks
 import train
+from data.records import RecordFile
 from model import parallel, sharding, watchdog
 from model.runs import checkpoint
 from model.runs.config import change
+from test_serve import TOKENIZER, VLM
 from tiny import difference
 
 ROOT = Path(train.__file__).parent
@@ -348,6 +350,91 @@ def test_a_run_is_resumed_by_another_number_of_ranks(runs, before, after, tmp_pa
     check_same_run(out, runs / "alone", most=1e-10)
 
 
+# ---------------------------------------------------------------- a teacher's records
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A checkpoint in fp64 whose replies end at other lengths, and teach nothing."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    checkpoint.save(path, dict(stage="cot", method="direct", vlm_config=VLM.config_dict(), vlm=VLM.state_dict(),
+                               tokenizer=TOKENIZER.saved, config=dict(template="brief", max_new=12, data="")))
+    return path
+
+
+def teach(teacher, folder, *words):
+    """The command that writes folder/mine.jsonl, behind `python` or torchrun."""
+    return ["train.py", "--stage=teach", f"--teacher={teacher}", f"--records={folder / 'mine.jsonl'}", "--device=cpu",
+            "--threads=1", "--teacher-jobs=3", *words]
+
+
+def check_same_records(folder, wanted):
+    """Raises AssertionError unless two folders of records and pictures hold the same bytes."""
+    files = [{str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+             for place in (folder, wanted)]
+    assert files[0] == files[1]
+
+
+def test_two_ranks_write_the_records_of_one_process(teacher, tmp_path):
+    # 8 questions in threes: of the last two batches' second tries a rank may have none.
+    words = ["--traces=8", "--teacher-prompting=stages"]
+    for name, launcher in (("alone", [sys.executable]), ("two", [*TORCHRUN, "--standalone", "--nproc-per-node=2"])):
+        said = finished(subprocess.run([*launcher, *teach(teacher, tmp_path / name, *words)], capture_output=True,
+                                       text=True, env=QUIET, cwd=ROOT))
+        assert said.count("of 16 replies kept") == 1
+    lines = [json.loads(line) for line in (tmp_path / "alone" / "mine.jsonl").read_text().splitlines()]
+    assert len({json.dumps(line["text"]) for line in lines if line.get("attempt")}) > 8
+    check_same_records(tmp_path / "two", tmp_path / "alone")
+
+
+def records_of(folder):
+    path = folder / "mine.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_records_are_gone_on_with_by_another_number_of_ranks(before, after, teacher, tmp_path):
+    # Greedy, since sampled replies depend on which questions are asked together.
+    words = ["--traces=30", "--teacher-temperature=0", "--teacher-tries=1"]
+    launcher = {1: [sys.executable], 2: [*TORCHRUN, "--standalone", "--nproc-per-node=2"]}
+    killed = [*launcher[before], *teach(teacher, tmp_path / "killed", *words)]
+    process = subprocess.Popen(killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET, cwd=ROOT)
+    while records_of(tmp_path / "killed") < 6 + 5:          # 6 are held out
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.005)
+    os.kill(workers_of(process)[1] if before == 2 else process.pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert said.count("the same command goes on") == before - 1
+    assert records_of(tmp_path / "killed") < 36
+    for name, command in (("killed", launcher[after]), ("whole", launcher[1])):
+        finished(subprocess.run([*command, *teach(teacher, tmp_path / name, *words)], capture_output=True, text=True,
+                                env=QUIET, cwd=ROOT))
+    check_same_records(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_records_that_another_process_writes_end_all_ranks_with_a_sentence(teacher, tmp_path):
+    with RecordFile(tmp_path / "mine.jsonl"):
+        done = on_ranks(2, *teach(teacher, tmp_path, "--traces=2"), timeout=120)
+    assert done.returncode
+    assert done.stderr.count("mine.jsonl is in use by another process") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(), "--teacher= must be a checkpoint or a LLaVA folder under torchrun"),
+    (dict(teacher="http://h/v1"), "--teacher=http://h/v1 must be a checkpoint or a LLaVA folder under torchrun"),
+    (dict(teacher="mine.py:teach"), "--teacher=mine.py:teach must be a checkpoint"),
+    (dict(teacher="a.pt", shard="full"), "--shard=full must be none with --stage=teach")])
+def test_only_a_model_of_ones_own_teaches_on_several_ranks(flags, said, monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    train.check_ranks(change(train.Config(), stage="teach", teacher="a.pt"))
+    with pytest.raises(ValueError, match=said):
+        train.check_ranks(change(train.Config(), stage="teach", **flags))
+
+
+# ---------------------------------------------------------------- what is refused
+
 @pytest.mark.parametrize("flag, said", [
     ("--shard=full", "--shard=full must come with torchrun"),
     ("--offload", "--offload=True must come with --shard=full or hybrid"),
@@ -358,7 +445,7 @@ def test_options_of_ranks_that_cannot_work_are_refused_in_one_sentence(flag, sai
 
 
 @pytest.mark.parametrize("options", [dict(seeds=2), dict(grid="norm=token"), dict(tune="rl", seed=100),
-                                     dict(bench="step"), dict(explain=1, stage="rl"), dict(stage="teach")])
+                                     dict(bench="step"), dict(explain=1, stage="rl")])
 def test_what_one_process_does_is_refused_on_several_ranks(options, monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: 2)
     with pytest.raises(ValueError, match="must come without torchrun: it runs as one process"):
