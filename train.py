@@ -742,9 +742,7 @@ def reinforce(run, name, cfg, vlm, samples, method, rewards, schedule, meter, te
     attempts = 1 + switches.refill
     snapshot = partial(run.snapshot, name, cfg, method, meter, vlm)
     follow = partial(followed, run, name, cfg, vlm, samples[:FOLLOWED], method, rewards)
-    # One process alone: on several ranks each has seen the losses of its own micro-batches only.
-    recorded = cfg if parallel.world() == 1 else change(cfg, inspect_every=0)
-    recorder = Recorder(run.folder, name, label, recorded, run.tokenizer, rewards, follow, checkpoint.write_atomically)
+    recorder = Recorder(run.folder, name, label, cfg, run.tokenizer, rewards, follow, checkpoint.write_atomically)
     live = Live(name, rewards, quiet=bool(cfg.run.bench))
     if cfg.rl.curriculum:
         samples = curriculum.by_difficulty(samples, scenes.difficulty)

@@ -17,7 +17,8 @@ value of a token that the loss did not use. What is absent in a line was not com
 
 The file grows as the run goes. When it would exceed --inspect-mb, every second recorded step is dropped, and from there
 on only every second one is recorded. A kill leaves at most a torn last line; a resumed run cuts that, and the steps
-that it will take again. Shapes: P prompts, G completions, C tokens.
+that it will take again. Of several ranks each makes the lines of the groups that its losses used, and the first writes
+all of them. Shapes: P prompts, G completions, C tokens.
 """
 import base64
 import hashlib
@@ -31,6 +32,7 @@ import torch
 from data.chat import parse
 from data.sample import read_image
 from kernels import is_flat
+from model import parallel
 from model.runs.config import check_fields, number
 from rl.advantages import sampled_kl
 from rl.rewards import consistency
@@ -79,8 +81,10 @@ class Recorder:
         """Before a step's rollout. At the first one it takes up the file that is there."""
         if not self.every:
             return
-        if self.step is None:
+        if self.step is None and parallel.is_first():
             self._take_up(step)
+        if self.step is None or self.recording:
+            self.every = parallel.of_first(self.every)      # which it reads from the file, or changes as it writes
         self.step = step
         self.watched = []
         self.recording = step % self.every == 0
@@ -97,14 +101,19 @@ class Recorder:
         if not self.recording:
             return
         used = self._used(rollout)
-        lines = []
-        for place, role in chosen(rollout, used).items():
-            lines.append(self._line(role, rollout, place, used.get(place, {})))
-        for place in range(len(self.followed.samples)):
-            lines.append(self._line("followed", self.followed, place, {}))
+        used_by_any = parallel.chained([*used])
+        mine = []
+        for number, (place, role) in enumerate(chosen(rollout, used_by_any).items()):
+            if place in used or parallel.is_first() and place not in used_by_any:
+                mine.append([number, self._line(role, rollout, place, used.get(place, {}))])
+        numbered = sorted(parallel.chained(mine), key=lambda entry: entry[0])
+        if parallel.is_first():
+            lines = [line for _, line in numbered]
+            for place in range(len(self.followed.samples)):
+                lines.append(self._line("followed", self.followed, place, {}))
+            self._append(lines)
         self.watched = []
         self.followed = None
-        self._append(lines)
 
     # ------------------------------------------------------------ what the losses used
 

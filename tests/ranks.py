@@ -10,6 +10,7 @@ logged of it.
 import argparse
 import json
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -27,7 +28,7 @@ from model.flops import Meter                       # noqa: E402
 from model.generate import Sampler                  # noqa: E402
 from model.optim import make_optimizer, stepper     # noqa: E402
 from model.runs.config import change                # noqa: E402
-from rl import advantages, interventions, measures, metrics     # noqa: E402
+from rl import advantages, interventions, measures, metrics, recorder       # noqa: E402
 from rl import update as updates                    # noqa: E402
 from rl.algorithms import ALGORITHMS                # noqa: E402
 from rl.learner import Guard, make_learner          # noqa: E402
@@ -36,6 +37,7 @@ from rl.rollout import roll_out                     # noqa: E402
 from rl.search import SEARCHES, Search              # noqa: E402
 from rl.update import estimate_advantages, score, select_groups, update         # noqa: E402
 from test_algorithms import config                  # noqa: E402
+from test_recorder import Step, lines_of            # noqa: E402
 from test_search import SAMPLES, TOY, model         # noqa: E402
 from test_staged import SAMPLES as STAGED, TOY as STAGED_TOY, model as staged_model     # noqa: E402
 
@@ -172,12 +174,26 @@ def intervened():
     return [looks, interventions.think(complete, SAMPLES, thoughts), said]
 
 
+def recorded(algorithm, **switches):
+    """Lines of rollouts.jsonl after four steps that do not learn, of which the file has room for two, so that the third
+    and the fourth are not the steps that the first would lead to expect."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(recorder, "DIGITS", 12):
+        step = Step(Path(folder), algorithm=algorithm, micro_batch=1, **switches)
+        step.take(0)
+        step.recorder.limit = parallel.of_first(int(2.5 * step.recorder._size()))
+        for number in range(1, 4):
+            step.take(number)
+        return parallel.of_first(lines_of(folder))
+
+
 # name -> () -> what JSON can hold
 ANSWERS = {f"{name}, temperature {temperature}": partial(in_stages, name, temperature)
            for name, temperature in (("think", 1.0), ("stages", 0.0), ("stages", 1.0), ("ccot", 1.0), ("ddcot", 1.0))}
 ANSWERS |= {f"{name} by logp": partial(searched, name, "logp") for name in SEARCHES}
 ANSWERS |= {f"stage_beam by {scorer}": partial(searched, "stage_beam", scorer) for scorer in ("self", "oracle")}
 ANSWERS["interventions"] = intervened
+ANSWERS["rollouts.jsonl, grpo"] = partial(recorded, "grpo", epochs=2, mini_batches=2)
+ANSWERS["rollouts.jsonl, dapo"] = partial(recorded, "dapo", kl_coef=0.1, kl="exact", correct="truncate")
 
 
 # ---------------------------------------------------------------- planted mistakes

@@ -116,6 +116,18 @@ def test_four_ranks_equal_one_process_in_one_node_and_in_two(tmp_path, alone):
 
 # ---------------------------------------------------------------- what models are asked outside training
 
+def leaves(value):
+    """All names and values of nested lists and dicts."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
 @pytest.fixture(scope="module")
 def answers_alone():
     return json.loads(json.dumps({name: ask() for name, ask in ranks.ANSWERS.items()}))
@@ -131,7 +143,15 @@ def test_all_ranks_get_the_answers_of_one_process(count, tmp_path, answers_alone
     for rank, of_rank in enumerate(found):
         assert of_rank.keys() == answers_alone.keys()
         for name, wanted in answers_alone.items():
-            assert of_rank[name] == wanted, (name, rank)
+            assert [*leaves(of_rank[name])] == pytest.approx([*leaves(wanted)], rel=1e-9, abs=1e-9), (name, rank)
+
+
+def test_what_is_recorded_of_rollouts_is_of_groups_that_differ_and_of_every_second_step(answers_alone):
+    lines = answers_alone["rollouts.jsonl, grpo"]
+    assert {line["step"] for line in lines} == {0, 2}
+    assert {line["role"] for line in lines} >= {"best", "worst", "followed"}
+    used = [completion for line in lines if line["updated"] for completion in line["completions"]]
+    assert len({str(completion["ratio"]) for completion in used}) > len(used) / 2
 
 
 # ---------------------------------------------------------------- planted mistakes
