@@ -19,6 +19,8 @@ from data.records import RecordFile
 from model import parallel, sharding, watchdog
 from model.runs import checkpoint
 from model.runs.config import change
+from rl.recorder import FILE
+from rl.report.log import read_log
 from test_serve import TOKENIZER, VLM
 from tiny import difference
 
@@ -248,7 +250,7 @@ def tensors_of(value, name=""):
 
 def check_same_run(folder, wanted, most=0.0):
     """Raises AssertionError unless two runs left the same stages, their weights equal to `most` of a tensor's largest
-    entry, and gave the same answers."""
+    entry, gave the same answers, and recorded the same rollouts."""
     names = sorted(path.name for path in wanted.glob("*.pt"))
     assert sorted(path.name for path in folder.glob("*.pt")) == names
     for name in names:
@@ -258,8 +260,11 @@ def check_same_run(folder, wanted, most=0.0):
             # A bias of keys changes no attention: what moves it is rounding, which Adam makes as large as any step.
             if value.is_floating_point() and not key.endswith("in_proj_bias"):
                 assert difference(ours[key], value) <= most, (name, key)
-    scores = [json.loads((place / "scores.json").read_text()) for place in (folder, wanted)]
-    assert scores[0] == scores[1]
+    for name in ("scores.json", "interventions.json"):
+        ours, theirs = (json.loads((place / name).read_text()) for place in (folder, wanted))
+        assert ours == theirs, name
+    ours, theirs = ([*leaves(read_log(place / FILE))] for place in (folder, wanted))
+    assert theirs and ours == pytest.approx(theirs, abs=1.1e-5)             # of the last digit that is written
     assert not [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
 
 
