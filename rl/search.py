@@ -439,8 +439,8 @@ def find(sampler, tokenizer, samples, search, method, template, max_new, pick, t
 
 
 def drawn(sampler, of_ranks, n, generator):
-    """What this rank's chains draw in a step, (P', n, C): what they would draw in one process, which has all chains that
-    go on side by side. of_ranks: of every rank the tokens that each of its P' chains has left."""
+    """What this rank's chains draw in a step, (P', n, C): what they would draw in one process, which has all chains
+    that go on side by side. of_ranks: of every rank the tokens that each of its P' chains has left."""
     before = sum(map(len, of_ranks[:parallel.rank()]))
     left = list(chain(*of_ranks))
     noise = sampler.noise((len(left), n), max(left), generator)

@@ -63,8 +63,8 @@ def answer_in_stages(sampler, tokenizer, samples, stages, template, max_new, gro
 
 
 def _answer(sampler, tokenizer, samples, stages, template, limits, noise, answers, sampling):
-    """Asks P samples in stages, and notes the replies in `answers`, P lists of G Staged. limits, noise (P, G, limit): of
-    each stage; sampling: options of Sampler.decode."""
+    """Asks P samples in stages, and notes the replies in `answers`, P lists of G Staged. limits, noise (P, G, limit):
+    of each stage; sampling: options of Sampler.decode."""
     group = len(answers[0])
     rows = [answer for answers_of_one in answers for answer in answers_of_one]
     ids = mask = None
