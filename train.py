@@ -1366,7 +1366,7 @@ def staged_answers(cfg, name):
                                  temperature=cfg.records.teacher_temperature, generator=generator)
         return [group[0] for group in found]
 
-    return answer, model
+    return answer, parallel.of_first(model)         # a folder's files have other times in other nodes
 
 
 # ---------------------------------------------------------------- a run
