@@ -81,6 +81,18 @@ SENTENCES = {
 }
 
 
+# How a table calls the measures; differences between two of them, "less ..", are left out there.
+LABELS = {
+    "new": "solved anew, of those that the start's first half of samples did not solve",
+    "all": "accuracy", "formed": "accuracy among well-formed", "form": "well-formed",
+    "as it is": "right with the picture", "blanked": "with a blank one", "shuffled": "with another prompt's",
+    "masked": "with every second patch covered", "constant": "one constant answer to each kind",
+    "own": "right behind its own thought", "replaced": "behind another prompt's", "removed": "behind none",
+    "cut": "behind half of it", "follows": "answers of the other prompt", "changed": "answers that change with it",
+    "share": "completions with one", "difference": "right more often with one",
+}
+
+
 @dataclass(frozen=True)
 class Measure:
     """A number over n prompts and its 95 % interval; low and high None where there is none. is_difference: of two
@@ -422,7 +434,11 @@ def measures_over_seeds(rows):
 
 def measures_text(rows):
     """What was measured of one question and split with several seeds, as a line."""
-    return "; ".join(f"{name} {measure}" for name, measure in measures_over_seeds(rows).items())
+    told = []
+    for name, measure in measures_over_seeds(rows).items():
+        if not name.startswith("less "):
+            told.append(f"{LABELS.get(name, name)} {measure}")
+    return "; ".join(told)
 
 
 def over_seeds_text(found):
