@@ -1392,6 +1392,8 @@ def main(argv):
     if cfg.run.seeds:
         return many_seeds(cfg)
     torch.set_num_threads(cfg.machine.threads or torch.get_num_threads())
+    if cfg.parallel.shard != "none":        # else what is gathered and let go of would leave holes of its size
+        machine.give_blocks_back(cfg.llm.width)
     if cfg.run.bench:
         return run_bench(cfg)
     if cfg.run.explain:

@@ -1,11 +1,12 @@
 """What a run will need, before it is paid for: memory of a rank by part, and seconds of a step, on so many cards.
 
     python train.py --preset=llava-1.5-7b --stage=rl --plan=h100x8
+    python train.py --plan=cpux2                    # two ranks on the CPU of this machine
 
 Memory follows model/memory.py's plan of one process and the rules by which model/sharding.py spreads it. Times are
-modelled: FLOPs as model/flops.py counts them, bytes that a decode step reads and that ranks exchange, over the peaks of
-CARDS times the shares of EFFICIENCY, which are assumptions and are printed beside. Every card samples and updates as
-many prompts as in the run that was asked for, so that more cards take larger steps.
+modelled: FLOPs as model/flops.py counts them, bytes that a decode step reads and that ranks exchange, over peaks times
+shares of them that are assumed (model/peaks.py), both printed beside. Every card samples and updates as many prompts as
+in the run that was asked for, so that more cards take larger steps.
 """
 import math
 from dataclasses import dataclass
@@ -13,34 +14,21 @@ from types import SimpleNamespace
 
 import torch
 
-from model import flops, memory
+from model import flops, memory, sharding
 from model.memory import GIB
 from model.optim import is_narrow
+from model.peaks import CARDS, card_of, threads_of
 
 ROWS = (1, 8, 64, 1024)         # cards of the table, beside those that were asked for
+MOST = 100000                   # that may be asked for
+MOST_OF_A_CPU = 256
 
-
-@dataclass(frozen=True)
-class Card:
-    """Peaks: FLOP/s of dense matmuls in bf16; bytes of memory; bytes/s of it, of the wires to the cards of a node (one
-    way), and to other nodes."""
-    flops: float
-    memory: float
-    bandwidth: float
-    inside: float
-    outside: float
-    of_a_node: int = 8
-
-
-# NVIDIA's data sheets of the SXM cards with 80, 80 and 141 GB, NVLink one way; 200 and 400 Gb/s a card between nodes,
-# as in their DGX machines.
-CARDS = {"a100": Card(312e12, 80e9, 2.039e12, 300e9, 25e9),
-         "h100": Card(989e12, 80e9, 3.35e12, 450e9, 50e9),
-         "h200": Card(989e12, 141e9, 4.8e12, 450e9, 50e9)}
-
-# Shares of the peaks that are assumed to be reached. hidden: of what ranks exchange in forward and backward, the part
-# that goes on beside the computation, and costs nothing.
-EFFICIENCY = dict(matmul=0.45, bandwidth=0.6, exchange=0.7, hidden=0.5)
+# Operations of torch on one stream through a decoder block: forward; forward and backward; a token that is sampled.
+FORWARD_OPERATIONS = 60
+UPDATE_OPERATIONS = 175
+SAMPLE_OPERATIONS = 85
+# Bytes that move for a number that trains: 28 in a fused AdamW, 12 to take the gradient's norm and to clip it.
+OPTIMIZER_BYTES = 40
 
 
 def parse(text):
@@ -50,8 +38,10 @@ def parse(text):
     ('h100', 16)
     """
     name, _, count = text.rpartition("x")
-    if name not in CARDS or not count.isdecimal() or not 1 <= int(count) <= 100000:
-        raise ValueError(f"--plan={text} must be CARDxN, as in h100x8: one of {', '.join(CARDS)}, and their number")
+    most = MOST_OF_A_CPU if name == "cpu" else MOST
+    if name not in (*CARDS, "cpu") or not count.isdecimal() or not 1 <= int(count) <= most:
+        raise ValueError(f"--plan={text} must be CARDxN, as in h100x8: one of {', '.join(CARDS)}, and their number up "
+                         f"to {MOST}; or cpuxN, ranks on this machine's CPU, up to {MOST_OF_A_CPU}")
     return name, int(count)
 
 
@@ -62,7 +52,8 @@ class Work:
     prompts: sampled, or records; micro: of a micro-batch; tokens: of one; pictures: of one; group, new: completions of
     a prompt and tokens of each, 0 in supervised stages; passes: forwards with a backward of each prompt; scored:
     forwards without, of policy and reference before the update; exact: the update asks the reference, too, for the
-    exact KL in its loss; critic: it has a decoder of its own, which is scored and trained beside the policy.
+    exact KL in its loss; critic: it has a decoder of its own, which is scored and trained beside the policy; predicted:
+    tokens of a record that a supervised loss predicts, 0 for all.
     """
     prompts: int
     micro: int
@@ -74,6 +65,7 @@ class Work:
     scored: int = 0
     exact: bool = False
     critic: bool = False
+    predicted: int = 0
 
     @property
     def of_a_pass(self):
@@ -88,7 +80,8 @@ class Work:
     def batch(self, prompts):
         """As model/flops.py reads one."""
         ids = torch.empty(prompts, self.tokens, device="meta")
-        target = torch.ones(prompts, self.tokens, dtype=torch.bool)
+        target = torch.zeros(prompts, self.tokens, dtype=torch.bool)
+        target[:, -(self.predicted or self.tokens):] = True
         pictures = torch.empty(prompts * self.pictures, 0, device="meta")
         return SimpleNamespace(ids=ids, target=target, pixels=pictures, features=pictures)
 
@@ -118,7 +111,7 @@ def work_of(cfg, stage, image_tokens, words, ranks):
     needs_reference = has_reference and (kl_in_reward or switches.kl != "exact")
     return Work(prompts, micro, image_tokens + words, group=cfg.sampling.group, new=cfg.sampling.max_new,
                 passes=cfg.rl.epochs, scored=needs_policy + needs_reference,
-                exact=has_reference and not needs_reference, critic=has_critic and switches.critic == "separate")
+                exact=has_reference and not needs_reference, critic=memory.critic_has_decoder(switches))
 
 
 # ---------------------------------------------------------------- memory
@@ -137,60 +130,115 @@ def parts_of(vlm):
     return blocks, around, tower
 
 
-def memory_of(vlm, work, shard, ranks, of_a_node, optim, twin=False, device=torch.device("cuda")):
-    """{part: bytes} of one rank, the most that is there at once. vlm: on the meta device; shard: as --shard; twin:
-    whether a copy of the policy is its reference."""
+def holders_of(shard, ranks, of_a_node):
+    """How many ranks the shards of a weight are spread over."""
+    if shard == "none":
+        return 1
+    return ranks if shard == "full" else min(ranks, of_a_node)
+
+
+def memory_of(vlm, work, shard, ranks, of_a_node, optim, twin=False, device=torch.device("cuda"), gives_back=True):
+    """{part: bytes} of one rank in the phase of a stage that takes the most. vlm: on the meta device; shard: as
+    --shard; twin: whether a copy of the policy is its reference; gives_back: as model/memory.py's `holes`."""
     tokens = work.micro * (work.tokens + work.group * work.new)
     completion_tokens = work.micro * work.group * work.new
     cache_tokens = work.tokens + work.group * work.new
     rows = work.prompts if work.group else 0
     whole = memory.plan(vlm, tokens, rows, cache_tokens, optim.moments, optim.master, completion_tokens,
                         work.micro * work.pictures)
-    moment = memory.moment(vlm, tokens, device, optim.moments, optim.master)
-    copies = memory.twin(vlm) if twin else 0
     decoders = 1 + work.critic              # that train; one backward goes through both
     activations = whole["activations"] * decoders
+    backward = dict(activations=activations, moment=memory.moment(vlm, tokens, device, optim.moments, optim.master))
+    if device.type != "cuda":
+        c = vlm.llm.config
+        size = vlm.llm.embed_tokens.weight.element_size()
+        backward["holes"] = memory.holes(tokens, c.width, size, activations, gives_back)
     if shard == "none" or ranks == 1:
-        parts = {name: whole[name] for name in ("weights", "gradients", "optimizer")}
-        critic = memory.twin(vlm) + whole["gradients"] + whole["optimizer"]
-        update = dict(activations=activations, moment=moment)
-        rollout = dict(cache=whole["cache"])
-        return parts | dict(reference=copies, critic=critic * work.critic) | _larger(update, rollout)
-    holders = ranks if shard == "full" else min(ranks, of_a_node)
+        phases = _phases_of_whole(vlm, work, ranks, whole, backward, twin, device)
+    else:
+        holders = holders_of(shard, ranks, of_a_node)
+        phases = _phases_of_shards(vlm, work, holders, whole["cache"], backward, twin, device)
+    return max(phases, key=lambda phase: sum(phase.values()))
+
+
+def _phases_of_whole(vlm, work, ranks, whole, backward, twin, device):
+    """[{part: bytes}] where a rank holds all weights: in the rollout, in the update, in the sum of all gradients."""
+    parts = {name: whole[name] for name in ("weights", "gradients", "optimizer")}
+    parts["reference"] = memory.twin(vlm) if twin else 0
+    parts["critic"] = (memory.twin(vlm) + whole["gradients"] + whole["optimizer"]) * work.critic
+    phases = [parts | backward]
+    if work.group:
+        phases.append(parts | dict(cache=whole["cache"]))
+    if ranks > 1:
+        bucket = min(4 * sharding.BUCKET, whole["gradients"])
+        phases.append(parts | dict(exchanged=bucket * (2 if device.type == "cpu" else 1)))      # gloo takes a copy
+    return phases
+
+
+def _phases_of_shards(vlm, work, holders, cache, backward, twin, device):
+    """[{part: bytes}] where weights lie in shards over so many `holders`: while they are loaded, in the rollout, in a
+    micro-batch, in the sum of the last gradients, while a checkpoint is written."""
     blocks, around, tower = parts_of(vlm)
     held = [p for block in blocks for p in block] + around
     trained = [p for p in held if p.requires_grad]
     frozen = [p for p in held if not p.requires_grad]
     # What trains lies in fp32 or wider shards, with two moments of its dtype, and is gathered in its own.
     wide = 4 if any(is_narrow(p.dtype) for p in trained) else None
+    decoders = 1 + work.critic
+    copies = memory.twin(vlm)
+    rest = dict(weights=_bytes(tower) + (_bytes(trained, wide) + _bytes(frozen)) // holders,
+                reference=copies // holders if twin else 0)
+    if work.critic:                         # a copy, whose own part trains as the policy's does
+        rest["critic"] = (copies - _bytes(trained) + _bytes(trained, wide)) // holders
     largest = max(_bytes(block) for block in blocks)
-    gathered = 2 * largest + _bytes(around)
     exchanged = max(_bytes((p for p in block if p.requires_grad), wide) for block in blocks)
-    parts = dict(weights=_bytes(tower) + (_bytes(trained, wide) + _bytes(frozen)) // holders,
-                 optimizer=2 * _bytes(trained, wide) // holders, reference=copies // holders)
-    if work.critic:                         # a copy, whose own part trains as the policy's does, and its moments
-        parts["critic"] = (memory.twin(vlm) - _bytes(trained) + 3 * _bytes(trained, wide)) // holders
-    update = dict(gradients=decoders * _bytes(trained, wide) // holders + exchanged,
-                  gathered=gathered * (decoders + bool(twin)), activations=activations, moment=moment)
-    rollout = dict(gathered=_bytes(held), cache=whole["cache"])
-    return parts | _larger(update, rollout if work.group else {})
+    # All copies are whole before the first is in shards, which is put there block by block.
+    loaded = _bytes(held) + copies * (bool(twin) + work.critic)
+    phases = [dict(weights=_bytes(tower), loaded=loaded + max(largest, exchanged))]
 
-
-def _larger(update, rollout):
-    """Of the two phases of a step the one that takes more."""
-    return max(update, rollout, key=lambda phase: sum(phase.values()))
+    rest["optimizer"] = 2 * _bytes(trained, wide) // holders
+    if work.critic:
+        rest["critic"] += rest["optimizer"]
+    gradients = decoders * _bytes(trained, wide) // holders
+    # A block at work and the next one, what lies around them, and its gradients, which are whole until the end, where
+    # those of the embedding come.
+    of_around = [p for p in around if p.requires_grad]
+    embedding = vlm.llm.embed_tokens.weight
+    early = [p for p in of_around if p is not embedding or vlm.llm.config.tied]
+    gathered = (2 * largest + _bytes(around)) * (decoders + bool(twin))
+    phases.append(rest | dict(gradients=gradients + exchanged + decoders * _bytes(early), gathered=gathered) | backward)
+    # The gradients of what lies around the blocks, as they are and as they are sent, of which gloo takes a copy.
+    sent = _bytes(of_around, wide)
+    beside = sent if device.type == "cpu" else _bytes(of_around)
+    phases.append(rest | dict(gradients=gradients, exchanged=sent + beside))
+    if work.group:
+        phases.append(rest | dict(gathered=_bytes(held), cache=cache))
+    if device.type == "cpu":                # the first rank's; a GPU's go to the memory of the CPU one by one
+        one = max(p.numel() * p.element_size() for p in held)
+        phases.append(rest | dict(saved=_bytes(held) + one))
+    return phases
 
 
 # ---------------------------------------------------------------- seconds
 
 def seconds_of(vlm, work, shard, ranks, card):
-    """{part: modelled seconds} of a step: rollout, update, and what of the exchange does not hide behind it."""
-    matmul = card.flops * EFFICIENCY["matmul"]
+    """{part: modelled seconds} of a step: rollout, update, the optimizer, and what of the exchange does not hide behind
+    them."""
     found = {}
     blocks, around, tower = parts_of(vlm)
-    held = _bytes([p for block in blocks for p in block]) + _bytes(around)
+    held = [p for block in blocks for p in block] + around
     if work.group:
-        found["rollout"] = rollout_seconds(vlm, work, held, card)
+        found["rollout"] = rollout_seconds(vlm, work, _bytes(held), card)
+    found["update"] = update_seconds(vlm, work, card)
+    holders = holders_of(shard, ranks, card.of_a_node)
+    numbers = (1 + work.critic) * sum(p.numel() for p in held if p.requires_grad)
+    found["optimizer"] = OPTIMIZER_BYTES * numbers / holders / (card.bandwidth * card.shares["bandwidth"])
+    found["exchange"] = exchange_seconds(vlm, work, shard, ranks, card)
+    return found
+
+
+def update_seconds(vlm, work, card):
+    """Scoring, forwards and backwards of all micro-batches."""
     batch = work.batch(work.micro)
     shape = work.shape(work.micro)
     step = flops.update(vlm, batch, shape) * work.passes + flops.forward(vlm, batch, shape) * work.scored
@@ -202,23 +250,45 @@ def seconds_of(vlm, work, shard, ranks, card):
         step += flops.forward(vlm, batch, shape, rows=0) + work.passes * flops.update(vlm, batch, shape, rows=0)
     if not work.group:                      # in reinforcement learning the rollout has encoded them
         step += flops.encode(vlm, work.micro * work.pictures)
-    found["update"] = work.of_a_pass * step / matmul
-    found["exchange"] = exchange_seconds(vlm, work, shard, ranks, card)
-    return found
+    seconds = step / (card.flops * card.shares["matmul"])
+    passes = (1 + work.critic) * work.passes
+    if card.shares["traffic"]:
+        moved = card.shares["traffic"] * passes * activations_of(vlm, work)
+        seconds += moved / (card.bandwidth * card.shares["bandwidth"])
+    streams = 1 + bool(work.group)
+    operations = UPDATE_OPERATIONS * passes + FORWARD_OPERATIONS * (work.scored + work.critic + work.exact)
+    seconds += vlm.llm.config.layers * streams * operations * seconds_of_a_call(card)
+    return work.of_a_pass * seconds
+
+
+def activations_of(vlm, work):
+    """Bytes that autograd keeps of a micro-batch of one decoder."""
+    completion_tokens = work.micro * work.group * work.new
+    tokens = work.micro * work.tokens + completion_tokens
+    return memory.plan(vlm, tokens, completion_tokens=completion_tokens,
+                       pictures=work.micro * work.pictures)["activations"]
 
 
 def rollout_seconds(vlm, work, held, card):
     """Encoding, the prompts, and a decode step for every token: it reads all weights, and the slots of the cache that
-    are filled by then, half of them on the mean."""
-    matmul = card.flops * EFFICIENCY["matmul"]
+    are filled by then, half of them on the mean. held: bytes of the weights."""
+    matmul = card.flops * card.shares["matmul"]
+    layers = vlm.llm.config.layers
     prompts = work.batch(work.prompts)
     first = flops.encode(vlm, work.prompts * work.pictures) + flops.prompt(vlm, prompts)
     slots = work.prompts * (work.tokens + work.group * work.new / 2)
-    read = held + slots * memory.slot(vlm.llm)
+    reading = (held + slots * memory.slot(vlm.llm)) / (card.bandwidth * card.shares["bandwidth"])
     rows = work.prompts * work.group
-    multiplied = flops.cached(vlm.llm, rows, work.tokens + work.new // 2) + flops.head(vlm.llm, rows)
-    a_token = max(read / (card.bandwidth * EFFICIENCY["bandwidth"]), multiplied / matmul)
-    return first / matmul + work.new * a_token
+    multiplying = flops.cached(vlm.llm, rows, work.tokens + work.new // 2) + flops.head(vlm.llm, rows)
+    multiplying /= matmul
+    a_token = max(reading, multiplying) + (1 - card.shares["overlap"]) * min(reading, multiplying)
+    a_token += layers * SAMPLE_OPERATIONS * seconds_of_a_call(card)
+    return first / matmul + layers * FORWARD_OPERATIONS * seconds_of_a_call(card) + work.new * a_token
+
+
+def seconds_of_a_call(card):
+    """Of an operation of the model, beside what it does."""
+    return card.operation * card.shares["calls"]
 
 
 def exchange_seconds(vlm, work, shard, ranks, card):
@@ -229,14 +299,15 @@ def exchange_seconds(vlm, work, shard, ranks, card):
     held = [p for block in blocks for p in block] + around
     trained = [p for p in held if p.requires_grad]
     wide = 4 if any(is_narrow(p.dtype) for p in trained) else None
-    shown = 1 - EFFICIENCY["hidden"]
-    inside = card.inside * EFFICIENCY["exchange"]
-    outside = card.outside * EFFICIENCY["exchange"]
+    shown = 1 - card.shares["hidden"]
+    inside = card.inside * card.shares["exchange"]
+    outside = card.outside * card.shares["exchange"]
     among_all = inside if ranks <= card.of_a_node else outside
     decoders = 1 + work.critic
     if shard == "none":             # a sum of all gradients, once the last micro-batch is done
-        return 2 * (ranks - 1) / ranks * decoders * _bytes(trained, wide) / among_all
-    holders = ranks if shard == "full" else min(ranks, card.of_a_node)
+        rate = card.sums * card.shares["exchange"] if card.sums else among_all
+        return 2 * (ranks - 1) / ranks * decoders * _bytes(trained, wide) / rate
+    holders = holders_of(shard, ranks, card.of_a_node)
     among_holders = inside if holders <= card.of_a_node else outside
     share = (holders - 1) / holders
     # A micro-batch gathers weights for its forward and its backward, and scatters gradients, a critic's alike; each
@@ -256,7 +327,6 @@ def exchange_seconds(vlm, work, shard, ranks, card):
 def text(cfg, stage, vlm, words=60):
     """The table of --plan. vlm: the model of the stage on the meta device."""
     name, asked = parse(cfg.parallel.plan)
-    card = CARDS[name]
     c = vlm.config
     work = work_of(cfg, stage, c.image_tokens, words, asked)
     switches = cfg.algorithm
@@ -266,15 +336,25 @@ def text(cfg, stage, vlm, words=60):
     asked_of_a_card = f"{_counted(work.prompts, kind)} of {work.tokens} tokens ({words} of them text, assumed)"
     if work.group:
         asked_of_a_card += f", {_counted(work.group, 'completion')} of {work.new} tokens each"
-    lines = [f"{stage}, {total / 1e9:.2f} G parameters, a card: {asked_of_a_card}, micro-batches of {work.micro}",
-             assumptions(name, card),
-             f"{'cards':>7} {'--shard':>7} {'GiB':>7}  {'s a step':>8} {'tokens/s':>9}  by part"]
-    for ranks in sorted({*ROWS, asked}):
+    cards = {ranks: card_of(name, ranks) for ranks in rows_of(name, asked)}
+    lines = [f"{stage}, {total / 1e9:.2f} G parameters, a card: {asked_of_a_card}, micro-batches of {work.micro}"]
+    if name == "cpu":
+        lines += [assumptions_of_cpu(ranks, card) for ranks, card in cards.items()]
+    else:
+        lines.append(assumptions(name, cards[asked]))
+    lines.append(f"{'cards':>7} {'--shard':>7} {'GiB':>7}  {'s a step':>8} {'tokens/s':>9}  by part")
+    for ranks, card in cards.items():
         for shard in ("none", "full", "hybrid"):
             if ranks == 1 and shard != "none" or shard == "hybrid" and ranks <= card.of_a_node:
                 continue
-            lines.append(row(vlm, work, shard, ranks, card, cfg.optim, twin))
+            device = torch.device("cpu" if name == "cpu" else "cuda")
+            lines.append(row(vlm, work, shard, ranks, card, cfg.optim, twin, device))
     return "\n".join(lines)
+
+
+def rows_of(name, asked):
+    """Numbers of cards in the table."""
+    return sorted({1, asked} if name == "cpu" else {*ROWS, asked})
 
 
 def _counted(count, noun):
@@ -282,23 +362,40 @@ def _counted(count, noun):
 
 
 def assumptions(name, card):
-    """What the modelled seconds rest on, as a line."""
-    share = EFFICIENCY
+    """What the modelled seconds on GPUs rest on, as a line."""
+    share = card.shares
     return (f"modelled from assumed peaks x shares of {name}: {card.flops / 1e12:.0f} TFLOP/s x {share['matmul']}; "
             f"{card.memory / 1e9:.0f} GB at {card.bandwidth / 1e12:.2f} TB/s x {share['bandwidth']}; wires of "
             f"{card.inside / 1e9:.0f} GB/s in a node of {card.of_a_node}, {card.outside / 1e9:.0f} GB/s beyond x "
             f"{share['exchange']}, {share['hidden']:.0%} of what goes beside the computation hidden")
 
 
-def row(vlm, work, shard, ranks, card, optim, twin):
+def assumptions_of_cpu(ranks, card):
+    """The same of ranks on this machine's CPU."""
+    share = card.shares
+    exchange = ""
+    if ranks > 1:
+        exchange = (f"; gloo gathers {card.inside / 1e9:.2f} GB/s and sums {card.sums / 1e9:.2f} GB/s, nothing of it "
+                    "hidden")
+    return (f"modelled from measured peaks x assumed shares of a CPU, {_counted(ranks, 'rank')}, "
+            f"{_counted(threads_of(ranks), 'thread')} each: {card.flops / 1e9:.0f} GFLOP/s in float32 x "
+            f"{share['matmul']}; {card.memory / 1e9:.1f} GB at {card.bandwidth / 1e9:.1f} GB/s x {share['bandwidth']}, "
+            f"over which what autograd keeps goes {share['traffic']:.0f} times; {1e6 * card.operation:.1f} us an "
+            f"operation x {share['calls']:.0f}{exchange}")
+
+
+def row(vlm, work, shard, ranks, card, optim, twin, device):
     """A line of the table."""
-    planned = memory_of(vlm, work, shard, ranks, card.of_a_node, optim, twin)
+    planned = memory_of(vlm, work, shard, ranks, card.of_a_node, optim, twin, device)
+    if shard == "none" and sum(planned.values()) <= memory.ROOMY * card.memory:    # with room, a heap keeps its holes
+        planned = memory_of(vlm, work, shard, ranks, card.of_a_node, optim, twin, device, gives_back=False)
     needed = sum(planned.values())
     seconds = seconds_of(vlm, work, shard, ranks, card)
     whole = sum(seconds.values())
     tokens = ranks * work.prompts * (work.group * work.new or work.tokens)
     fits = "" if needed <= card.memory else f"  does not fit {card.memory / GIB:.0f} GiB"
-    parts = [f"{part} {count / GIB:.1f}" for part, count in planned.items() if count]
+    digits = 2 if device.type == "cpu" else 1
+    parts = [f"{part} {count / GIB:.{digits}f}" for part, count in planned.items() if count]
     times = [f"{part} {value:.2f} s" for part, value in seconds.items() if value]
-    return (f"{ranks:>7} {shard:>7} {needed / GIB:>7.1f}  {whole:>8.2f} {tokens / whole:>9.0f}  "
+    return (f"{ranks:>7} {shard:>7} {needed / GIB:>7.{digits}f}  {whole:>8.2f} {tokens / whole:>9.0f}  "
             f"{', '.join(parts)}; {', '.join(times)}{fits}")

@@ -311,13 +311,18 @@ def twin(vlm):
     return _bytes(copied) + _narrow_copies(vlm.llm)
 
 
+def critic_has_decoder(switches):
+    """Whether a critic trains a decoder of its own: another model, whose activations lie beside the policy's."""
+    return switches.baseline == "critic" and switches.critic == "separate"
+
+
 def reference(vlm, switches, moments="float32", master=True):
     """Bytes of the reference and of a critic with a decoder of its own, which trains: the switches of an
     Algorithm."""
     total = 0
     if switches.kl_coef and (switches.ref_sync or not adapters(vlm.llm)):
         total += twin(vlm)
-    if switches.baseline == "critic" and switches.critic == "separate":
+    if critic_has_decoder(switches):
         trained = [p for p in vlm.parameters() if p.requires_grad]
         total += twin(vlm) + _gradients(trained, master) + _optimizer(trained, moments, master)
     return total
@@ -481,6 +486,7 @@ class Announcer:
         beside = {}
         if samples:
             beside["reference"] = others + reference(vlm, cfg.algorithm, optim.moments, optim.master)
+            beside["activations"] = planned["activations"] * (1 + critic_has_decoder(cfg.algorithm))
         beside["moment"] = moment(vlm, tokens, self.device, optim.moments, optim.master)
         beside |= self.beside(vlm, pictures)
         beside["holes"] = self.holes(vlm, tokens, c.width, size, planned | beside)

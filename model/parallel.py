@@ -26,7 +26,7 @@ class ParallelOptions:
     """several ranks, under torchrun"""
     shard: str = choice("none", "full", "hybrid")   # weights: whole on each rank | in shards | shards in a node
     offload: bool = False                           # shards rest in the memory of the CPU between uses
-    plan: str = ""                                  # h100x8: print what stages need on so many cards, and stop
+    plan: str = ""                                  # h100x8, cpux2: print what stages need on so many, and stop
     check_ranks: int = number(0, "[0, 1000000000]")  # steps between comparisons of the ranks' weights; 0: none
     patience: int = number(600, "[1, 1000000]")     # seconds in which no rank gets on, after which the run ends
 
@@ -66,14 +66,18 @@ def start(options, device="auto"):
     """Joins the other ranks, where torchrun has started some; from then on only the first prints.
 
     Tensors of a CPU travel by gloo, those of a GPU, this rank's own of the node, by NCCL. device: as --device. Raises
-    ValueError where options of several ranks are given without torchrun, and where ranks would share a GPU.
+    ValueError where options of several ranks are given without torchrun, where ranks would share a GPU, and where
+    shards are to be offloaded from a CPU.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if options.shard != "none":
             raise ValueError(f"--shard={options.shard} must come with torchrun, whose ranks hold the shards")
         return
     backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
+    has_gpus = device != "cpu" and torch.cuda.is_available()
+    need(has_gpus or not options.offload, "offload", True,
+         "be left out on a CPU, in whose memory the shards rest in any case")
+    if has_gpus:
         check_gpus(device)
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model import watchdog
+from model import machine, watchdog
 from model.parallel import gather, is_first, meeting, world
 
 BUCKET = 2 ** 25            # numbers of a sum of gradients: few messages, and little memory beside the gradients
@@ -60,7 +60,8 @@ def shard(vlm, options, by_states=False):
     exact = torch.promote_types(dtype, torch.float32)
     precision = MixedPrecisionPolicy()
     if dtype != exact:
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact)
+        # Inputs stay as they are: among them are gradients that the loss will send back, which must not be rounded.
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
     settings = dict(mesh=_mesh(options.shard, device_type), mp_policy=precision,
                     offload_policy=CPUOffloadPolicy() if options.offload else OffloadPolicy())
     for block in vlm.llm.layers:
@@ -77,6 +78,7 @@ def shard(vlm, options, by_states=False):
     register_fsdp_forward_method(vlm, "inside")
     if by_states:
         register_fsdp_forward_method(vlm, "states")
+    machine.give_holes_back()       # that the whole weights have left
 
 
 def _widen(module, dtype):

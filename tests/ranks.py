@@ -69,10 +69,11 @@ CASES |= {
     "loss not finite": ({}, dict(breaks=True)),
     # all else in fp64
     "single precision": (dict(algorithm="grpo", micro_batch=1), dict(dtype=torch.float32)),
+    "half precision": (dict(micro_batch=1), dict(dtype=torch.bfloat16)),
 }
 # Those that meet shards in other ways; all of them run so on 4 ranks.
 SOME = ("grpo", "ppo", "several updates", "checkpointing", "adapters, exact KL", "exact KL", "adaptive KL",
-        "critic, separate", "three prompts", "text beside pictures", "text alone", "loss not finite")
+        "critic, separate", "three prompts", "text beside pictures", "text alone", "loss not finite", "half precision")
 REWARDS = {"letters": lambda sample, text: float(len(set(text)) % 7),
            "vowels": lambda sample, text: float(sum(map(text.count, "aeiou")) % 3),
            "of_b": lambda sample, text: float(len(text) % 5) if sample.id == "b" else 1.0,
@@ -98,7 +99,7 @@ def step(switches, shard="none", samples=SAMPLES, steps=1, rank=0, often=0.0, ch
     meter = Meter()
     optimizer = make_optimizer(learner, 0.95, 0.1, learner.critic, cfg.algorithm.value_lr)
     gradients = {}
-    if dtype == torch.float32:
+    if dtype != torch.float64:
         optimizer.register_step_pre_hook(lambda *_: gradients.update(gradients_of(learner)))
     take_step = stepper(optimizer, lr, 1.0, projector=vlm.projector, llm=vlm.llm)
     rewards = Rewards(cfg.reward, functions=REWARDS)

@@ -1,12 +1,15 @@
 """What --plan prints: memory of a rank against the shards that sharding makes, seconds by hand."""
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
+import measure_ranks
 import train
-from model import cards, flops, memory
-from model.cards import EFFICIENCY, Card, Work, exchange_seconds, memory_of, parts_of, rollout_seconds, seconds_of
+from model import cards, flops, memory, peaks
+from model.cards import OPTIMIZER_BYTES, Work, exchange_seconds, memory_of, parts_of, rollout_seconds, seconds_of
+from model.peaks import CPU_EFFICIENCY, EFFICIENCY, Card
 from model.runs.config import change
 from tiny import make_vlm
 
@@ -22,9 +25,16 @@ def numbers(parameters):
     return sum(p.numel() for p in parameters)
 
 
+def early_numbers(vlm):
+    """Of what lies around the blocks that whose gradient is there before the embedding's."""
+    _, around, _ = parts_of(vlm)
+    return numbers(around) - vlm.llm.embed_tokens.weight.numel()        # the tests' heads are not tied
+
+
 def test_a_plan_is_a_card_and_a_number():
     assert cards.parse("h200x64") == ("h200", 64)
-    for wrong in ("h100", "x8", "h100x0", "tpux8", "h100x8x"):
+    assert cards.parse("cpux2") == ("cpu", 2)
+    for wrong in ("h100", "x8", "h100x0", "tpux8", "h100x8x", "cpu", "cpux0", "cpux257"):
         with pytest.raises(ValueError, match=f"--plan={wrong} must be CARDxN"):
             cards.parse(wrong)
 
@@ -48,9 +58,39 @@ def test_in_shards_a_rank_holds_its_part_in_fp32_and_the_tower_whole(shard, rank
     found = memory_of(vlm, SFT, shard, ranks, 4, OPTIM)
     assert found["weights"] == 2 * numbers(tower) + 4 * held // holders
     assert found["optimizer"] == 8 * held // holders
-    # Two blocks, the one at work and the next, and what lies around them; gradients of a block beside the shards.
+    # Two blocks, the one at work and the next, and what lies around them; gradients of a block beside the shards, and
+    # those of what lies around, whole, as they are.
     assert found["gathered"] == 2 * (2 * numbers(blocks[0]) + numbers(around))
-    assert found["gradients"] == 4 * held // holders + 4 * numbers(blocks[0])
+    assert found["gradients"] == 4 * held // holders + 4 * numbers(blocks[0]) + 2 * early_numbers(vlm)
+
+
+def test_with_many_ranks_the_whole_weights_that_are_loaded_set_the_peak():
+    vlm = make_vlm(torch.bfloat16, llm=dict(layers=40))
+    blocks, around, tower = parts_of(vlm)
+    held = numbers(p for block in blocks for p in block) + numbers(around)
+    small = replace(SFT, micro=1, tokens=2)
+    found = memory_of(vlm, small, "full", 1024, 8, OPTIM)
+    assert found == dict(weights=2 * numbers(tower), loaded=2 * held + 4 * numbers(blocks[0]))
+    copied = memory_of(vlm, small, "full", 1024, 8, OPTIM, twin=True)
+    assert copied["loaded"] == found["loaded"] + memory.twin(vlm)
+
+
+def test_on_a_cpu_the_first_rank_holds_whole_weights_while_it_saves():
+    vlm = make_vlm(torch.float32, llm=dict(layers=40))
+    blocks, around, tower = parts_of(vlm)
+    held = [p for block in blocks for p in block] + around
+    found = memory_of(vlm, replace(SFT, micro=1, tokens=2), "full", 16, 16, OPTIM, device=torch.device("cpu"))
+    assert found["saved"] == 4 * numbers(held) + 4 * max(p.numel() for p in held)
+    assert found["weights"] == 4 * numbers(tower) + 4 * numbers(held) // 16
+    assert found["optimizer"] == 8 * numbers(held) // 16
+
+
+def test_a_heap_with_room_keeps_holes():
+    vlm = make_vlm(torch.float32)
+    cpu = torch.device("cpu")
+    long = replace(SFT, micro=4, tokens=20000)
+    tight, roomy = (memory_of(vlm, long, "none", 1, 1, OPTIM, device=cpu, gives_back=tells) for tells in (True, False))
+    assert tight["holes"] == 0 and roomy["holes"] == roomy["activations"]
 
 
 def test_the_larger_of_rollout_and_update_counts():
@@ -61,12 +101,24 @@ def test_the_larger_of_rollout_and_update_counts():
     assert "activations" in memory_of(vlm, replace(RL, prompts=2), "full", 2, 8, OPTIM)
 
 
+@pytest.mark.slow
+def test_the_plan_lies_within_a_fifth_of_the_peak_of_every_rank_that_holds_the_most(tmp_path):
+    # SEETHINK_PEAKS=1: of 200 M parameters, on 1, 2 and 4 ranks.
+    size, counts = ("large", [1, 2, 4]) if os.environ.get("SEETHINK_PEAKS") else ("small", [2])
+    found = measure_ranks.measure(tmp_path, size, counts)
+    print(f"\n{measure_ranks.text(found)}")
+    assert len(found) == 2 * len(counts)
+    assert all(abs(sum(planned.values()) / max(peaks) - 1) < 0.2 for _, _, planned, peaks in found)
+
+
 def test_seconds_are_flops_and_bytes_over_the_rates():
     vlm = make_vlm(torch.bfloat16)
     batch = SFT.batch(2)
     found = seconds_of(vlm, SFT, "none", 1, SLOW)
     assert found["update"] == pytest.approx(2 * (flops.update(vlm, batch) + flops.encode(vlm, 2)))
     assert found["exchange"] == 0
+    trained = numbers(p for p in vlm.parameters() if p.requires_grad)
+    assert found["optimizer"] == pytest.approx(OPTIMIZER_BYTES * trained)
     blocks, around, _ = parts_of(vlm)
     held = 2 * (numbers(p for block in blocks for p in block) + numbers(around))
     prompts = flops.encode(vlm, 4) + flops.prompt(vlm, RL.batch(4))
@@ -101,9 +153,10 @@ def test_a_critic_of_its_own_is_a_second_decoder_that_trains():
     held = numbers(p for block in blocks for p in block) + numbers(around)
     alone = memory_of(vlm, RL, "full", 8, 4, OPTIM)
     found = memory_of(vlm, both, "full", 8, 4, OPTIM)
-    # fp32 weights and two moments in shards; gradients of a block are there for one decoder at a time.
+    # fp32 weights and two moments in shards; gradients of a block are there for one decoder at a time, those of what
+    # lies around the blocks for both.
     assert found["critic"] == 12 * held // 8
-    assert found["gradients"] == alone["gradients"] + 4 * held // 8
+    assert found["gradients"] == alone["gradients"] + 4 * held // 8 + 2 * early_numbers(vlm)
     assert found["gathered"] == 2 * alone["gathered"] and found["activations"] == 2 * alone["activations"]
     batch = RL.batch(2)
     more = flops.update(vlm, batch, (2, 3, 6), rows=0) + flops.forward(vlm, batch, (2, 3, 6), rows=0)
@@ -171,3 +224,52 @@ def test_prompts_are_dealt_out_over_the_cards_that_were_asked_for():
     work = cards.work_of(cfg, "rl", 576, 60, 16)
     assert (work.prompts, work.micro, work.tokens, work.passes, work.scored, work.micros) == (4, 4, 636, 2, 1, 2)
     assert cards.work_of(cfg, "sft", 576, 60, 64).prompts == 1
+
+
+# ---------------------------------------------------------------- this machine's CPU
+
+CPU = Card(flops=1e11, memory=1e10, bandwidth=1e10, inside=4e8, outside=4e8, of_a_node=2, sums=1e9, operation=3e-6,
+           shares=CPU_EFFICIENCY)
+
+
+@pytest.mark.parametrize("work", [SFT, RL, replace(RL, scored=1, passes=2)])
+def test_on_a_cpu_more_of_anything_takes_longer_and_a_better_one_less(work):
+    vlm = make_vlm(torch.float32)
+    whole = sum(seconds_of(vlm, work, "full", 2, CPU).values())
+    assert whole > 0
+    for more in (dict(prompts=8), dict(tokens=30), dict(micro=1)):          # micro-batches: more calls, more gathering
+        assert sum(seconds_of(vlm, replace(work, **more), "full", 2, CPU).values()) > whole
+    deeper = make_vlm(torch.float32, llm=dict(layers=5))
+    assert sum(seconds_of(deeper, work, "full", 2, CPU).values()) > whole
+    for better in (dict(flops=2e11), dict(bandwidth=2e10), dict(inside=8e8), dict(operation=1e-6)):
+        assert sum(seconds_of(vlm, work, "full", 2, replace(CPU, **better)).values()) < whole
+    assert (exchange_seconds(vlm, work, "none", 2, replace(CPU, sums=0.0))
+            == pytest.approx(2.5 * exchange_seconds(vlm, work, "none", 2, CPU)))
+
+
+def test_a_core_reads_weights_and_multiplies_one_after_the_other():
+    vlm = make_vlm(torch.float32)
+    silent = replace(CPU, operation=0.0)
+    both = rollout_seconds(vlm, RL, 1e6, silent)
+    reads = rollout_seconds(vlm, RL, 1e6, replace(silent, flops=1e30))
+    multiplies = rollout_seconds(vlm, RL, 1e6, replace(silent, bandwidth=1e30))
+    assert both == pytest.approx(reads + multiplies)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_this_machine_is_measured_and_shared_by_its_ranks(ranks, monkeypatch, capsys):
+    for name, few in dict(MATMUL=128, READ=2 ** 18, SENT=2 ** 10, SMALL=10).items():
+        monkeypatch.setattr(peaks, name, few)
+    threads = torch.get_num_threads()
+    card = peaks.cpu.__wrapped__(ranks)
+    assert torch.get_num_threads() == threads
+    assert card.memory * ranks == peaks.whole_memory() and card.of_a_node == ranks
+    assert min(card.flops, card.bandwidth, card.inside, card.sums, card.operation) > 0
+    monkeypatch.setattr(cards, "card_of", lambda name, count: card)
+    train.main([f"--plan=cpux{ranks}", "--stage=sft", "--preset=tiny"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    counts = sorted({1, ranks})
+    assert all(line.startswith("modelled from measured peaks x assumed shares of a CPU")
+               for line in lines[:len(counts)])
+    assert [tuple(line.split()[:2]) for line in lines[len(counts) + 1:]] == [("1", "none"), ("2", "none"),
+                                                                             ("2", "full")][:2 * ranks - 1]

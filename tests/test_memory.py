@@ -18,6 +18,7 @@ from model.lora import attach
 from model.mixed import mix
 from model.memory import Announcer, plan, plan_clip, shape_of, table
 from model.optim import make_optimizer, optimizer_step
+from model.runs.config import change
 from model.vlm import VLM, VlmConfig
 from test_flops import TOWERS, AttentionOnly, Gathers
 from tiny import gradients, make_vlm, prompts, random_completions, to_batch
@@ -304,6 +305,16 @@ def test_a_reference_takes_what_its_copy_takes(trained):
     assert memory.reference(vlm, switches) == 0
     switches.baseline, switches.critic = "critic", "separate"
     assert memory.reference(vlm, switches) > 2 * copied
+
+
+def test_a_critic_with_a_decoder_of_its_own_keeps_as_much_as_the_policy(capsys):
+    vlm = model("all")
+    activations = {}
+    for critic in ("shared", "separate"):
+        cfg = change(train.Config(), baseline="critic", std="batch", critic=critic)
+        Announcer(CPU).stage("rl", vlm, cfg, 20, samples=True)
+        activations[critic] = float(re.search(r"activations ([\d.]+)", capsys.readouterr().out)[1])
+    assert activations["separate"] == pytest.approx(2 * activations["shared"], rel=0.05)
 
 
 def test_the_moment_worked_by_hand():
