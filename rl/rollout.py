@@ -77,7 +77,7 @@ def gathered(batch, rollout, samples, count):
     """This rank's Batch and Rollout, of which the first `count` prompts count -> those of all ranks, on each of them;
     samples: of all ranks."""
     batch = batch.rows(torch.arange(count, device=batch.ids.device))
-    texts = parallel.gather(rollout.texts[:count])
+    texts = parallel.chained(rollout.texts[:count])
     parts = {f"part {name}": part for name, part in rollout.parts.items()}
     tensors = {}
     for name, tensor in ({name: getattr(rollout, name) for name in Rollout.TENSORS} | parts).items():
@@ -89,7 +89,7 @@ def gathered(batch, rollout, samples, count):
         rollouts.append(Rollout(**of_rank, parts={name: found[f"part {name}"] for name in rollout.parts}))
     whole = Rollout.join([found for found in rollouts if len(found.ids)])
     whole.samples = list(samples)
-    whole.texts = [group for of_rank in texts for group in of_rank]
+    whole.texts = texts
     return Batch.join([found for found in batches if len(found.ids)]), whole
 
 
