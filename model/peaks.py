@@ -22,8 +22,8 @@ from model import machine
 # `matmul` has that in it; calls: what an operation of the model takes, in those that are measured.
 EFFICIENCY = dict(matmul=0.45, bandwidth=0.6, exchange=0.7, hidden=0.5, overlap=1.0, traffic=0.0, calls=1.0)
 
-# Of a CPU, whose peaks are measured: chosen on one set-up and held against others by tests/measure_seconds.py. A core
-# does one thing after the other.
+# Of a CPU, whose peaks are measured; settled with the rows of model/README.md's table at hand. A core does one thing
+# after the other.
 CPU_EFFICIENCY = dict(matmul=0.8, bandwidth=0.4, exchange=1.0, hidden=0.0, overlap=0.0, traffic=5.0, calls=2.0)
 
 

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import measure_ranks                                # noqa: E402
 
-# The shares of a CPU (model/peaks.py) were chosen on the small one, on one rank, and held against the rest.
+# Decoders of which all trains, in fp32, and their vocabularies.
 SIZES = {"small": (["--width=256", "--layers=6", "--heads=4", "--kv-heads=4", "--ff=768"], 4096),
          "large": (["--width=768", "--layers=12", "--heads=12", "--kv-heads=12", "--ff=3072"], 16384)}
 LONGER = ["--sft-steps=4", "--rl-steps=3", "--inspect-every=0", "--batch=16"]
