@@ -229,6 +229,7 @@ def seconds_of(vlm, work, shard, ranks, card):
     held = [p for block in blocks for p in block] + around
     if work.group:
         found["rollout"] = rollout_seconds(vlm, work, _bytes(held), card)
+        found["rollout"] += gather_seconds(_bytes(held), shard, ranks, card)
     found["update"] = update_seconds(vlm, work, card)
     holders = holders_of(shard, ranks, card.of_a_node)
     numbers = (1 + work.critic) * sum(p.numel() for p in held if p.requires_grad)
@@ -280,7 +281,7 @@ def rollout_seconds(vlm, work, held, card):
     reading = (held + slots * memory.slot(vlm.llm)) / (card.bandwidth * card.shares["bandwidth"])
     rows = work.prompts * work.group
     multiplying = flops.cached(vlm.llm, rows, work.tokens + work.new // 2) + flops.head(vlm.llm, rows)
-    multiplying /= matmul
+    multiplying /= card.flops * card.shares["few"]
     a_token = max(reading, multiplying) + (1 - card.shares["overlap"]) * min(reading, multiplying)
     a_token += layers * SAMPLE_OPERATIONS * seconds_of_a_call(card)
     return first / matmul + layers * FORWARD_OPERATIONS * seconds_of_a_call(card) + work.new * a_token
@@ -291,8 +292,15 @@ def seconds_of_a_call(card):
     return card.operation * card.shares["calls"]
 
 
+def gather_seconds(held, shard, ranks, card):
+    """A rollout begins when all weights, so many bytes, are there."""
+    holders = holders_of(shard, ranks, card.of_a_node)
+    wires = card.inside if holders <= card.of_a_node else card.outside
+    return (holders - 1) / holders * held / (wires * card.shares["exchange"])
+
+
 def exchange_seconds(vlm, work, shard, ranks, card):
-    """What ranks send each other in a step, so far as it does not hide behind the computation."""
+    """What ranks send each other in an update, so far as it does not hide behind the computation."""
     if ranks == 1:
         return 0.0
     blocks, around, _ = parts_of(vlm)
@@ -311,12 +319,10 @@ def exchange_seconds(vlm, work, shard, ranks, card):
     among_holders = inside if holders <= card.of_a_node else outside
     share = (holders - 1) / holders
     # A micro-batch gathers weights for its forward and its backward, and scatters gradients, a critic's alike; each
-    # scoring, and a reference's forward in the update, gathers once. A rollout begins when all weights are there.
+    # scoring, and a reference's forward in the update, gathers once.
     scatters = work.micros * decoders
     gathers = 2 * scatters + work.of_a_pass * (work.scored + work.critic) + work.micros * work.exact
     total = share * (gathers * _bytes(held) + scatters * _bytes(trained, wide)) * shown / among_holders
-    if work.group:
-        total += share * _bytes(held) / among_holders
     if holders < ranks:             # hybrid: then the same shards of all nodes are summed
         total += 2 * scatters * _bytes(trained, wide) / holders * shown / outside
     return total
@@ -379,8 +385,9 @@ def assumptions_of_cpu(ranks, card):
                     "hidden")
     return (f"modelled from measured peaks x assumed shares of a CPU, {_counted(ranks, 'rank')}, "
             f"{_counted(threads_of(ranks), 'thread')} each: {card.flops / 1e9:.0f} GFLOP/s in float32 x "
-            f"{share['matmul']}; {card.memory / 1e9:.1f} GB at {card.bandwidth / 1e9:.1f} GB/s x {share['bandwidth']}, "
-            f"over which what autograd keeps goes {share['traffic']:.0f} times; {1e6 * card.operation:.1f} us an "
+            f"{share['matmul']}, of few rows {share['few']}; {card.memory / 1e9:.1f} GB at "
+            f"{card.bandwidth / 1e9:.1f} GB/s x {share['bandwidth']}, over which what autograd keeps goes "
+            f"{share['traffic']:.0f} times; {1e6 * card.operation:.1f} us an "
             f"operation x {share['calls']:.0f}{exchange}")
 
 

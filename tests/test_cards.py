@@ -8,7 +8,8 @@ import torch
 import measure_ranks
 import train
 from model import cards, flops, memory, peaks
-from model.cards import OPTIMIZER_BYTES, Work, exchange_seconds, memory_of, parts_of, rollout_seconds, seconds_of
+from model.cards import (OPTIMIZER_BYTES, Work, exchange_seconds, gather_seconds, memory_of, parts_of, rollout_seconds,
+                         seconds_of)
 from model.peaks import CPU_EFFICIENCY, EFFICIENCY, Card
 from model.runs.config import change
 from tiny import make_vlm
@@ -136,9 +137,11 @@ def test_what_ranks_send_is_counted_by_the_ring():
     shown = 1 - EFFICIENCY["hidden"]
     assert exchange_seconds(vlm, SFT, "none", 4, SLOW) == pytest.approx(2 * 3 / 4 * 4 * held)
     assert exchange_seconds(vlm, SFT, "none", 8, SLOW) == pytest.approx(10 * 2 * 7 / 8 * 4 * held)
-    # Two micro-batches: four times weights in bf16, twice gradients in fp32; a rollout once more, and it waits.
+    # Two micro-batches: four times weights in bf16, twice gradients in fp32; a rollout waits for all weights.
     assert exchange_seconds(vlm, SFT, "full", 4, SLOW) == pytest.approx(3 / 4 * 16 * held * shown)
-    assert exchange_seconds(vlm, RL, "full", 4, SLOW) == pytest.approx(3 / 4 * (16 * shown + 2) * held)
+    assert exchange_seconds(vlm, RL, "full", 4, SLOW) == pytest.approx(3 / 4 * 16 * held * shown)
+    assert gather_seconds(2 * held, "full", 4, SLOW) == pytest.approx(3 / 4 * 2 * held)
+    assert gather_seconds(2 * held, "none", 4, SLOW) == 0
     assert exchange_seconds(vlm, SFT, "hybrid", 8, SLOW) == pytest.approx(
         3 / 4 * 16 * held * shown + 10 * 2 * 2 * 4 * held / 4 * shown)
 
