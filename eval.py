@@ -177,8 +177,7 @@ def complete(vlm, tok, samples, prompting, rows=512, group=1, temperature=0.0, t
 
 
 def _at_once(vlm, tok, samples, prompting, group, sampling):
-    """n samples -> Answers. Each of several ranks answers a part of them, and all have all answers, here as in what the
-    two functions below call."""
+    """n samples -> Answers. Each of several ranks answers a part of them, and all have all answers."""
     own = parallel.own_rows(len(samples))
     noise = None
     if parallel.world() > 1 and sampling["temperature"]:        # what they would draw in one process

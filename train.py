@@ -1422,8 +1422,10 @@ def main(argv):
 def show_needs(cfg):
     """--plan: prints what the stages need on so many cards, by the shapes that the options give; loads nothing."""
     cards.parse(cfg.parallel.plan)          # where only clip is asked for, nothing below would
-    for name, value in one_process(cfg).items():
-        need(not value, name, value, "be left out beside --plan, which runs nothing")
+    need(not parallel.is_under_torchrun(), "plan", cfg.parallel.plan,
+         "come without torchrun, whose ranks would all plan")
+    for name, value in dict(one_process(cfg), offload=cfg.parallel.offload).items():
+        need(not value, name, value, "be left out beside --plan, which runs nothing and plans without it")
     for name in cfg.stages():
         need(name in STAGES, "stage", f"{cfg.run.stage}: {name!r}",
              "be one of clip, align, sft, cot, rl and the others that train.py's STAGES names, with --plan")
@@ -1454,8 +1456,7 @@ def check_ranks(cfg):
         need(not value, name, value, "come without torchrun: it runs as one process")
     if cfg.stages() == ["teach"]:
         need(kind_of(cfg.teacher.teacher) == "model", "teacher", cfg.teacher.teacher,
-             "be a checkpoint or a LLaVA folder under torchrun, whose ranks deal out what a model of one's own "
-             "generates; every other teacher is asked by one process")
+             "be a checkpoint or a LLaVA folder with --stage=teach under torchrun; run other teachers without torchrun")
         need(cfg.parallel.shard == "none", "shard", cfg.parallel.shard,
              "be none with --stage=teach, where every rank holds the whole teacher")
     if cfg.parallel.shard == "hybrid":      # before stage clip, which would train for hours first
@@ -1524,9 +1525,7 @@ def open_run(run):
         check_distillation(run, stages)
     notes = []
     if not cfg.run.resume:
-        texts, _ = run.supply.corpus()
-        some = texts[::math.ceil(len(texts) / 1000)]
-        notes = chat.not_given_back(some, run.tokenizer)
+        notes = chat.not_given_back(run.supply.some_texts(), run.tokenizer)
     if run.real:
         read = cfg.clip.text_length if "clip" in stages else math.inf       # captions that no CLIP reads are not cut
         notes += chat.too_long(own, run.tokenizer, cfg.sampling.max_new, read)

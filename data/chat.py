@@ -403,7 +403,9 @@ def not_given_back(texts, tokenizer):
             f"back as {back[:200]!r}")
     changed = Counter()                 # (word, the word in its place) -> how often
     for text, back in lost:
-        changed.update(pair for pair in zip(text.split(), back.split()) if pair[0] != pair[1])
+        words, others = text.split(), back.split()
+        if len(words) == len(others):           # else words have moved
+            changed.update(pair for pair in zip(words, others) if pair[0] != pair[1])
     if changed:
         (word, other), times = changed.most_common(1)[0]
         note += f"; most often {word[:50]!r} as {other[:50]!r}, {times} times"

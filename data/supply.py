@@ -3,6 +3,7 @@
     supply = Supply(cfg.data, cfg.teacher, cfg.run.seed)
     supply.samples("align", 16000, "align")     # drawn scenes; pictures of a folder or file; or a LLaVA file's records
 """
+import math
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -121,7 +122,7 @@ class Supply:
             self.real["train"] = few
         self.records = []
         self._tests = {}                                # (count of prompts, eval_set) -> what `tests` returns
-        self._corpus = None                             # what `corpus` returns
+        self._some_texts = None                         # what `some_texts` returns
         self.bad = llava.Bad(options.bad_records)
         source, where = source_of(options.data)
         if source == "llava":
@@ -249,11 +250,6 @@ class Supply:
 
     def corpus(self):
         """Texts for a new tokenizer, and words that it shall not split."""
-        if self._corpus is None:
-            self._corpus = self._make_corpus()
-        return self._corpus
-
-    def _make_corpus(self):
         texts = []
         words = list(chat.TAGS)
         if self.staged or self.options.skills:
@@ -278,4 +274,12 @@ class Supply:
                 texts += [sample.reasoning, sample.conclusion]
         for method in ("direct", "think", "asked"):
             texts += [chat.PROMPTS[method].brief.replace(tag, "") for tag in chat.TAGS]
-        return [f" {text}" for text in texts], list(dict.fromkeys(words))
+        texts = [f" {text}" for text in texts]
+        self._some_texts = texts[::math.ceil(len(texts) / 1000)]
+        return texts, list(dict.fromkeys(words))
+
+    def some_texts(self):
+        """At most 1,000 of the texts of `corpus`, which is drawn anew unless a tokenizer was trained on it."""
+        if self._some_texts is None:
+            self.corpus()
+        return self._some_texts

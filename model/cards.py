@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import torch
 
 from model import flops, memory, sharding
-from model.memory import GIB
+from model.memory import GIB, MIB
 from model.optim import is_narrow
 from model.peaks import CARDS, card_of, threads_of
+from model.runs.config import need
 
 ROWS = (1, 8, 64, 1024)         # cards of the table, beside those that were asked for
-MOST = 100000                   # that may be asked for
-MOST_OF_A_CPU = 256
+MOST_CARDS = 100000             # that may be asked for
+MOST_OF_A_CPU = 256             # ranks of it
 
 # Operations of torch on one stream through a decoder block: forward; forward and backward; a token that is sampled.
 FORWARD_OPERATIONS = 60
@@ -38,10 +39,10 @@ def parse(text):
     ('h100', 16)
     """
     name, _, count = text.rpartition("x")
-    most = MOST_OF_A_CPU if name == "cpu" else MOST
+    most = MOST_OF_A_CPU if name == "cpu" else MOST_CARDS
     if name not in (*CARDS, "cpu") or not count.isdecimal() or not 1 <= int(count) <= most:
         raise ValueError(f"--plan={text} must be CARDxN, as in h100x8: one of {', '.join(CARDS)}, and their number up "
-                         f"to {MOST}; or cpuxN, ranks on this machine's CPU, up to {MOST_OF_A_CPU}")
+                         f"to {MOST_CARDS}; or cpuxN, ranks on this machine's CPU, up to {MOST_OF_A_CPU}")
     return name, int(count)
 
 
@@ -331,8 +332,12 @@ def exchange_seconds(vlm, work, shard, ranks, card):
 # ---------------------------------------------------------------- as text
 
 def text(cfg, stage, vlm, words=60):
-    """The table of --plan. vlm: the model of the stage on the meta device."""
+    """The table of --plan. vlm: the model of the stage on the meta device. Raises ValueError for a dtype other than
+    float32 on a CPU, whose peaks are measured in that."""
     name, asked = parse(cfg.parallel.plan)
+    need(name != "cpu" or cfg.machine.dtype == "float32", "dtype", cfg.machine.dtype,
+         f"be float32 with --plan={cfg.parallel.plan}, whose peaks are measured in that")
+    one = "rank" if name == "cpu" else "card"
     c = vlm.config
     work = work_of(cfg, stage, c.image_tokens, words, asked)
     switches = cfg.algorithm
@@ -343,15 +348,19 @@ def text(cfg, stage, vlm, words=60):
     if work.group:
         asked_of_a_card += f", {_counted(work.group, 'completion')} of {work.new} tokens each"
     cards = {ranks: card_of(name, ranks) for ranks in rows_of(name, asked)}
-    lines = [f"{stage}, {total / 1e9:.2f} G parameters, a card: {asked_of_a_card}, micro-batches of {work.micro}"]
+    size = f"{total / 1e9:.2f} G" if total >= 1e9 else f"{total / 1e6:.1f} M"
+    lines = [f"{stage}, {size} parameters, a {one}: {asked_of_a_card}, micro-batches of {work.micro}"]
     if name == "cpu":
         lines += [assumptions_of_cpu(ranks, card) for ranks, card in cards.items()]
     else:
         lines.append(assumptions(name, cards[asked]))
-    lines.append(f"{'cards':>7} {'--shard':>7} {'GiB':>7}  {'s a step':>8} {'tokens/s':>9}  by part")
+    unit = "MiB" if name == "cpu" else "GiB"
+    lines.append(f"{one + 's':>7} {'--shard':>7} {unit:>7}  {'s a step':>8} {'tokens/s':>9}  by part")
     for ranks, card in cards.items():
         for shard in ("none", "full", "hybrid"):
             if ranks == 1 and shard != "none" or shard == "hybrid" and ranks <= card.of_a_node:
+                continue
+            if shard != "none" and cfg.machine.dtype == "mixed":        # which is for whole weights
                 continue
             device = torch.device("cpu" if name == "cpu" else "cuda")
             lines.append(row(vlm, work, shard, ranks, card, cfg.optim, twin, device))
@@ -401,8 +410,9 @@ def row(vlm, work, shard, ranks, card, optim, twin, device):
     whole = sum(seconds.values())
     tokens = ranks * work.prompts * (work.group * work.new or work.tokens)
     fits = "" if needed <= card.memory else f"  does not fit {card.memory / GIB:.0f} GiB"
-    digits = 2 if device.type == "cpu" else 1
-    parts = [f"{part} {count / GIB:.{digits}f}" for part, count in planned.items() if count]
-    times = [f"{part} {value:.2f} s" for part, value in seconds.items() if value]
-    return (f"{ranks:>7} {shard:>7} {needed / GIB:>7.{digits}f}  {whole:>8.2f} {tokens / whole:>9.0f}  "
+    unit = MIB if device.type == "cpu" else GIB
+    digits = 3 if device.type == "cpu" else 2
+    parts = [f"{part} {count / unit:.1f}" for part, count in planned.items() if count]
+    times = [f"{part} {value:.{digits}f} s" for part, value in seconds.items() if round(value, digits)]
+    return (f"{ranks:>7} {shard:>7} {needed / unit:>7.1f}  {whole:>8.{digits}f} {tokens / whole:>9.0f}  "
             f"{', '.join(parts)}; {', '.join(times)}{fits}")

@@ -56,9 +56,14 @@ def is_restart():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def is_under_torchrun():
+    """Whether torchrun has started this process, also before it has joined the others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def name():
     """How an error calls this rank, with a blank behind it; "" of the first, or without torchrun."""
-    number = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    number = os.environ.get("RANK", "0") if is_under_torchrun() else "0"
     return "" if number == "0" else f"rank {number}: "
 
 
@@ -69,7 +74,7 @@ def start(options, device="auto"):
     ValueError where options of several ranks are given without torchrun, where ranks would share a GPU, and where
     shards are to be offloaded from a CPU.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_under_torchrun():
         if options.shard != "none":
             raise ValueError(f"--shard={options.shard} must come with torchrun, whose ranks hold the shards")
         return

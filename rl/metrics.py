@@ -28,8 +28,8 @@ DEFINITIONS = {
     "flat": (
         "groups whose rewards are all equal; as a rule they are left out of the update",
         "share", "mean over all groups"),
-    "all_right": ("groups of right answers alone, whatever the form", "share", "mean over all groups"),
-    "none_right": ("groups without a right answer", "share", "mean over all groups"),
+    "all_right": ("groups whose completions all earn correctness", "share", "mean over all groups"),
+    "none_right": ("groups none of whose completions does", "share", "mean over all groups"),
     "groups": ("groups that went through the update", "groups", "count"),
     "reward_failures": (
         "calls of rewards of one's own that raised, hung, died or gave no finite number",

@@ -250,6 +250,16 @@ def test_on_a_cpu_more_of_anything_takes_longer_and_a_better_one_less(work):
             == pytest.approx(2.5 * exchange_seconds(vlm, work, "none", 2, CPU)))
 
 
+def test_a_cpus_update_is_products_traffic_and_calls():
+    vlm = make_vlm(torch.float32)
+    kept = memory.plan(vlm, 2 * SFT.tokens, pictures=2)["activations"]
+    multiplied = flops.update(vlm, SFT.batch(2)) + flops.encode(vlm, 2)
+    calls = vlm.llm.config.layers * 175 * 2 * 3e-6
+    # Two micro-batches: products at .8 of the peak, what autograd keeps five times over the memory, two units a call.
+    assert seconds_of(vlm, SFT, "none", 1, CPU)["update"] == pytest.approx(
+        2 * (multiplied / 0.8e11 + 5 * kept / 1e10 + calls))
+
+
 def test_a_core_reads_weights_and_multiplies_one_after_the_other():
     vlm = make_vlm(torch.float32)
     silent = replace(CPU, operation=0.0)

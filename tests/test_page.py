@@ -114,7 +114,7 @@ def test_a_healthy_log_has_nothing_to_look_at():
     (dict(loss=lambda n: math.nan if n > 35 else 0.0), "no finite number in 4 steps, first in step 36"),
     (dict(truncated=lambda n: 0.9), "0.90 of the completions at the end are cut off"),
     (dict(flat=lambda n: 0.95), "0.95 of the groups at the end have one reward for all completions, which teaches "
-                                "nothing; in 0.10 all answers are right, in 0.05 none"),
+                                "nothing; in 0.10 all completions earn correctness, in 0.05 none"),
     (dict(updates=lambda n: 0), "40 of 40 rollouts had no update"),
     (dict(drift_max=lambda n: 0.3), "|ratio - 1| up to 0.3"),
     (dict(entropy=lambda n: 0.5 ** n), "the entropy falls from"),

@@ -120,11 +120,11 @@ def test_baselines_have_a_table_of_their_own_over_the_seeds(runs):
 def test_verdicts_are_counted_over_the_seeds(runs):
     for seed, finding in ((3, "sharpening"), (4, "not shown")):
         leave(runs / f"seed-{seed}", "verdicts.json",
-              [dict(question="sharpening", split="id", finding=finding, sentence="", seed=seed, start="cot",
-                    measures={"pass@1": dict(value=seed / 10, low=0, high=1, n=9, is_difference=True)})])
+              [dict(question="sharpening", split="id", finding=finding, sentence="", seed=seed, method="grpo",
+                    start="cot", measures={"pass@1": dict(value=seed / 10, low=0, high=1, n=9, is_difference=True)})])
     text, written = report(runs)
     assert len(json.loads(written["verdicts.json"])) == 2
     page = written["report.html"].decode()
     assert "interval over 2 seeds]: grpo is right on 0.500" in page and "sharpening 1, not shown 1" in page
-    assert "\n  sharpening, id: sharpening 1, not shown 1. pass@1 +35.0\n" in text
+    assert "\n  sharpening, id: sharpening 1, not shown 1. grpo less cot: pass@1 +35.0\n" in text
     assert "pass@1 +35.0" in page

@@ -141,6 +141,8 @@ def test_a_tokenizer_that_turns_a_word_into_another_is_noted_with_the_shortest_t
     assert chat.not_given_back(texts, broken) == [
         "2 of 3 texts do not come back from the tokenizer as they are: 'two  cats' comes back as 'two  dog'; most "
         "often 'cats' as 'dog', 2 times"]
+    dropping = SimpleNamespace(encode=lambda text: tok.encode(text.replace(" two", "")), decode=tok.decode)
+    assert chat.not_given_back(texts, dropping)[0].endswith("'two  cats' comes back as 'cats'")
 
 
 def test_a_vocabulary_larger_than_the_text_can_fill_is_cut():

@@ -375,7 +375,10 @@ def test_every_question_is_answered_on_every_split_and_is_written_as_json():
             for row, value in zip(3 * [found[4]], (0.1, 0.2, 0.3))]
     assert found[4]["question"] == "form"
     # A t-interval of three: 20 points, give or take 4.303 times 10 points over the root of 3.
-    assert over_seeds_text(less).splitlines()[1] == "  form, id: more than form 3. accuracy +20.0 [-4.8, +44.8]"
+    assert over_seeds_text(less).splitlines()[1] == ("  form, id: more than form 3. rl less cot: accuracy +20.0 [-4.8, "
+                                                     "+44.8]")
+    less[1]["measures"]["all"]["n"] = 0         # nothing to compare with that seed: no 0 in the mean
+    assert "accuracy +20.0 of 2 of 3 seeds" in over_seeds_text(less)
     assert "form, crowded: more than form 2" in over_seeds_text(found + found)
 
 

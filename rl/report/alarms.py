@@ -112,7 +112,7 @@ def of_rewards(lines):
         told = f"{flat[1]:.2f} of the groups at the end have one reward for all completions, which teaches nothing"
         solved, unsolved = begin_and_end(lines, "all_right"), begin_and_end(lines, "none_right")
         if solved and unsolved:
-            told += f"; in {solved[1]:.2f} all answers are right, in {unsolved[1]:.2f} none"
+            told += f"; in {solved[1]:.2f} all completions earn correctness, in {unsolved[1]:.2f} none"
         found.append(told)
     failures = int(values_of(lines, "reward_failures").sum())
     if failures:

@@ -17,7 +17,7 @@ from rl.report.samples import STYLE as SAMPLES_STYLE
 from rl.report.samples import section
 from rl.report.statistics import (decoding_title, decodings_of, main_decoding, main_split, over_seeds, result_lines,
                                   share_text)
-from rl.report.verdicts import by_place, counted, measures_text, title_of
+from rl.report.verdicts import by_place, counted, means_of, measures_text, title_of
 from rl.report.web import document, escape
 
 FILES = ("results", "differences", "kinds", "training", "verdicts", "environment", "probe")
@@ -152,7 +152,7 @@ def gain(verdicts, seeds):
         elsewhere = f'<div class="card wide"><b>On the other splits</b>{plain_table(others)}</div>'
     over = ""
     if seeds > 1:
-        over = f" Numbers are means over {seeds} seeds with 95 % t-intervals over them, differences in points."
+        over = f" Of {seeds} seeds: {means_of(seeds)}, differences in points."
     return ('<p class="quiet">Fixed rules over 95 % intervals over prompts, each able to find nothing; not corrected '
             f'for their number.{over}</p><div class="card wide"><table>{"".join(told)}</table></div>{elsewhere}')
 

@@ -83,6 +83,7 @@ SENTENCES = {
 
 # How a table calls the measures; differences between two of them, "less ..", are left out there.
 LABELS = {
+    "pass@k": "right in one of all samples", "cover@0.5": "right in half of them", "cover@1": "right in all of them",
     "new": "solved anew, of those that the start's first half of samples did not solve",
     "all": "accuracy", "formed": "accuracy among well-formed", "form": "well-formed",
     "as it is": "right with the picture", "blanked": "with a blank one", "shuffled": "with another prompt's",
@@ -91,6 +92,8 @@ LABELS = {
     "cut": "behind half of it", "follows": "answers of the other prompt", "changed": "answers that change with it",
     "share": "completions with one", "difference": "right more often with one",
 }
+
+COMPARED = ("sharpening", "form")       # questions whose measures are of a model less those of its start
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Measure:
     is_difference: bool = False
 
     def __str__(self):
+        if not self.n:
+            return "(of no prompt)"
         if self.is_difference:
             text = f"{100 * self.value:+.1f}"
             ends = None if self.low is None else f" [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
@@ -415,14 +420,15 @@ def counted(rows):
 
 
 def measures_over_seeds(rows):
-    """Rows of one question and split, one a seed -> {name: Measure}: means with 95 % t-intervals over seeds, without
-    one where fewer than three seeds have the number."""
+    """Rows of one question and split, one a seed -> {name: Measure}, whose n counts seeds: means with 95 % t-intervals
+    over the seeds in which there was something to measure, without one of fewer than three."""
     values = {}                                 # name -> the seeds' values
     kinds = {}                                  # name -> is_difference
     for row in rows:
         for name, measure in row["measures"].items():
-            values.setdefault(name, []).append(measure["value"])
-            kinds[name] = measure["is_difference"]
+            if measure["n"]:
+                values.setdefault(name, []).append(measure["value"])
+                kinds[name] = measure["is_difference"]
     found = {}
     for name, of_seeds in values.items():
         mean = paired_t(of_seeds)
@@ -437,8 +443,15 @@ def measures_text(rows):
     told = []
     for name, measure in measures_over_seeds(rows).items():
         if not name.startswith("less "):
-            told.append(f"{LABELS.get(name, name)} {measure}")
-    return "; ".join(told)
+            some = f" of {measure.n} of {len(rows)} seeds" if measure.n < len(rows) else ""
+            told.append(f"{LABELS.get(name, name)} {measure}{some}")
+    compared = f"{rows[0]['method']} less {rows[0]['start']}: " if rows[0]["question"] in COMPARED and told else ""
+    return compared + "; ".join(told)
+
+
+def means_of(seeds):
+    """What is shown of so many seeds, in words."""
+    return "means [95 % t-interval over seeds]" if seeds > 2 else "means"
 
 
 def over_seeds_text(found):
@@ -447,8 +460,8 @@ def over_seeds_text(found):
     if not found:
         return ""
     home = main_split(list(dict.fromkeys(row["split"] for row in found)))
-    lines = [f"{title_of(found)}, by how many seeds; split {home} with means [95 % t-interval over seeds], differences "
-             "in points:"]
+    seeds = max(len(rows) for rows in by_place(found).values())
+    lines = [f"{title_of(found)}, by how many seeds; split {home} with {means_of(seeds)}, differences in points:"]
     for (question, split), rows in by_place(found).items():
         measured = measures_text(rows)
         line = f"  {question}, {split}: {counted(rows)}"
