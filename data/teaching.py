@@ -460,6 +460,8 @@ def in_parallel(work, items, jobs, stop=lambda: None):
     finally:
         for _ in threads:
             todo.put(None)
+    for thread in threads:      # a thread of torch's that is still ending when the interpreter does aborts the process
+        thread.join()
 
 
 def teacher_named(spec, supply, options, seed, answer_of):

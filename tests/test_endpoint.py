@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -301,6 +302,23 @@ def test_no_more_questions_are_taken_than_twice_the_jobs():
         done += 1
         waiting.append(len(taken) - done)
     assert done == 100 and max(waiting) <= 6
+
+
+class Slow:
+    def __del__(self):
+        time.sleep(0.05)
+
+
+def test_no_thread_is_left_when_all_is_done():
+    local = threading.local()
+    threads = set()
+
+    def work(_):
+        local.slow = Slow()             # goes when the thread ends, which takes it a while
+        threads.add(threading.current_thread())
+
+    list(in_parallel(work, range(6), jobs=2))
+    assert threads and not any(thread.is_alive() for thread in threads)
 
 
 def test_an_error_of_a_thread_is_raised_and_drops_what_waits():
