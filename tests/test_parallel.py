@@ -158,7 +158,7 @@ def answers_alone():
     return json.loads(json.dumps({name: ask() for name, ask in ranks.ANSWERS.items()}))
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_ranks_get_the_answers_of_one_process(count, tmp_path, answers_alone):
     out = tmp_path / "answers.json"
     done = on_ranks(count, "tests/ranks.py", str(out), "--answers")
@@ -432,6 +432,7 @@ def check_same_records(folder, wanted):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_records_of_one_process(teacher, tmp_path):
     # 8 questions in threes: of the last two batches' second tries a rank may have none.
     words = ["--traces=8", "--teacher-prompting=stages"]
@@ -479,8 +480,8 @@ def test_records_that_another_process_writes_end_all_ranks_with_a_sentence(teach
 
 
 @pytest.mark.parametrize("flags, said", [
-    (dict(), "--teacher= must be a checkpoint or a LLaVA folder under torchrun"),
-    (dict(teacher="http://h/v1"), "--teacher=http://h/v1 must be a checkpoint or a LLaVA folder under torchrun"),
+    (dict(), "--teacher= must be a checkpoint or a LLaVA folder with --stage=teach under torchrun"),
+    (dict(teacher="http://h/v1"), "--teacher=http://h/v1 must be a checkpoint or a LLaVA folder with --stage=teach"),
     (dict(teacher="mine.py:teach"), "--teacher=mine.py:teach must be a checkpoint"),
     (dict(teacher="a.pt", shard="full"), "--shard=full must be none with --stage=teach")])
 def test_only_a_model_of_ones_own_teaches_on_several_ranks(flags, said, monkeypatch):
