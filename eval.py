@@ -36,7 +36,7 @@ from data.worlds import DRAWN, world_of
 from data.zero_shot import ZeroShot, as_captions
 from model import memory, parallel, watchdog
 from model.clip import Clip
-from model.generate import Sampler, draw_noise, generate
+from model.generate import Sampler, generate
 from model.hub import pretrained
 from model.hub.export import export_folder, export_hf
 from model.look import looked_at
@@ -181,7 +181,7 @@ def _at_once(vlm, tok, samples, prompting, group, sampling):
     own = parallel.own_rows(len(samples))
     noise = None
     if parallel.world() > 1 and sampling["temperature"]:        # what they would draw in one process
-        noise = draw_noise((len(samples), group), prompting.max_new, sampling["generator"], vlm.llm.head.device)[own]
+        noise = Sampler(vlm).noise((len(samples), group), prompting.max_new, sampling["generator"])[own]
     answers = ([], [], [])
     if samples[own]:
         batch = prompts(vlm, tok, samples[own], prompting.method, prompting.template)
@@ -542,7 +542,7 @@ def draw_growth(folder, grown):
 def write_report(folder, cfg, tests, scores, rewards, log, results, tables):
     """report.html and curves.png. results: the rows of results.json; tables: text, as printed."""
     entries = entries_of(tests, scores, rewards, cfg.judge.decoding)
-    html = page.run_page(folder.name, page.gather(folder, results=results), entries, tables)
+    html = page.run_page(folder.name, page.gather(folder, results=results, log=log), entries, tables)
     checkpoint.write_bytes(folder / "report.html", html)
     write_picture(folder / "curves.png", curves.curves(log, results))
 

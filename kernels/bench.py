@@ -68,8 +68,8 @@ def peak_bytes(step, device=torch.device("cpu")):
     return most
 
 
-def fastest(step, device):
-    return min(seconds(step, device) for _ in range(10))
+def fastest(step, device=torch.device("cpu"), times=10):
+    return min(seconds(step, device) for _ in range(times))
 
 
 def ceilings(device, dtype):

@@ -69,6 +69,16 @@ class Work:
     predicted: int = 0
 
     @property
+    def completion_tokens(self):
+        """Sampled tokens of a micro-batch."""
+        return self.micro * self.group * self.new
+
+    @property
+    def tokens_of_a_micro_batch(self):
+        """All of them, of prompts or records and of completions."""
+        return self.micro * self.tokens + self.completion_tokens
+
+    @property
     def of_a_pass(self):
         """Micro-batches of all prompts."""
         return math.ceil(self.prompts / self.micro)
@@ -131,6 +141,16 @@ def parts_of(vlm):
     return blocks, around, tower
 
 
+def in_shards(vlm):
+    """-> (parameters that may lie in shards; those of them that train; bytes of a number in their shards and gradients,
+    4 where their own dtype is narrower than fp32, else None: as it is)."""
+    blocks, around, _ = parts_of(vlm)
+    held = [p for block in blocks for p in block] + around
+    trained = [p for p in held if p.requires_grad]
+    wide = 4 if any(is_narrow(p.dtype) for p in trained) else None
+    return held, trained, wide
+
+
 def holders_of(shard, ranks, of_a_node):
     """How many ranks the shards of a weight are spread over."""
     if shard == "none":
@@ -141,11 +161,10 @@ def holders_of(shard, ranks, of_a_node):
 def memory_of(vlm, work, shard, ranks, of_a_node, optim, twin=False, device=torch.device("cuda"), gives_back=True):
     """{part: bytes} of one rank in the phase of a stage that takes the most. vlm: on the meta device; shard: as
     --shard; twin: whether a copy of the policy is its reference; gives_back: as model/memory.py's `holes`."""
-    tokens = work.micro * (work.tokens + work.group * work.new)
-    completion_tokens = work.micro * work.group * work.new
+    tokens = work.tokens_of_a_micro_batch
     cache_tokens = work.tokens + work.group * work.new
     rows = work.prompts if work.group else 0
-    whole = memory.plan(vlm, tokens, rows, cache_tokens, optim.moments, optim.master, completion_tokens,
+    whole = memory.plan(vlm, tokens, rows, cache_tokens, optim.moments, optim.master, work.completion_tokens,
                         work.micro * work.pictures)
     decoders = 1 + work.critic              # that train; one backward goes through both
     activations = whole["activations"] * decoders
@@ -180,11 +199,9 @@ def _phases_of_shards(vlm, work, holders, cache, backward, twin, device):
     """[{part: bytes}] where weights lie in shards over so many `holders`: while they are loaded, in the rollout, in a
     micro-batch, in the sum of the last gradients, while a checkpoint is written."""
     blocks, around, tower = parts_of(vlm)
-    held = [p for block in blocks for p in block] + around
-    trained = [p for p in held if p.requires_grad]
+    # What trains lies in shards with two moments of their dtype, and is gathered in its own.
+    held, trained, wide = in_shards(vlm)
     frozen = [p for p in held if not p.requires_grad]
-    # What trains lies in fp32 or wider shards, with two moments of its dtype, and is gathered in its own.
-    wide = 4 if any(is_narrow(p.dtype) for p in trained) else None
     decoders = 1 + work.critic
     copies = memory.twin(vlm)
     rest = dict(weights=_bytes(tower) + (_bytes(trained, wide) + _bytes(frozen)) // holders,
@@ -226,14 +243,13 @@ def seconds_of(vlm, work, shard, ranks, card):
     """{part: modelled seconds} of a step: rollout, update, the optimizer, and what of the exchange does not hide behind
     them."""
     found = {}
-    blocks, around, tower = parts_of(vlm)
-    held = [p for block in blocks for p in block] + around
+    held, trained, _ = in_shards(vlm)
     if work.group:
-        found["rollout"] = rollout_seconds(vlm, work, _bytes(held), card)
-        found["rollout"] += gather_seconds(_bytes(held), shard, ranks, card)
+        weights = _bytes(held)                  # a rollout begins when all of them are there
+        found["rollout"] = gather_seconds(weights, shard, ranks, card) + rollout_seconds(vlm, work, weights, card)
     found["update"] = update_seconds(vlm, work, card)
     holders = holders_of(shard, ranks, card.of_a_node)
-    numbers = (1 + work.critic) * sum(p.numel() for p in held if p.requires_grad)
+    numbers = (1 + work.critic) * sum(p.numel() for p in trained)
     found["optimizer"] = OPTIMIZER_BYTES * numbers / holders / (card.bandwidth * card.shares["bandwidth"])
     found["exchange"] = exchange_seconds(vlm, work, shard, ranks, card)
     return found
@@ -245,9 +261,8 @@ def update_seconds(vlm, work, card):
     shape = work.shape(work.micro)
     step = flops.update(vlm, batch, shape) * work.passes + flops.forward(vlm, batch, shape) * work.scored
     if work.exact:
-        completion_tokens = work.micro * work.group * work.new
         states = flops.forward(vlm, batch, shape, rows=0)
-        step += work.passes * (states + flops.exact_kl(vlm, vlm, completion_tokens, backward=True))
+        step += work.passes * (states + flops.exact_kl(vlm, vlm, work.completion_tokens, backward=True))
     if work.critic:
         step += flops.forward(vlm, batch, shape, rows=0) + work.passes * flops.update(vlm, batch, shape, rows=0)
     if not work.group:                      # in reinforcement learning the rollout has encoded them
@@ -265,9 +280,7 @@ def update_seconds(vlm, work, card):
 
 def activations_of(vlm, work):
     """Bytes that autograd keeps of a micro-batch of one decoder."""
-    completion_tokens = work.micro * work.group * work.new
-    tokens = work.micro * work.tokens + completion_tokens
-    return memory.plan(vlm, tokens, completion_tokens=completion_tokens,
+    return memory.plan(vlm, work.tokens_of_a_micro_batch, completion_tokens=work.completion_tokens,
                        pictures=work.micro * work.pictures)["activations"]
 
 
@@ -293,40 +306,33 @@ def seconds_of_a_call(card):
     return card.operation * card.shares["calls"]
 
 
-def gather_seconds(held, shard, ranks, card):
-    """A rollout begins when all weights, so many bytes, are there."""
+def gather_seconds(size, shard, ranks, card):
+    """Of gathering what lies in shards, so many bytes in all, or of scattering as many bytes of gradients."""
     holders = holders_of(shard, ranks, card.of_a_node)
     wires = card.inside if holders <= card.of_a_node else card.outside
-    return (holders - 1) / holders * held / (wires * card.shares["exchange"])
+    return (holders - 1) / holders * size / (wires * card.shares["exchange"])
 
 
 def exchange_seconds(vlm, work, shard, ranks, card):
     """What ranks send each other in an update, so far as it does not hide behind the computation."""
     if ranks == 1:
         return 0.0
-    blocks, around, _ = parts_of(vlm)
-    held = [p for block in blocks for p in block] + around
-    trained = [p for p in held if p.requires_grad]
-    wide = 4 if any(is_narrow(p.dtype) for p in trained) else None
+    held, trained, wide = in_shards(vlm)
     shown = 1 - card.shares["hidden"]
-    inside = card.inside * card.shares["exchange"]
-    outside = card.outside * card.shares["exchange"]
-    among_all = inside if ranks <= card.of_a_node else outside
     decoders = 1 + work.critic
     if shard == "none":             # a sum of all gradients, once the last micro-batch is done
-        rate = card.sums * card.shares["exchange"] if card.sums else among_all
+        among_all = card.inside if ranks <= card.of_a_node else card.outside
+        rate = (card.sums or among_all) * card.shares["exchange"]
         return 2 * (ranks - 1) / ranks * decoders * _bytes(trained, wide) / rate
-    holders = holders_of(shard, ranks, card.of_a_node)
-    among_holders = inside if holders <= card.of_a_node else outside
-    share = (holders - 1) / holders
     # A micro-batch gathers weights for its forward and its backward, and scatters gradients, a critic's alike; each
     # scoring, and a reference's forward in the update, gathers once.
     scatters = work.micros * decoders
     gathers = 2 * scatters + work.of_a_pass * (work.scored + work.critic) + work.micros * work.exact
-    total = share * (gathers * _bytes(held) + scatters * _bytes(trained, wide)) * shown / among_holders
+    total = gather_seconds(gathers * _bytes(held) + scatters * _bytes(trained, wide), shard, ranks, card)
+    holders = holders_of(shard, ranks, card.of_a_node)
     if holders < ranks:             # hybrid: then the same shards of all nodes are summed
-        total += 2 * scatters * _bytes(trained, wide) / holders * shown / outside
-    return total
+        total += 2 * scatters * _bytes(trained, wide) / holders / (card.outside * card.shares["exchange"])
+    return total * shown
 
 
 # ---------------------------------------------------------------- as text

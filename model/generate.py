@@ -254,7 +254,7 @@ class Sampler:
         device = batch.ids.device
         noise = None
         if options.get("temperature", 1.0):
-            noise = draw_noise((count, group), max_new, generator, device)[first:first + P]
+            noise = self.noise((count, group), max_new, generator)[first:first + P]
         at_a_time = prompts_at_a_time(self.llm, batch, group, max_new, rows)
         parts = []
         for index in torch.arange(P, device=device).split(at_a_time):
@@ -295,7 +295,7 @@ class Sampler:
         never = torch.zeros(self.llm.config.vocab, dtype=torch.bool, device=device)
         never[list(banned)] = True
         if noise is None and temperature:
-            noise = draw_noise((P, G), max_new, generator, device)
+            noise = self.noise((P, G), max_new, generator)
         if noise is not None:
             noise = noise.flatten(0, 1)                                         # (P G, max_new)
         # A `stop` looks at every token anyway.

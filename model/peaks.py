@@ -5,7 +5,6 @@
 """
 import os
 import threading
-import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kernels.bench import fastest
 from model import machine
 
 # Shares of the peaks that are assumed to be reached. few: of `flops`, by products of the few rows of a decode step;
@@ -100,34 +100,24 @@ def whole_memory():
     return min((size for size in sizes if size), default=float("inf"))
 
 
-def fastest(work, times):
-    """Seconds of the fastest of some calls."""
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return min(found)
-
-
 def matmul_rate():
     """FLOP/s of a large product in fp32."""
     a = torch.ones(MATMUL, MATMUL)
     out = torch.empty_like(a)
-    return 2 * MATMUL ** 3 / fastest(lambda: torch.mm(a, a, out=out), 3)
+    return 2 * MATMUL ** 3 / fastest(lambda: torch.mm(a, a, out=out), times=3)
 
 
 def read_rate():
     """Bytes/s of a sum over many numbers."""
     numbers = torch.ones(READ)
-    return 4 * READ / fastest(numbers.sum, 4)
+    return 4 * READ / fastest(numbers.sum, times=4)
 
 
 def seconds_of_an_operation():
     """Of a module on few numbers, which cost nothing beside the call."""
     module = nn.SiLU()
     x = torch.ones(16, requires_grad=True)
-    return fastest(lambda: [module(x) for _ in range(SMALL)], 3) / SMALL
+    return fastest(lambda: [module(x) for _ in range(SMALL)], times=3) / SMALL
 
 
 def exchange_rates(ranks):
@@ -146,7 +136,7 @@ def exchange_rates(ranks):
             group._allgather_base(received, part).wait()
             return received.clone()
 
-        seconds[rank] = fastest(gather, 4), fastest(lambda: group.allreduce([whole]).wait(), 4)
+        seconds[rank] = fastest(gather, times=4), fastest(lambda: group.allreduce([whole]).wait(), times=4)
 
     members = [threading.Thread(target=member, args=(rank,)) for rank in range(ranks)]
     for one in members:

@@ -29,10 +29,17 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def launcher(count):
+    """What a script of ROOT and its flags stand behind, to run on so many ranks of one node; 1: without torchrun."""
+    if count == 1:
+        return [sys.executable]
+    return [*TORCHRUN, "--standalone", f"--nproc-per-node={count}"]
+
+
 def on_ranks(count, *words, nodes=1, timeout=600, **options):
     """Runs a script of ROOT on so many ranks -> the finished process. nodes: of a group of ranks each."""
     if nodes == 1:
-        command = [*TORCHRUN, "--standalone", f"--nproc-per-node={count}", *words]
+        command = [*launcher(count), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=QUIET, cwd=ROOT, **options)
     port = 20000 + os.getpid() % 20000
     groups = []
@@ -276,8 +283,8 @@ def compared(name, value):
     which Adam makes as large as any step."""
     if not name.endswith("in_proj_bias"):
         return value
-    query, _, value = value.chunk(3)
-    return torch.cat([query, value])
+    of_queries, _, of_values = value.chunk(3)
+    return torch.cat([of_queries, of_values])
 
 
 def check_same_run(folder, wanted, most=0.0):
@@ -356,7 +363,7 @@ def test_a_run_whose_ranks_are_killed_and_resumed_ends_with_the_same_bits(runs, 
     # SEETHINK_KILLS=10: at as many moments.
     out = tmp_path / "killed"
     moments = torch.linspace(44, 6, int(os.environ.get("SEETHINK_KILLS", 1))).long().flip(0).tolist()
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "train.py", *RUN, f"--shard={shard}", f"--out={out}"]
+    command = [*launcher(2), "train.py", *RUN, f"--shard={shard}", f"--out={out}"]
     for number, line in enumerate(moments):
         said = killed_at(line, number % 2, [*command, *["--resume"] * bool(number)], out)
         assert said.count("another rank") == 1
@@ -368,9 +375,8 @@ def test_a_run_whose_ranks_are_killed_and_resumed_ends_with_the_same_bits(runs, 
 @pytest.mark.slow
 def test_torchrun_goes_on_by_itself_from_the_last_checkpoint(runs, tmp_path):
     out = tmp_path / "restarted"
-    process = subprocess.Popen([*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "train.py", *RUN,
-                                f"--out={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET,
-                               cwd=ROOT)
+    process = subprocess.Popen([*launcher(2), "--max-restarts=1", "train.py", *RUN, f"--out={out}"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET, cwd=ROOT)
     while lines_of(out) < 20:
         time.sleep(0.02)
     os.kill(workers_of(process)[1], signal.SIGKILL)
@@ -381,17 +387,14 @@ def test_torchrun_goes_on_by_itself_from_the_last_checkpoint(runs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(("1", "none"), ("2", "full")), (("2", "full"), ("1", "none")),
-                                           (("2", "full"), ("4", "hybrid")), (("2", "none"), ("2", "full"))])
+@pytest.mark.parametrize("before, after", [((1, "none"), (2, "full")), ((2, "full"), (1, "none")),
+                                           ((2, "full"), (4, "hybrid")), ((2, "none"), (2, "full"))])
 def test_a_run_is_resumed_by_another_number_of_ranks(runs, before, after, tmp_path):
     out = tmp_path / "resumed"
 
     def command(ranks_and_shard):
         count, shard = ranks_and_shard
-        words = ["train.py", *RUN, f"--shard={shard}", f"--out={out}"]
-        if count == "1":
-            return [sys.executable, *words]
-        return [*TORCHRUN, "--standalone", f"--nproc-per-node={count}", *words]
+        return [*launcher(count), "train.py", *RUN, f"--shard={shard}", f"--out={out}"]
 
     process = subprocess.Popen(command(before), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET,
                                cwd=ROOT, start_new_session=True)
@@ -436,9 +439,8 @@ def check_same_records(folder, wanted):
 def test_two_ranks_write_the_records_of_one_process(teacher, tmp_path):
     # 8 questions in threes: of the last two batches' second tries a rank may have none.
     words = ["--traces=8", "--teacher-prompting=stages"]
-    for name, launcher in (("alone", [sys.executable]), ("two", [*TORCHRUN, "--standalone", "--nproc-per-node=2"])):
-        said = finished(subprocess.run([*launcher, *teach(teacher, tmp_path / name, *words)], capture_output=True,
-                                       text=True, env=QUIET, cwd=ROOT))
+    for name, count in (("alone", 1), ("two", 2)):
+        said = finished(on_ranks(count, *teach(teacher, tmp_path / name, *words)))
         assert said.count("of 16 replies kept") == 1
     lines = [json.loads(line) for line in (tmp_path / "alone" / "mine.jsonl").read_text().splitlines()]
     assert len({json.dumps(line["text"]) for line in lines if line.get("attempt")}) > 8
@@ -455,8 +457,7 @@ def records_of(folder):
 def test_records_are_gone_on_with_by_another_number_of_ranks(before, after, teacher, tmp_path):
     # Greedy, since sampled replies depend on which questions are asked together.
     words = ["--traces=30", "--teacher-temperature=0", "--teacher-tries=1"]
-    launcher = {1: [sys.executable], 2: [*TORCHRUN, "--standalone", "--nproc-per-node=2"]}
-    killed = [*launcher[before], *teach(teacher, tmp_path / "killed", *words)]
+    killed = [*launcher(before), *teach(teacher, tmp_path / "killed", *words)]
     process = subprocess.Popen(killed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUIET, cwd=ROOT)
     while records_of(tmp_path / "killed") < 6 + 5:          # 6 are held out
         assert process.poll() is None, process.stdout.read()[-3000:]
@@ -465,9 +466,8 @@ def test_records_are_gone_on_with_by_another_number_of_ranks(before, after, teac
     said, _ = process.communicate(timeout=60)
     assert said.count("the same command goes on") == before - 1
     assert records_of(tmp_path / "killed") < 36
-    for name, command in (("killed", launcher[after]), ("whole", launcher[1])):
-        finished(subprocess.run([*command, *teach(teacher, tmp_path / name, *words)], capture_output=True, text=True,
-                                env=QUIET, cwd=ROOT))
+    for name, count in (("killed", after), ("whole", 1)):
+        finished(on_ranks(count, *teach(teacher, tmp_path / name, *words)))
     check_same_records(tmp_path / "killed", tmp_path / "whole")
 
 

@@ -53,25 +53,30 @@ pre { overflow-x: auto; font-size: .82em }
 
 def gather(folder, **given):
     """What a run folder, or one of several seeds, holds -> {name: what FILES' json, or `given`, has}, and "log",
-    "faults", why that is empty, and "seeds", the number of those that its rows are of. given: also "stopped", the error
-    that ended a run."""
+    "faults", why that is empty, and "seeds", the number of those that its rows are of. given: also "log", where that
+    was read before, and "stopped", the error that ended a run."""
     folder = Path(folder)
     found = {}
     for name in FILES:
         found[name] = read_rows(folder / f"{name}.json")
     found |= given
     found["seeds"] = max(1, len({row.get("seed") for row in found["results"]}))
-    runs = sorted(folder.glob("seed-*/log.jsonl"))
     found["faults"] = []
-    try:
-        if runs:
-            found["log"] = mean_log([read_log(run) for run in runs])
-        else:
-            found["log"] = read_log(folder / "log.jsonl")
-    except ValueError as error:                 # of a damaged disk: all else can be told
-        found["log"] = []
-        found["faults"] = [str(error)]
+    if "log" not in given:
+        try:
+            found["log"] = log_of(folder)
+        except ValueError as error:             # of a damaged disk: all else can be told
+            found["log"] = []
+            found["faults"] = [str(error)]
     return found
+
+
+def log_of(folder):
+    """The log of a run folder; of one of several seeds the mean of theirs. Raises ValueError as read_log."""
+    runs = sorted(folder.glob("seed-*/log.jsonl"))
+    if runs:
+        return mean_log([read_log(run) for run in runs])
+    return read_log(folder / "log.jsonl")
 
 
 def run_page(name, found, entries=(), tables=""):

@@ -51,7 +51,7 @@ def report_seeds(folder, seeds, write):
     text = "\n\n".join(part for part in parts if part)
     if joint.get("curve"):
         text += "\n\n" + _along(folder, joint, write)
-    write(folder / "report.html", run_page(folder.name, gather(folder, **joint), tables=text))
+    write(folder / "report.html", run_page(folder.name, gather(folder, log=log, **joint), tables=text))
     return text
 
 

@@ -389,7 +389,7 @@ def verdicts_text(found):
     """The sentences of the split that is like training, and by how many splits the others were found."""
     if not found:
         return ""
-    home = main_split(list(dict.fromkeys(row["split"] for row in found)))
+    home = main_split([row["split"] for row in found])
     lines = [f"{title_of(found)}, split {home}, by fixed rules over 95 % intervals over prompts, not corrected for "
              "their number:"]
     for row in found:
@@ -459,10 +459,11 @@ def over_seeds_text(found):
     measured."""
     if not found:
         return ""
-    home = main_split(list(dict.fromkeys(row["split"] for row in found)))
-    seeds = max(len(rows) for rows in by_place(found).values())
+    home = main_split([row["split"] for row in found])
+    places = by_place(found)
+    seeds = max(len(rows) for rows in places.values())
     lines = [f"{title_of(found)}, by how many seeds; split {home} with {means_of(seeds)}, differences in points:"]
-    for (question, split), rows in by_place(found).items():
+    for (question, split), rows in places.items():
         measured = measures_text(rows)
         line = f"  {question}, {split}: {counted(rows)}"
         if split == home and measured:
